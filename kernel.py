@@ -1,0 +1,264 @@
+"""What k(x, x') is for an infinitely wide network.
+
+A network is a list of layers. For two inputs with positions p and q (pixels; one position for a
+plain vector) carry two arrays from layer to layer:
+  K[p, q]  covariance of the pre-activations                    NNGP
+  T[p, q]  sum over all parameters of d f(x)_p . d f(x')_q      NTK
+  v[p]     variance K_xx[p, p], from each input alone: once per input, not once per pair
+
+  input              K = <x_p, x'_q> / channels                            T = 0
+  dense, conv        K <- w_std^2 A(K) + b_std^2                           T <- K_new + w_std^2 A(T)
+  relu               K <- sqrt(v v') kappa1(c) / 2,  c = K / sqrt(v v')    T <- kappa0(c) T / 2
+  pool, flatten, gap K <- A(K)                                             T <- A(T)
+
+with kappa0(c) = (pi - arccos c) / pi and kappa1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi
+(Cho & Saul 2009), and A the identity (dense), the mean over the 3 x 3 window moving in both images
+together (conv), the mean over 2 x 2 windows moving independently (pool), the mean over p of [p, p]
+(flatten), the mean over all p, q (gap). NTK parameterisation: Jacot et al. 2018, Arora et al. 2019.
+
+Where a network never pools, conv, relu and flatten only ever read p = q: then K is carried as its
+diagonal, (h, w) in place of (h, w, h, w). That is all the cleverness here; the speed is elsewhere.
+
+    python -c "import kernel, numpy as np; print(kernel.kernel_fn('fc', 'ntk')(np.eye(3)))"
+
+Cost of an entry: one arccos per position pair and relu.      Proved by: test_all.py, section kernel
+"""
+
+import importlib.util
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NETWORKS = ("fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10")
+KINDS = ("nngp", "ntk")
+BLOCK = 2**18  # array elements worked on at a time where positions are carried: 1 MB stays in cache
+
+
+def network(name, depth=None, w_std=2**0.5, b_std=0.0):
+    """The layers of a named network: a list of (layer,) or (layer, w_std, b_std).
+
+    depth: hidden layers of fc (default 3), convolutions of cnn_vec and cnn_gap (default 8);
+    the number in a Myrtle network's name fixes its depth (Shankar et al. 2020).
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"kernel {name!r} is unknown; choose one of {', '.join(NETWORKS)}")
+    if depth is not None and (name.startswith("myrtle") or depth < 1):
+        raise ValueError(f"depth={depth} does not fit {name}: depth is a positive number of layers "
+                         "for fc, cnn_vec and cnn_gap; a Myrtle network's depth is in its name")
+    dense, conv, relu, pool = ("dense", w_std, b_std), ("conv", w_std, b_std), ("relu",), ("pool",)
+    if name == "fc":
+        return [("flatten",)] + [dense, relu] * (depth or 3) + [dense]
+    if name in ("cnn_vec", "cnn_gap"):
+        return [conv, relu] * (depth or 8) + [("flatten" if name == "cnn_vec" else "gap",), dense]
+    a, b, c = {"myrtle5": (2, 1, 1), "myrtle7": (2, 2, 2), "myrtle10": (3, 3, 3)}[name]
+    return ([conv, relu] * a + [pool] + [conv, relu] * b + [pool] + [conv, relu] * c
+            + [("gap",), dense])
+
+
+def _arccos_coefficients(degree):
+    """Chebyshev interpolant of arccos(a) / sqrt(1 - a), smooth on [0, 1], low power first."""
+    interpolant = np.polynomial.Chebyshev.interpolate(
+        lambda a: np.arccos(a) / np.sqrt(1 - a), degree, domain=[0, 1])
+    return interpolant.convert(kind=np.polynomial.Polynomial).coef.tolist()
+
+
+# Largest error of kappa1 on [-1, 1], measured: 2e-7 in float32, 2e-15 in float64.
+ARCCOS = {"float32": _arccos_coefficients(7), "float64": _arccos_coefficients(19)}
+
+
+def kappas(c):
+    """kappa0(c), kappa1(c) of the cosine c, any shape, float32 or float64.
+
+    arccos |c| = sqrt(1 - |c|) polynomial(|c|): thirty times the speed of XLA's on a CPU, and for
+    c < 0 it is pi - arccos c itself, without the cancellation.
+    kappa0 has infinite slope at c = 1, so rounding of 1e-7 in c would cost 1e-4 in the NTK of an
+    image with itself. A |c| within 16 units of rounding of 1 therefore counts as 1.
+    """
+    a = jnp.abs(c)
+    gap = 1 - a
+    gap = jnp.where(gap < 16 * float(jnp.finfo(c.dtype).eps), jnp.zeros_like(gap), gap)
+    polynomial = jnp.zeros_like(a)
+    for coefficient in reversed(ARCCOS[c.dtype.name]):
+        polynomial = polynomial * a + coefficient
+    arccos_a = jnp.sqrt(gap) * polynomial
+    angle = jnp.where(c < 0, arccos_a, np.pi - arccos_a)  # pi - arccos c
+    return angle / np.pi, (jnp.sqrt(gap * (1 + a)) + angle * c) / np.pi
+
+
+def window(K):
+    """Mean over the 3 x 3 window moving in both images together, zeros outside: (h, w[, h, w]).
+
+    On a diagonal it is a banded matrix on either side: eight times faster than padding and nine
+    shifted reads, which XLA fuses into loops that branch at every element.
+    """
+    h, w = K.shape[:2]
+    if K.ndim == 2:
+        band_h, band_w = (jnp.asarray(np.eye(s) + np.eye(s, k=1) + np.eye(s, k=-1), K.dtype)
+                          for s in (h, w))
+        return jnp.einsum("yi,ij,jx->yx", band_h, K, band_w, precision="highest") / 9
+    padded = jnp.pad(K, 1)
+    return sum(padded[y:y + h, x:x + w, y:y + h, x:x + w] for y in range(3) for x in range(3)) / 9
+
+
+def pool(K):
+    """Mean over 2 x 2 windows, in each image by itself: (h, w, h, w) -> (h/2, w/2, h/2, w/2)."""
+    h, w = K.shape[0] // 2, K.shape[1] // 2
+    return K.reshape(h, 2, w, 2, h, 2, w, 2).mean(axis=(1, 3, 5, 7))
+
+
+def diagonal(K):
+    """K[p, p]: (h, w, h, w) -> (h, w); what is carried as its diagonal stays as it is."""
+    return jnp.einsum("ijij->ij", K) if K.ndim == 4 else K
+
+
+def linear(layer, K, T):
+    """K and T after any layer but relu."""
+    name = layer[0]
+    if name in ("dense", "conv"):
+        w_std, b_std = layer[1:]
+        mean = window if name == "conv" else lambda k: k
+        K = w_std**2 * mean(K) + b_std**2
+        return K, K + w_std**2 * mean(T)
+    mean = {"pool": pool, "flatten": lambda k: diagonal(k).mean(), "gap": jnp.mean}[name]
+    return mean(K), mean(T)
+
+
+def relu(K, T, std1, std2):
+    """K and T after a ReLU; std1 and std2 are sqrt(v) of the two inputs, zero for black patches."""
+    def outer(a, b):
+        return a.reshape(a.shape + (1,) * (K.ndim - a.ndim)) * b[(None,) * (K.ndim - b.ndim)]
+
+    def inverse(s):
+        return jnp.where(s > 0, 1 / jnp.where(s > 0, s, jnp.ones_like(s)), jnp.zeros_like(s))
+    kappa0, kappa1 = kappas(K * outer(inverse(std1), inverse(std2)))
+    return outer(std1, std2) * kappa1 / 2, kappa0 * T / 2
+
+
+def covariance(x1, x2, pools):
+    """The input layer, <x_p, x'_q> / channels: (h, w, channels) twice -> (h, w, h, w) or (h, w)."""
+    subscripts = "ijc,klc->ijkl" if pools else "ijc,ijc->ij"
+    return jnp.einsum(subscripts, x1, x2, precision="highest") / x1.shape[-1]
+
+
+def deviations(layers, x):
+    """sqrt(v) before each relu, for one input x (h, w, channels): the recursion of x with itself."""
+    K = covariance(x, x, carries_pairs(layers))
+    stds = []
+    for layer in layers:
+        if layer[0] == "relu":
+            stds.append(jnp.sqrt(diagonal(K)))
+            K, _ = relu(K, K, stds[-1], stds[-1])
+        else:
+            K, _ = linear(layer, K, K)
+    return stds
+
+
+def pair(layers, kind, x1, x2, stds1, stds2):
+    """k(x1, x2) of two inputs (h, w, channels), a scalar: the recursion at the top of this file."""
+    K = covariance(x1, x2, carries_pairs(layers))
+    T = jnp.zeros_like(K)
+    stds = iter(zip(stds1, stds2))
+    for layer in layers:
+        K, T = relu(K, T, *next(stds)) if layer[0] == "relu" else linear(layer, K, T)
+    return K if kind == "nngp" else T
+
+
+def carries_pairs(layers):
+    """True where some layer mixes p != q, so that all of K[p, q] is needed and not its diagonal."""
+    return any(layer[0] in ("pool", "gap") for layer in layers)
+
+
+def as_images(layers, x):
+    """x as (n, h, w, channels), checked against the network; a network that starts by flattening
+    takes (n, d), and an image as one position with h*w*channels channels."""
+    x = jnp.asarray(x)
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    if layers[0][0] == "flatten" and x.ndim >= 2:
+        return x.reshape(x.shape[0], 1, 1, -1)
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {x.shape}; this network takes images (n, h, w, channels)")
+    side = 2 ** sum(layer[0] == "pool" for layer in layers)
+    if x.shape[1] % side or x.shape[2] % side or 0 in x.shape[1:]:
+        raise ValueError(f"images are {x.shape[1]}x{x.shape[2]}, but this network halves them "
+                         f"{side.bit_length() - 1} times: height and width must be positive "
+                         f"multiples of {side}")
+    return x
+
+
+def kernel_fn(name, kind, **options):
+    """The kernel matrix function of a network: fn(x1, x2=None) -> (n1, n2).
+
+    name: one of NETWORKS, or a list of layers as `network` returns.   kind: "nngp" or "ntk".
+    options: depth, w_std, b_std of `network`.
+    x1, x2: (n, h, w, channels), or (n, d) for fc. Computed in float32, or in float64 where x1 is
+    float64. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
+    Raises ValueError: unknown name or kind, images that do not fit the network.
+    """
+    layers = network(name, **options) if isinstance(name, str) else list(name)
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+
+    @jax.jit
+    def fn(x1, x2=None):
+        if x2 is None:
+            K = fn(x1, x1)
+            return jnp.triu(K) + jnp.triu(K, 1).T
+        x1, x2 = as_images(layers, x1), as_images(layers, x2)
+        if x1.shape[1:] != x2.shape[1:] or x1.dtype != x2.dtype:
+            raise ValueError(f"x1 is {x1.dtype} {x1.shape} and x2 is {x2.dtype} {x2.shape}: all "
+                             "but the number of rows must agree")
+        positions = x1.shape[1] * x1.shape[2]
+        size = positions**2 if carries_pairs(layers) else positions
+        cols = len(x2) if size == 1 else BLOCK // size
+        rows = len(x1) if size == 1 else BLOCK // (size * len(x2))
+        a, b = ((x, blocked(lambda one: deviations(layers, one), x, BLOCK // size))
+                for x in (x1, x2))
+        return blocked(lambda one: blocked(
+            lambda two: pair(layers, kind, one[0], two[0], one[1], two[1]), b, cols), a, rows)
+    return fn
+
+
+def blocked(f, xs, size):
+    """vmap of f over the leading axis of xs, `size` at a time (at least one)."""
+    n = jax.tree.leaves(xs)[0].shape[0]
+    return jax.vmap(f)(xs) if size >= n else jax.lax.map(f, xs, batch_size=max(1, size))
+
+
+def stax():
+    """The module neural_tangents.stax, 0.6.5, on a JAX that is newer than its last release.
+
+    The package's __init__ imports TensorFlow and names that JAX has removed; an empty package with
+    the right __path__ stands in for it. jax.random.KeyArray is the one removed name stax needs.
+    """
+    if "neural_tangents" not in sys.modules:
+        spec = importlib.util.find_spec("neural_tangents")
+        if spec is None:
+            raise ImportError("neural_tangents is not installed: "
+                              "pip install --no-deps -r requirements.txt")
+        package = types.ModuleType("neural_tangents")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["neural_tangents"] = package
+        jax.random.KeyArray = jax.Array
+    from neural_tangents import stax as module
+    return module
+
+
+def reference_fn(name, kind, **options):
+    """The same network built with neural_tangents.stax; same signature and result as kernel_fn."""
+    nt = stax()
+    layers = network(name, **options) if isinstance(name, str) else list(name)
+    build = {
+        "dense": lambda w_std, b_std: nt.Dense(1, W_std=w_std, b_std=b_std),
+        "conv": lambda w_std, b_std: nt.Conv(1, (3, 3), padding="SAME", W_std=w_std, b_std=b_std),
+        "relu": nt.Relu, "pool": lambda: nt.AvgPool((2, 2), (2, 2)), "flatten": nt.Flatten,
+        "gap": nt.GlobalAvgPool}
+    kernel = nt.serial(*[build[layer[0]](*layer[1:]) for layer in layers])[2]
+
+    @jax.jit
+    def fn(x1, x2=None):
+        x1 = as_images(layers, x1)
+        return kernel(x1, None if x2 is None else as_images(layers, x2), kind)
+    return fn
