@@ -1,0 +1,294 @@
+"""Files -> checked arrays: images uint8 (n, h, w, channels), labels int64 (n,) in 0 ... 9.
+
+  digits      1,797 scans of 8 x 8 pixels that come with scikit-learn: no file, no network
+  cifar10     the binary version: a folder with data_batch_1.bin ... 5, test_batch.bin, or downloaded
+  cifar10.1   train on cifar10, test on cifar10.1_v6_data.npy, cifar10.1_v6_labels.npy in the folder
+  cifar10.2   train on cifar10, test on cifar102_test.npz in the folder
+  cifar5m     part0.npz ... part4.npz to train, part5.npz to test, 1,000,448 images each
+
+Rows are shuffled once, by `seed`, and classes dealt out in turn: the first k rows are a balanced
+training set for every k, and a larger n_train begins with the smaller one. CIFAR-5m is shuffled by
+blocks of rows, so that few rows are read from few places. Test rows are the same for every seed: the
+first n_test of the test file (CIFAR-5m: of its blocks in a fixed shuffle). Nothing pickled is read.
+
+    x_train, y_train, x_test, y_test = data.load("cifar10", "cifar-10-batches-bin", n_train=1000)
+
+Then `standardise` or `zca`, fitted on the training set alone.   Proved by: test_all.py, section data
+"""
+
+import hashlib
+import os
+import tarfile
+import urllib.request
+import zipfile
+
+import numpy as np
+from tqdm import tqdm
+
+DATASETS = ("digits", "cifar10", "cifar10.1", "cifar10.2", "cifar5m")
+CLASSES = 10
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from
+BLOCK = 1024  # rows of CIFAR-5m read together: 3 MB
+
+
+def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True):
+    """x_train, y_train, x_test, y_test of a data set named above.
+
+    folder: where its files are; without one, cifar10 is looked for and downloaded in ./data.
+    n_train, n_test: rows wanted, None for all.   seed: of the order of the training rows.
+    balanced: deal the classes out in turn, as far as they go; else shuffle only.
+    Raises ValueError: unknown name, more rows than there are, a file that is not what it should be.
+    FileNotFoundError: a file that is not there.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
+    if name == "cifar5m":
+        return _cifar5m(folder or "data", n_train, n_test, seed, balanced)
+    if name == "digits":
+        train, test = _digits()
+    else:
+        folder = folder or _download()
+        train, test = _cifar10(folder)
+        if name == "cifar10.1":
+            test = [_checked_npy(os.path.join(folder, f"cifar10.1_v6_{part}.npy"))
+                    for part in ("data", "labels")]
+        elif name == "cifar10.2":
+            path = os.path.join(folder, "cifar102_test.npz")
+            with _open_npz(path, ("images", "labels")) as file:
+                test = [_member(file, path, key) for key in ("images", "labels")]
+        test = _checked(*test, os.path.join(folder, name))
+    _enough(n_train, len(train[1]), "n_train", name)
+    _enough(n_test, len(test[1]), "n_test", name)
+    rows = order(train[1], seed, balanced)[:n_train]
+    return train[0][rows], train[1][rows], test[0][:n_test], test[1][:n_test]
+
+
+def order(labels, seed, balanced=True, blocks=None):
+    """A shuffled order of the rows; balanced: every class's first, then every class's second ...
+
+    blocks: a number for each row; rows of one block then stay near each other, so that the first n
+    rows lie in few blocks.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(labels))
+    if blocks is not None:
+        rank = rng.permutation(blocks.max() + 1)
+        shuffled = shuffled[np.argsort(rank[blocks[shuffled]], kind="stable")]
+    if not balanced:
+        return shuffled
+    turn = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        where = np.flatnonzero(labels[shuffled] == label)
+        turn[where] = np.arange(len(where))
+    return shuffled[np.lexsort((rng.random(len(labels)), turn))]
+
+
+def _enough(wanted, have, what, where):
+    if wanted is not None and not 1 <= wanted <= have:
+        raise ValueError(f"{what}={wanted}, but {where} has 1 to {have} rows to give")
+
+
+def _digits():
+    """scikit-learn's digits; 360 of them are the test set, the same ones always."""
+    from sklearn.datasets import load_digits
+    x, y = load_digits(return_X_y=True)
+    x, y = x.reshape(-1, 8, 8, 1).astype(np.uint8), y.astype(np.int64)
+    rows = order(y, seed=0)
+    return (x[rows[360:]], y[rows[360:]]), (x[rows[:360]], y[rows[:360]])
+
+
+def _cifar10(folder):
+    """The binary version: records of a label byte, then the planes R, G, B of 1,024 bytes each."""
+    def batch(file):
+        path = _existing(os.path.join(folder, file))
+        size, want = os.path.getsize(path), 10000 * 3073
+        if size != want:
+            raise ValueError(f"{path} has {size} bytes; a CIFAR-10 batch has {want}. The file is "
+                             "truncated or not of the binary version: fetch it again")
+        records = np.fromfile(path, np.uint8).reshape(-1, 3073)
+        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return _checked(images, records[:, 0], path)
+
+    x, y = zip(*[batch(f"data_batch_{i}.bin") for i in range(1, 6)])
+    return (np.concatenate(x), np.concatenate(y)), batch("test_batch.bin")
+
+
+def _existing(path):
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is not there; give --data the folder that holds it")
+    return path
+
+
+def _checked(x, y, path):
+    """Images and labels of one file, or a sentence about what is wrong with them."""
+    if x.dtype != np.uint8 or x.shape != (len(y), 32, 32, 3) or y.dtype.kind not in "iu":
+        raise ValueError(f"{path} holds images {x.dtype} {x.shape} and labels {y.dtype} {y.shape}; "
+                         "expected uint8 (n, 32, 32, 3) and integers (n,)")
+    bad = np.flatnonzero((y < 0) | (y >= CLASSES))
+    if len(bad):
+        raise ValueError(f"{path} has label {y[bad[0]]} at row {bad[0]}; expected 0 to {CLASSES - 1}")
+    return x, y.astype(np.int64)
+
+
+def _checked_npy(path):
+    try:
+        return np.load(_existing(path), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a complete .npy array without pickle: {error}") from error
+
+
+def _open_npz(path, keys):
+    try:
+        file = zipfile.ZipFile(_existing(path))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is truncated or not an .npz archive: {error}") from error
+    names = file.namelist()
+    if any(f"{key}.npy" not in names for key in keys):
+        raise ValueError(f"{path} holds {', '.join(names)}; expected {', '.join(keys)}")
+    return file
+
+
+def _header(stream, path, key):
+    """Shape and dtype of the .npy member that `stream` is at the start of."""
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"{path}: {key} is an .npy of version {version}; expected 1.0 or 2.0")
+    shape, fortran, dtype = read[version](stream)
+    if fortran or dtype.hasobject:
+        raise ValueError(f"{path}: {key} is {dtype}, Fortran order {fortran}; expected plain integers "
+                         "in C order")
+    return shape, dtype
+
+
+def _member(file, path, key):
+    """One small array of an .npz, whole."""
+    with file.open(f"{key}.npy") as stream:
+        shape, dtype = _header(stream, path, key)
+        return np.frombuffer(_exactly(stream, int(np.prod(shape)) * dtype.itemsize, path, key),
+                             dtype).reshape(shape)
+
+
+def _exactly(stream, size, path, key):
+    try:
+        content = stream.read(size)
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: {key} is damaged: {error}") from error
+    if len(content) != size:
+        raise ValueError(f"{path}: {key} is truncated: {len(content)} bytes where {size} were expected")
+    return content
+
+
+def _blocks(file, path, key, blocks):
+    """Rows of a large array of an .npz, BLOCK at a time, for ascending block numbers.
+
+    The member is read as a stream from its start and what is not wanted is passed over, a block in
+    memory at a time, so that compressed archives work too: 3 GB pass in seconds.
+    """
+    with file.open(f"{key}.npy") as stream:
+        shape, dtype = _header(stream, path, key)
+        row = int(np.prod(shape[1:])) * dtype.itemsize
+        for block in range(max(blocks) + 1):
+            rows = max(0, min(BLOCK, shape[0] - block * BLOCK))
+            content = _exactly(stream, rows * row, path, key)
+            if block in blocks:
+                yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+
+
+def _cifar5m(folder, n_train, n_test, seed, balanced):
+    """CIFAR-5m: all labels first, 40 MB; then only the blocks in which the rows asked for lie."""
+    def read(parts, n, seed, what):
+        paths = [os.path.join(folder, f"part{part}.npz") for part in parts]
+        labels, blocks = [], []
+        for path in paths:
+            with _open_npz(path, ("X", "Y")) as file:
+                labels.append(_member(file, path, "Y"))
+            blocks.append((blocks[-1][-1] + 1 if blocks else 0) + np.arange(len(labels[-1])) // BLOCK)
+        _enough(n, sum(map(len, labels)), what, folder)
+        starts = np.cumsum([0] + [len(y) for y in labels])
+        rows = order(np.concatenate(labels), seed, balanced, np.concatenate(blocks))[:n]
+        x, y = np.empty((len(rows), 32, 32, 3), np.uint8), np.empty(len(rows), np.int64)
+        for path, start, part in zip(paths, starts, labels):
+            mine = np.flatnonzero((start <= rows) & (rows < start + len(part)))
+            if not len(mine):
+                continue
+            local = rows[mine] - start
+            wanted = np.unique(local // BLOCK).tolist()
+            with _open_npz(path, ("X", "Y")) as file:
+                bar = tqdm(wanted, desc=path, unit=" blocks", disable=None, leave=False)
+                for block, images in zip(bar, _blocks(file, path, "X", wanted)):
+                    images, block_labels = _checked(
+                        images, part[block * BLOCK:(block + 1) * BLOCK], path)
+                    here = local // BLOCK == block
+                    x[mine[here]] = images[local[here] - block * BLOCK]
+                    y[mine[here]] = block_labels[local[here] - block * BLOCK]
+        return x, y
+
+    return *read(range(5), n_train, seed, "n_train"), *read([5], n_test, 0, "n_test")
+
+
+def _download(folder="data"):
+    """CIFAR-10's binary version into ./data, once: checked by its digest, then extracted."""
+    target = os.path.join(folder, "cifar-10-batches-bin")
+    if os.path.exists(os.path.join(target, "test_batch.bin")):
+        return target
+    os.makedirs(folder, exist_ok=True)
+    archive = os.path.join(folder, os.path.basename(URL))
+    digest = hashlib.md5()
+    try:
+        with urllib.request.urlopen(URL) as source, open(archive + ".part", "wb") as out, tqdm(
+                total=int(source.headers.get("Content-Length") or 0), unit="B", unit_scale=True,
+                desc=archive, disable=None) as bar:
+            while chunk := source.read(2**20):
+                digest.update(chunk)
+                out.write(chunk)
+                bar.update(len(chunk))
+    except OSError as error:
+        raise OSError(f"CIFAR-10 could not be fetched from {URL} ({error}); fetch and extract it "
+                      "elsewhere and give the folder with --data") from error
+    if digest.hexdigest() != MD5:
+        os.remove(archive + ".part")
+        raise ValueError(f"{URL} arrived with md5 {digest.hexdigest()}, expected {MD5}: try again")
+    os.replace(archive + ".part", archive)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")  # no links, no paths outside the folder
+    return target
+
+
+def one_hot(y, classes=CLASSES):
+    """Labels (n,) -> targets (n, classes) float64: 1 - 1/classes for the class, -1/classes else."""
+    return np.eye(classes)[y] - 1 / classes
+
+
+def standardise(x_train):
+    """apply: x -> (x - mean) / sd, float32, mean and sd per channel of x_train (n, h, w, channels)."""
+    mean = x_train.mean(axis=(0, 1, 2), dtype=np.float64)
+    sd = x_train.std(axis=(0, 1, 2), dtype=np.float64)
+    sd[sd == 0] = 1  # a constant channel carries nothing
+    return lambda x: ((x - mean.astype(np.float32)) / sd.astype(np.float32)).astype(np.float32)
+
+
+def zca(x_train, eps=0.1):
+    """apply: x -> U (S + eps mean(S))^(-1/2) U^T (x - mean), float32, shaped as x.
+
+    mean (d,) and covariance U S U^T (d, d) over the images of x_train, flattened to d features, and
+    over no others. eps: relative to the mean eigenvalue; at 0 the training covariance becomes I.
+    Cost: n d^2 for the covariance and 10 d^3 for its eigenvectors, d = 3,072: half a minute.
+    Raises ValueError: eps = 0 where the covariance is singular.
+    """
+    flat = x_train.reshape(len(x_train), -1).astype(np.float32) / 255
+    mean = flat.mean(axis=0, dtype=np.float64).astype(np.float32)
+    flat -= mean
+    covariance = (flat.T @ flat).astype(np.float64) / len(flat)
+    S, U = np.linalg.eigh(covariance)
+    shifted = np.maximum(S, 0) + eps * S.mean()
+    if shifted[0] <= 1e-7 * S.mean():  # eigenvalues of a float32 covariance are no better than that
+        raise ValueError(f"eps={eps}: the covariance of {len(flat)} images is singular in float32; "
+                         "whitening it needs eps > 0 (0.1 is usual)")
+    W = ((U / np.sqrt(shifted)) @ U.T).astype(np.float32)
+
+    def apply(x):
+        flat = x.reshape(len(x), -1).astype(np.float32) / 255
+        return ((flat - mean) @ W).reshape(x.shape)
+    return apply
