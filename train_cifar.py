@@ -203,9 +203,10 @@ def record(args, result):
         device=device.device_kind, devices=jax.local_device_count(), cores=os.cpu_count(),
         jax=jax.__version__, neural_tangents=importlib.metadata.version("neural-tangents"),
         commit=git("rev-parse", "--short", "HEAD"),
-        dirty=bool(git("status", "--porcelain", "--", "*.py")),
+        dirty=bool(git("status", "--porcelain", "--", "*.py", "requirements.txt")),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        config=vars(args))
+        config={key: value for key, value in vars(args).items()
+                if key not in ("data", "out", "quiet")})  # where, not what
     os.makedirs(args.out, exist_ok=True)
     with open(os.path.join(args.out, "runs.jsonl"), "a") as lines:
         lines.write(json.dumps(result) + "\n")
