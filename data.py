@@ -29,6 +29,7 @@ DATASETS = ("digits", "cifar10", "cifar10.1", "cifar10.2", "cifar5m")
 CLASSES = 10
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from
+BATCH = 10_000  # records in a file of CIFAR-10
 BLOCK = 1024  # rows of CIFAR-5m read together: 3 MB
 
 
@@ -102,7 +103,7 @@ def _cifar10(folder):
     """The binary version: records of a label byte, then the planes R, G, B of 1,024 bytes each."""
     def batch(file):
         path = _existing(os.path.join(folder, file))
-        size, want = os.path.getsize(path), 10000 * 3073
+        size, want = os.path.getsize(path), BATCH * 3073
         if size != want:
             raise ValueError(f"{path} has {size} bytes; a CIFAR-10 batch has {want}. The file is "
                              "truncated or not of the binary version: fetch it again")

@@ -162,8 +162,9 @@ def solve(args, K, y, ridges, tol):
 
 
 def choose_ridge(args, K, y, labels, copies):
-    """The ridge with the best accuracy on the last fifth of the training images, and the table
-    [[ridge, accuracy, mse], ...]; ties go to the smaller mse.
+    """The ridge with the least mse on the last fifth of the training images, and the table
+    [[ridge, accuracy, mse], ...]. Not the best accuracy: on a few hundred images that is noise, and
+    picked ridges a factor 30 apart on subsets of CIFAR-10 where mse picked the same.
 
     Nothing is computed anew: the kernel of the images fitted is a leading block of K, and the
     predictions on the others are K times alpha padded with zeros, at rows of unaugmented images.
@@ -186,7 +187,7 @@ def choose_ridge(args, K, y, labels, copies):
         if not args.quiet:
             print(f"ridge {ridge:.2g}: validation accuracy {100 * table[-1][1]:.2f} %, "
                   f"mse {table[-1][2]:.5f}")
-    return max(table, key=lambda row: (row[1], -row[2]))[0], table
+    return min(table, key=lambda row: row[2])[0], table
 
 
 def record(args, result):

@@ -1,0 +1,857 @@
+"""Every claim of this repository, in the order in which to read it; each test's docstring is its claim.
+
+  pytest -q --benchmark-disable test_all.py                 all of it, a few minutes on two cores
+  pytest -q --benchmark-disable test_all.py -k kernel       one section: kernel, tiles, pcg, augment,
+                                                            data, train, docs, benchmark
+  pytest --benchmark-only --benchmark-sort=name test_all.py time per kernel entry, 32 x 32 images
+
+Oracles: neural_tangents, finite wide networks, dense float64 formulas, scikit-learn, plain loops.
+Four CPU devices; strict about dtypes and shapes. Tests on CIFAR-10 skip where it is not beside us.
+"""
+
+import functools
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+import jax.numpy as jnp  # noqa: E402
+
+import augment  # noqa: E402
+import data  # noqa: E402
+import kernel  # noqa: E402
+import pcg  # noqa: E402
+import tiles  # noqa: E402
+import train_cifar  # noqa: E402
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CIFAR = os.path.join(HERE, "..", "shared", "data", "cifar10", "cifar-10-batches-bin")
+needs_cifar = pytest.mark.skipif(not os.path.exists(CIFAR), reason="CIFAR-10 is not beside the project")
+both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
+every_network = pytest.mark.parametrize("name", kernel.NETWORKS)
+
+
+def reference(name, kind, *x, **options):
+    """neural_tangents' kernel in float64; its code is not written for strict JAX."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return np.asarray(kernel.reference_fn(name, kind, **options)(*x))
+
+
+def relative_error(a, b):
+    return np.max(np.abs(np.asarray(a, np.float64) - b) / np.abs(b))
+
+
+@functools.cache
+def cifar(n):
+    """The first n training images of CIFAR-10 in a balanced order, channels standardised."""
+    x, y, _, _ = data.load("cifar10", CIFAR, n_train=n, n_test=1)
+    return data.standardise(x)(x), y
+
+
+@functools.cache
+def digits(n):
+    x, y, _, _ = data.load("digits", n_train=n)
+    return data.standardise(x)(x), y
+
+
+# ---------------------------------------------------------------------------------------- kernel
+
+def images(rng, n, shape):
+    """Random images; row 1 is the opposite of row 0, row 2 is black but for one pixel."""
+    x = rng.normal(size=(n, *shape))
+    x[1] = -x[0]
+    x[2] = 0
+    x[2, 0, 0] = 1
+    return x
+
+
+@every_network
+@both_kinds
+@pytest.mark.parametrize("options", [{}, {"w_std": 1.2, "b_std": 0.3}], ids=["default", "w1.2-b0.3"])
+def test_kernel_is_neural_tangents(name, kind, options):
+    """K is neural_tangents': to 1e-10 in float64, to 1e-5 in float32, odd and even sizes."""
+    rng = np.random.default_rng(0)
+    shape = (8, 4, 3) if name.startswith("myrtle") else (5, 4, 2)
+    options = {**options, **({"depth": 3} if name in ("cnn_vec", "cnn_gap") else {})}
+    x1, x2 = images(rng, 5, shape), rng.normal(size=(4, *shape))
+    expected = reference(name, kind, x1, x2, **options)
+    fn = kernel.kernel_fn(name, kind, **options)
+    K, K32 = fn(x1, x2), fn(x1.astype(np.float32), x2.astype(np.float32))
+    assert K.dtype == np.float64 and relative_error(K, expected) < 1e-10
+    assert K32.dtype == np.float32 and relative_error(K32, expected) < 1e-5
+
+
+@needs_cifar
+@pytest.mark.parametrize("name, n", [("fc", 20), ("cnn_vec", 8), ("cnn_gap", 2), ("myrtle5", 2)])
+@both_kinds
+def test_kernel_is_neural_tangents_on_cifar(name, n, kind):
+    """float32 on real images, each with itself too, is neural_tangents in float64 to 1e-5.
+
+    Pooled networks on the middle 16 x 16 pixels: neural_tangents' whole ones take minutes."""
+    x = cifar(20)[0][:n]
+    x = x if name in ("fc", "cnn_vec") else x[:, 8:24, 8:24]
+    K = np.asarray(kernel.kernel_fn(name, kind)(x))
+    expected = reference(name, kind, x.astype(np.float64), x[::-1].astype(np.float64))[:, ::-1]
+    assert relative_error(K, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fc", "cnn_vec"])
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-10)])
+def test_kernel_of_an_image_with_itself(name, dtype, tolerance):
+    """Where c = 1 exactly, kappa0 = kappa1 = 1: NTK = (depth + 1) NNGP, for a copy as for itself.
+
+    neural_tangents is off by 1e-8 here in float64, the square root of its rounding of c."""
+    x = np.random.default_rng(0).normal(size=(3, 6, 6, 3)).astype(dtype)
+    both = np.concatenate([x, x])
+    nngp, ntk = (np.asarray(kernel.kernel_fn(name, kind, depth=4)(both)) for kind in kernel.KINDS)
+    assert relative_error(np.diag(ntk), 5 * np.diag(nngp).astype(np.float64)) < tolerance
+    for K in (nngp, ntk):
+        assert relative_error(K[:3, 3:], K[:3, :3].astype(np.float64)) < tolerance
+
+
+@every_network
+@both_kinds
+def test_kernel_of_black_images(name, kind):
+    """An image without variance gives finite entries: zero without biases, as neural_tangents with."""
+    x = np.random.default_rng(0).normal(size=(3, 4, 4, 1)).astype(np.float32)
+    x[1] = 0
+    options = {"depth": 2} if name in ("cnn_vec", "cnn_gap") else {}
+    K = np.asarray(kernel.kernel_fn(name, kind, **options)(x))
+    assert np.isfinite(K).all() and (K[1] == 0).all() and (K[0, [0, 2]] != 0).all()
+    options["b_std"] = 0.5
+    K = kernel.kernel_fn(name, kind, **options)(x)
+    expected = reference(name, kind, x.astype(np.float64), x[::-1].astype(np.float64), **options)
+    assert relative_error(K, expected[:, ::-1]) < 1e-5
+
+
+def finite_network(layers, key, x, width):
+    """f(x), (n,), of one random network of this width and its NTK (n, n); and the mean over the last
+    weights of f(x) f(x')^T. Weights are N(0, 1), scaled by w_std / sqrt(fan-in) where they are used."""
+    params, channels = [], x.shape[-1]
+    weights = [layer for layer in layers if layer[0] in ("dense", "conv")]
+    for i, layer in enumerate(weights):
+        out = 1 if i == len(weights) - 1 else width
+        side = 3 if layer[0] == "conv" else 1
+        channels = x[0].size if i == 0 and layers[0][0] == "flatten" else channels
+        key, k1, k2 = jax.random.split(key, 3)
+        params.append((jax.random.normal(k1, (side, side, channels, out), x.dtype),
+                       jax.random.normal(k2, (out,), x.dtype)))
+        channels = out
+
+    def forward(params, x):
+        todo = iter(params)
+        for layer in layers:
+            if layer[0] in ("dense", "conv"):
+                W, b = next(todo)
+                features = x
+                x = layer[1] / W[..., 0].size**0.5 * jax.lax.conv_general_dilated(
+                    x, W, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+                x = x + layer[2] * jnp.broadcast_to(b, x.shape)
+            elif layer[0] == "relu":
+                x = jnp.maximum(x, 0)
+            elif layer[0] == "pool":
+                n, h, w, c = x.shape
+                x = x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+            elif layer[0] == "gap":
+                x = x.mean(axis=(1, 2), keepdims=True)
+            else:
+                x = x.reshape(len(x), 1, 1, -1)
+        return x.reshape(-1), features.reshape(len(x), -1)
+
+    w_std, b_std = layers[-1][1:]
+    features = forward(params, x)[1]
+    nngp = w_std**2 / features.shape[1] * features @ features.T + b_std**2
+    ntk = sum(jnp.einsum("ap,bp->ab", g.reshape(len(x), -1), g.reshape(len(x), -1))
+              for g in jax.tree.leaves(jax.jacrev(lambda p: forward(p, x)[0])(params)))
+    return nngp, ntk
+
+
+@pytest.mark.parametrize("name, options", [("fc", {}), ("fc", {"b_std": 0.4, "w_std": 1.3}),
+                                           ("cnn_vec", {"depth": 2}), ("cnn_gap", {"depth": 2}),
+                                           ("myrtle5", {})])
+def test_kernel_is_the_limit_of_wide_networks(name, options):
+    """NNGP and NTK of 40 random networks of width 512 average to ours: 4 standard errors + 1 %."""
+    layers = kernel.network(name, **options)
+    x = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
+    draw = jax.jit(lambda key: finite_network(layers, key, x, 512))
+    draws = [draw(key) for key in jax.random.split(jax.random.key(0), 40)]
+    for kind, samples in zip(kernel.KINDS, zip(*draws)):
+        samples, K = np.array(samples), np.asarray(kernel.kernel_fn(name, kind, **options)(x))
+        error = 4 * samples.std(axis=0) / np.sqrt(len(samples)) + 0.01 * np.abs(K)
+        assert (np.abs(samples.mean(axis=0) - K) < error).all()
+
+
+def test_kernel_arccos():
+    """kappa0 and kappa1 are NumPy's to 2e-7 in float32 and 2e-15 in float64, on all of [-1, 1]."""
+    for dtype, tolerance in ((np.float32, 2e-7), (np.float64, 2e-15)):
+        c = np.append(np.linspace(-1, 1, 100001), [0.999999, -0.999999]).astype(dtype)
+        kappa0, kappa1 = kernel.kappas(jnp.asarray(c))
+        c = c.astype(np.float64)
+        angle = np.pi - np.arccos(c)
+        assert np.abs(np.asarray(kappa0) - angle / np.pi).max() < tolerance
+        assert np.abs(np.asarray(kappa1) - (np.sqrt((1 - c) * (1 + c)) + angle * c) / np.pi).max() < tolerance
+        beyond = jnp.asarray([1 + 1e-6, -1 - 1e-6] if dtype == np.float32 else [1 + 1e-15, -1 - 1e-15],
+                             dtype)
+        assert np.allclose(kernel.kappas(beyond)[0], [1, 0]), "rounding past 1 counts as 1"
+
+
+@pytest.mark.parametrize("name, positions", [("fc", 1), ("cnn_vec", 16), ("myrtle5", 256)])
+def test_kernel_symmetry_and_blocks(name, positions, monkeypatch):
+    """fn(x) is fn(x, x), symmetric to the last bit, whatever the block size inside."""
+    x = np.random.default_rng(0).normal(size=(7, 4, 4, 3)).astype(np.float32)
+    K = np.asarray(kernel.kernel_fn(name, "ntk")(x))
+    assert (K == K.T).all() and relative_error(K, np.asarray(kernel.kernel_fn(name, "ntk")(x, x))) < 1e-6
+    monkeypatch.setattr(kernel, "BLOCK", 3 * positions)  # 7 columns come as 3 + 3 + 1
+    assert relative_error(kernel.kernel_fn(name, "ntk")(x), K) < 1e-6
+
+
+def test_kernel_inputs():
+    """fc takes (n, d) and images alike, integers are read as float32, and a network may be a list."""
+    x = np.random.default_rng(0).integers(0, 255, size=(4, 3, 2, 2))
+    K = kernel.kernel_fn("fc", "ntk", depth=2)(x)
+    assert K.dtype == np.float32
+    assert (K == kernel.kernel_fn("fc", "ntk", depth=2)(x.reshape(4, 12).astype(np.float32))).all()
+    assert (K == kernel.kernel_fn(kernel.network("fc", depth=2), "ntk")(x)).all()
+    assert not np.allclose(K, kernel.kernel_fn("fc", "ntk", depth=3)(x))
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: kernel.kernel_fn("resnet", "ntk"), "'resnet' is unknown; choose one of fc, "),
+    (lambda: kernel.kernel_fn("fc", "gp"), "'gp' is unknown; choose one of nngp, ntk"),
+    (lambda: kernel.kernel_fn("myrtle5", "ntk", depth=3), "depth=3 does not fit myrtle5"),
+    (lambda: kernel.kernel_fn("fc", "ntk", depth=0), "depth=0 does not fit fc"),
+    (lambda: kernel.kernel_fn("myrtle5", "ntk")(np.ones((1, 6, 8, 3))), "6x8.*multiples of 4"),
+    (lambda: kernel.kernel_fn("myrtle5", "ntk")(np.ones((1, 2, 2, 3))), "2x2.*multiples of 4"),
+    (lambda: kernel.kernel_fn("cnn_gap", "ntk")(np.ones((3, 9))), r"\(3, 9\).*\(n, h, w, channels\)"),
+    (lambda: kernel.kernel_fn("fc", "ntk")(np.ones((3, 9)), np.ones((3, 8))), "must agree"),
+])
+def test_kernel_errors(call, words):
+    """What does not fit is refused in one sentence: what was got, what was expected."""
+    with pytest.raises(ValueError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------- tiles
+
+@pytest.mark.parametrize("n, tile", [(1, 8), (7, 8), (8, 8), (9, 8), (19, 8), (19, 1), (3, 100)])
+@pytest.mark.parametrize("devices", [1, 3, 4])
+def test_tiles_any_size(n, tile, devices):
+    """Any n, tile and number of devices: every method is that of the dense kernel matrix."""
+    rng = np.random.default_rng(n)
+    x, x_test = (rng.normal(size=(rows, 6)).astype(np.float32) for rows in (n, 5))
+    fn = kernel.kernel_fn("fc", "ntk")
+    options = dict(tile=tile, devices=jax.local_devices()[:devices])
+    K, K_test = tiles.gram(fn, x, **options), tiles.cross(fn, x_test, x, **options)
+    dense, v = K.dense().astype(np.float64), rng.normal(size=(n, 3))
+    assert K.shape == (n, n) and (dense == dense.T).all() and relative_error(fn(x), dense) < 1e-6
+    assert relative_error(fn(x_test, x), K_test.dense().astype(np.float64)) < 1e-6
+    assert np.allclose(K.matvec(v), dense @ v, rtol=1e-13, atol=1e-12)
+    assert np.allclose(K_test.matvec(v), K_test.dense().astype(np.float64) @ v, rtol=1e-13, atol=1e-12)
+    indices = rng.integers(0, n, 4)
+    assert (K.columns(indices) == dense[:, indices]).all() and (K.diagonal() == np.diag(dense)).all()
+    assert (K_test.columns(indices) == K_test.dense()[:, indices]).all()
+    for k in {1, -(-n // 2), n}:
+        block = K.leading(k)
+        assert (block.dense() == dense[:k, :k]).all() and block.tiles is K.tiles
+        assert np.allclose(block.matvec(v[:k]), dense[:k, :k] @ v[:k], rtol=1e-13, atol=1e-12)
+        assert (block.diagonal() == np.diag(dense)[:k]).all()
+        assert (block.columns([k - 1])[:, 0] == dense[:k, k - 1]).all()
+
+
+def test_tiles_store_the_upper_triangle():
+    """Of 25 tiles the 15 on and above the diagonal are computed and kept, in float32."""
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    calls = []
+
+    def fn(x1, x2):
+        jax.debug.callback(lambda: calls.append(1))
+        return kernel.kernel_fn("fc", "nngp")(x1, x2)
+    K = tiles.gram(fn, x, tile=10, devices=jax.local_devices()[:1])
+    jax.effects_barrier()
+    assert len(calls) == len(K.tiles) == 15 and K.entries == 1500
+    assert all(tile.dtype == np.float32 for tile in K.tiles.values())
+
+
+def test_tiles_ask_for_rows():
+    """x may be anything with len and rows; no more than a tile's rows are asked for at a time."""
+    x, asked = np.random.default_rng(0).normal(size=(23, 4)).astype(np.float32), []
+
+    class Rows:
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, rows):
+            asked.append(len(rows))
+            return x[rows]
+    fn = kernel.kernel_fn("fc", "ntk")
+    K = tiles.gram(fn, Rows(), tile=5)
+    assert max(asked) == 5 and relative_error(K.dense(), np.asarray(fn(x), np.float64)) < 1e-6
+
+
+def test_tiles_product_in_float64():
+    """K v of float32 tiles is summed in float64: exact to 1e-14, where float32 sums are not."""
+    x = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
+    K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x, tile=128)
+    v = np.random.default_rng(1).normal(size=(300, 2))
+    exact = K.dense().astype(np.longdouble) @ v
+    assert np.abs(K.matvec(v) - exact).max() < 1e-14 * np.abs(exact).max() * 10
+    assert np.abs(K.dense() @ v.astype(np.float32) - exact).max() > 1e-9 * np.abs(exact).max()
+
+
+def test_tiles_errors():
+    """NaN in the inputs, a v of the wrong shape, no rows, a matrix beyond memory: one sentence each."""
+    fn, x = kernel.kernel_fn("fc", "nngp"), np.ones((4, 3), np.float32)
+    K = tiles.gram(fn, x)
+    with pytest.raises(ValueError, match=r"v has shape \(3, 1\).*needs \(4, c\)"):
+        K.matvec(np.ones((3, 1)))
+    with pytest.raises(ValueError, match=r"leading\(5\)"):
+        K.leading(5)
+    with pytest.raises(ValueError, match="at least 1"):
+        tiles.gram(fn, x[:0])
+    x[2, 1] = np.nan
+    with pytest.raises(ValueError, match="not finite: look for NaN"):
+        tiles.gram(fn, x)
+    with pytest.raises(MemoryError, match="1000000 x 1000000 kernel needs 2002.* GB; this host has"):
+        tiles.gram(fn, np.broadcast_to(np.float32(1), (1000000, 3)))
+
+
+# ------------------------------------------------------------------------------------------- pcg
+
+class Dense:
+    """What pcg asks of a matrix, of an array."""
+
+    def __init__(self, K):
+        self.K, self.shape, self.matvec = K, K.shape, lambda v: K @ v
+
+    def diagonal(self):
+        return np.diag(self.K).copy()
+
+    def columns(self, indices):
+        return self.K[:, indices]
+
+
+def spectrum(n, condition, seed=0):
+    """A dense matrix with eigenvalues from 1 to 1 / condition, falling as a power."""
+    U = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
+    return (U * np.arange(1, n + 1) ** (-np.log(condition) / np.log(n))) @ U.T
+
+
+def preconditioner(name, matrix, ridge):
+    return {"none": None, "jacobi": lambda: pcg.jacobi(matrix, ridge),
+            "lowrank": lambda: pcg.low_rank(matrix, ridge, rank=150)}[name] and {
+                "jacobi": lambda: pcg.jacobi(matrix, ridge),
+                "lowrank": lambda: pcg.low_rank(matrix, ridge, rank=150)}[name]()
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e9])
+@pytest.mark.parametrize("name", ["none", "jacobi", "lowrank"])
+def test_pcg_is_cholesky(condition, name):
+    """Predictions K x are those of a dense float64 Cholesky solve to 1e-6, condition 1e3 to 1e9."""
+    n = 300
+    K, y = spectrum(n, condition), np.random.default_rng(1).normal(size=(n, 4))
+    ridge = 1 / condition
+    x, info = pcg.solve(Dense(K).matvec, y, ridge, preconditioner(name, Dense(K), ridge), tol=1e-8,
+                        max_iters=50000)
+    L = np.linalg.cholesky(K + ridge * np.eye(n))
+    exact = np.linalg.solve(L.T, np.linalg.solve(L, y))
+    assert info.converged and np.abs(K @ (x - exact)).max() < 1e-6 * np.abs(K @ exact).max()
+
+
+def test_pcg_is_scikit_learn():
+    """On digits, tiles and CG give the dual coefficients of scikit-learn's KernelRidge."""
+    from sklearn.kernel_ridge import KernelRidge
+    x, labels = digits(400)
+    K, y = tiles.gram(kernel.kernel_fn("fc", "ntk"), x, tile=128), data.one_hot(labels)
+    ridge = 1e-3 * K.diagonal().mean()
+    alpha, _ = pcg.solve(K.matvec, y, ridge, pcg.low_rank(K, ridge, 40), tol=1e-10)
+    model = KernelRidge(alpha=ridge, kernel="precomputed").fit(K.dense().astype(np.float64), y)
+    assert np.allclose(alpha, model.dual_coef_, rtol=1e-6, atol=1e-8 * np.abs(alpha).max())
+
+
+def test_pcg_residual_of_every_column():
+    """Every column meets the tolerance, the true residual is reported, a zero column stays zero.
+
+    jax.scipy's cg, one step size for all columns, leaves the worst one above the tolerance."""
+    K, rng = spectrum(200, 1e6), np.random.default_rng(0)
+    U = np.linalg.eigh(K)[1]
+    y = np.stack([U[:, -1] * 1e3, rng.normal(size=200), np.zeros(200), 1e-6 * rng.normal(size=200)], 1)
+    x, info = pcg.solve(lambda v: K @ v, y, 1e-6, tol=1e-6, max_iters=10000)
+    norm = np.linalg.norm(y, axis=0) + (np.arange(4) == 2)
+    true = np.linalg.norm(y - K @ x - 1e-6 * x, axis=0) / norm
+    assert info.converged and true.max() <= 1e-6 and (x[:, 2] == 0).all()
+    assert np.allclose(info.residual, true, atol=1e-12)
+    theirs, _ = jax.scipy.sparse.linalg.cg(lambda v: jnp.asarray(K) @ v + 1e-6 * v, jnp.asarray(y),
+                                           tol=1e-6, maxiter=10000)
+    assert (np.linalg.norm(y - K @ theirs - 1e-6 * theirs, axis=0) / norm).max() > 1e-6
+
+
+@pytest.mark.parametrize("source", ["digits", pytest.param("cifar", marks=needs_cifar)])
+def test_pcg_low_rank_cuts_iterations(source):
+    """Rank n/10 on a real kernel at ridge 1e-4: at least four times fewer iterations; Jacobi: none."""
+    x, labels = digits(1400) if source == "digits" else cifar(2000)
+    K, y = tiles.gram(kernel.kernel_fn("fc", "nngp"), x, tile=512), data.one_hot(labels)
+    ridge = 1e-4 * K.diagonal().mean()
+    counts = [pcg.solve(K.matvec, y, ridge, P, max_iters=5000)[1].iterations
+              for P in (None, pcg.jacobi(K, ridge), pcg.low_rank(K, ridge, len(x) // 10))]
+    assert counts[0] >= 4 * counts[2] and counts[1] > 0.5 * counts[0]
+
+
+def test_pcg_partial_cholesky():
+    """Exact on a matrix of its rank; on a real kernel below the best error at half its rank."""
+    G = np.random.default_rng(0).normal(size=(200, 30))
+    F = pcg.partial_cholesky(Dense(G @ G.T), 100)
+    assert F.shape[1] == 30 and np.allclose(F @ F.T, G @ G.T)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp")(digits(500)[0]), np.float64)
+    for rank in (20, 100, 300):  # within and beyond one block of pivots
+        F = pcg.partial_cholesky(Dense(K), rank)
+        left = np.diag(K) - np.sum(F**2, axis=1)
+        assert F.shape[1] == rank and left.min() > -1e-6 * K.max()
+        assert left.sum() < np.linalg.eigvalsh(K)[:-rank // 2].sum()
+
+
+def test_pcg_low_rank_formula():
+    """P^-1 is the inverse of U (S^2 + ridge) U^T + (s^2 + ridge)(I - U U^T), made densely."""
+    K = spectrum(60, 1e5)
+    F = pcg.partial_cholesky(Dense(K), 20)
+    U, S, _ = np.linalg.svd(F, full_matrices=False)
+    P = (U * (S**2 + 1e-3)) @ U.T + (S[-1] ** 2 + 1e-3) * (np.eye(60) - U @ U.T)
+    inverse = pcg.low_rank(None, 1e-3, factor=F)(np.eye(60))
+    assert np.allclose(inverse @ P, np.eye(60), atol=1e-8)
+
+
+def test_pcg_condition():
+    """The condition number read off the coefficients is that of K + ridge I to 1 %."""
+    K = spectrum(100, 1e4)
+    _, info = pcg.solve(lambda v: K @ v, np.random.default_rng(0).normal(size=(100, 1)), 1e-3,
+                        tol=1e-12, max_iters=1000)
+    values = np.linalg.eigvalsh(K) + 1e-3
+    assert abs(info.condition / (values[-1] / values[0]) - 1) < 0.01
+    assert len(info.history) == info.iterations + 1 and info.history[0] == 1
+
+
+def test_pcg_says_so():
+    """Too few steps, a tolerance beyond rounding, an indefinite K, NaN: said, each in one sentence."""
+    K, y = spectrum(200, 1e8), np.random.default_rng(0).normal(size=(200, 2))
+    with pytest.warns(UserWarning, match="not converged: residual .* after 5 steps, .*--max_iters"):
+        assert not pcg.solve(lambda v: K @ v, y, 1e-8, max_iters=5)[1].converged
+    with pytest.warns(UserWarning, match="Rounding allows no more: raise --ridge"):
+        info = pcg.solve(lambda v: K @ v, y, 1e-3, tol=1e-17, max_iters=5000)[1]
+    assert info.iterations < 1000 and info.residual.max() < 1e-10
+    with pytest.raises(ArithmeticError, match="not positive definite.*Raise the ridge"):
+        pcg.solve(lambda v: -v, y, 0.5)
+    with pytest.raises(ValueError, match="y has 1 entries that are not finite"):
+        pcg.solve(lambda v: v, np.array([1.0, np.nan]))
+
+
+def test_pcg_edges():
+    """n = 1, more columns than rows, vectors, exact duplicates, a start at the solution: all right."""
+    for K, y in ((np.full((1, 1), 3.0), np.ones((1, 1))), (np.eye(3), np.ones((3, 7))),
+                 (np.ones((4, 4)), np.arange(4.0)), (np.eye(3), np.zeros((3, 2)))):
+        for P in (None, pcg.jacobi(Dense(K), 0.1), pcg.low_rank(Dense(K), 0.1, 10)):
+            x, info = pcg.solve(lambda v: K @ v, y, 0.1, P, tol=1e-10)
+            assert info.converged and x.shape == y.shape
+            assert np.allclose(x, np.linalg.solve(K + 0.1 * np.eye(len(K)), y))
+            assert pcg.solve(lambda v: K @ v, y, 0.1, P, tol=1e-8, x0=x)[1].iterations == 0
+
+
+# --------------------------------------------------------------------------------------- augment
+
+@pytest.mark.parametrize("flips, crops", [(False, 1), (True, 1), (False, 3), (True, 4)])
+def test_augment_is_a_loop(flips, crops):
+    """Rows of a view are the images that a plain loop pads, cuts and mirrors, in any order."""
+    x = np.random.default_rng(0).normal(size=(5, 8, 6, 2)).astype(np.float32)
+    view = augment.expand(5, flips, crops, seed=3, pad=2)
+    assert view.copies == crops * (1 + flips) and len(view.of(x)) == 5 * view.copies
+    rows = np.random.default_rng(1).permutation(5 * view.copies)
+    for row, got in zip(rows, view.of(x)[rows]):
+        wide = np.zeros((12, 10, 2), np.float32)
+        wide[2:10, 2:8] = x[row // view.copies]
+        down, right = view.offset[row]
+        cut = wide[down:down + 8, right:right + 6]
+        assert (got == (cut[:, ::-1] if view.flip[row] else cut)).all()
+
+
+def test_augment_copies():
+    """Copy 0 is the original, no copy comes twice, half are mirrored, fewer images are a prefix."""
+    x = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
+    view = augment.expand(6, flips=True, crops=10, seed=0, pad=1 + 1)
+    copies = view.of(x)[np.arange(120)].reshape(6, 20, -1)
+    assert (copies[:, 0] == x.reshape(6, -1)).all()
+    assert all(len(np.unique(copies[i], axis=0)) == 20 for i in range(6))
+    assert view.flip.reshape(6, 20).sum(axis=1).tolist() == [10] * 6
+    assert (view.original == np.repeat(np.arange(6), 20)).all()
+    small = augment.expand(3, flips=True, crops=10, seed=0, pad=2)
+    assert (small.offset == view.offset[:60]).all() and (small.flip == view.flip[:60]).all()
+    assert (augment.expand(6, True, 10, seed=1, pad=2).offset != view.offset).any()
+
+
+def test_augment_in_tiles():
+    """The kernel of a view, made tile by tile, is the kernel of all its images made at once."""
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+    view, fn = augment.expand(4, flips=True, crops=3, pad=1), kernel.kernel_fn("cnn_vec", "ntk", depth=2)
+    K = tiles.gram(fn, view.of(x), tile=7)
+    everything = view.of(x)[np.arange(24)]
+    assert relative_error(K.dense(), np.asarray(fn(everything), np.float64)) < 1e-5
+
+
+def test_augment_errors():
+    """More crops than shifts and images that are too few are refused."""
+    with pytest.raises(ValueError, match="1 <= crops <= 9"):
+        augment.expand(5, crops=10, pad=1)
+    with pytest.raises(ValueError, match=r"n >= 5"):
+        augment.expand(5).of(np.zeros((4, 8, 8, 1)))
+
+
+# ------------------------------------------------------------------------------------------ data
+
+def test_data_digits():
+    """1,437 + 360 real images, uint8; the same test images for every seed."""
+    x, y, x_test, y_test = data.load("digits")
+    assert x.shape == (1437, 8, 8, 1) and x_test.shape == (360, 8, 8, 1) and x.dtype == np.uint8
+    assert y.dtype == np.int64 and set(y) == set(range(10)) and x.max() == 16
+    assert (data.load("digits", seed=5)[2] == x_test).all() and (data.load("digits", seed=5)[0] != x).any()
+
+
+def test_data_order():
+    """Every prefix is balanced to one image, sizes are nested, seeds differ, all rows come once."""
+    _, y, _, _ = data.load("digits", n_train=1000)
+    for n in (10, 37, 500, 1000):
+        counts = np.bincount(data.load("digits", n_train=n)[1], minlength=10)
+        assert counts.max() - counts.min() <= 1
+        assert (data.load("digits", n_train=n)[1] == y[:n]).all()
+    labels = np.repeat(np.arange(10), 7)
+    assert sorted(data.order(labels, 0)) == list(range(70))
+    assert (data.order(labels, 0) != data.order(labels, 1)).any()
+    plain = labels[data.order(labels, 0, balanced=False)]
+    assert sorted(plain) == sorted(labels) and len(set(plain[:10])) < 10
+
+
+@pytest.fixture
+def cifar_folder(tmp_path, monkeypatch):
+    """Files in the formats of CIFAR-10, 10.1 and 10.2 with 20 records each, pixel (0, 0) the label."""
+    monkeypatch.setattr(data, "BATCH", 20)
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        records = rng.integers(0, 256, (20, 3073), dtype=np.uint8)
+        records[:, 0] = records[:, 1] = np.arange(20) % 10
+        records.tofile(tmp_path / f"{name}.bin")
+    images, labels = rng.integers(0, 256, (7, 32, 32, 3), dtype=np.uint8), np.arange(7)
+    np.save(tmp_path / "cifar10.1_v6_data.npy", images)
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", labels.astype(np.int32))
+    np.savez(tmp_path / "cifar102_test.npz", images=images[:5], labels=labels[:5])
+    return tmp_path
+
+
+def test_data_cifar10(cifar_folder):
+    """Records are read as label, then planes R, G, B row by row; 10.1 and 10.2 replace the test set."""
+    x, y, x_test, y_test = data.load("cifar10", cifar_folder)
+    assert x.shape == (100, 32, 32, 3) and x_test.shape == (20, 32, 32, 3)
+    assert (x[:, 0, 0, 0] == y).all() and (x_test[:, 0, 0, 0] == y_test).all()
+    record = np.fromfile(cifar_folder / "test_batch.bin", np.uint8)[3 * 3073:4 * 3073]
+    assert x_test[3, 5, 7, 2] == record[1 + 2 * 1024 + 5 * 32 + 7]
+    for name, n in (("cifar10.1", 7), ("cifar10.2", 5)):
+        loaded = data.load(name, cifar_folder)
+        assert (loaded[0] == x).all() and loaded[2].shape == (n, 32, 32, 3)
+        assert loaded[3].tolist() == list(range(n))
+
+
+@needs_cifar
+def test_data_cifar10_is_the_real_one():
+    """The images beside the project have CIFAR-10's published balance, means and deviations."""
+    x, y, x_test, y_test = data.load("cifar10", CIFAR)
+    assert np.bincount(y).tolist() == [5000] * 10 and np.bincount(y_test).tolist() == [1000] * 10
+    assert np.allclose(x.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
+    assert np.allclose(x.std((0, 1, 2)) / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: (d / "data_batch_3.bin").unlink(), "data_batch_3.bin is not there; give --data"),
+    (lambda d: (d / "test_batch.bin").write_bytes(b"x" * 100), "has 100 bytes; a CIFAR-10 batch has"),
+    (lambda d: (d / "data_batch_1.bin").write_bytes(b"\x0b" * 20 * 3073), "label 11 at row 0; expected"),
+    (lambda d: np.save(d / "cifar10.1_v6_data.npy", np.ones((7, 3, 3, 3))), "float64.*expected uint8"),
+    (lambda d: np.save(d / "cifar10.1_v6_data.npy", np.array([{}] * 7)), "without pickle"),
+    (lambda d: (d / "cifar10.1_v6_labels.npy").write_bytes(b""), "labels.npy is not a complete"),
+])
+def test_data_damaged_files(cifar_folder, damage, words):
+    """Missing, truncated, wrong shape, wrong label, pickled: the file is named and what is wrong."""
+    damage(cifar_folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        data.load("cifar10.1" if "10.1" in words or "uint8" in words or "pickle" in words
+                  or "labels.npy" in words else "cifar10", cifar_folder)
+    assert "\n" not in str(error.value)
+
+
+def test_data_rows_asked_for():
+    """More rows than there are, no rows, an unknown name: refused with the numbers."""
+    with pytest.raises(ValueError, match="n_train=2000, but digits has 1 to 1437 rows"):
+        data.load("digits", n_train=2000)
+    with pytest.raises(ValueError, match="n_test=0"):
+        data.load("digits", n_test=0)
+    with pytest.raises(ValueError, match="'mnist' is unknown; choose one of digits"):
+        data.load("mnist")
+
+
+@pytest.fixture
+def cifar5m_folder(tmp_path, monkeypatch):
+    """Six parts in the format of CIFAR-5m, compressed and not; pixel (0, 0) holds label and part."""
+    monkeypatch.setattr(data, "BLOCK", 32)
+    rng = np.random.default_rng(0)
+    for part in range(6):
+        X, Y = rng.integers(0, 256, (500, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 500)
+        X[:, 0, 0, 0], X[:, 0, 0, 1] = Y, part
+        (np.savez if part % 2 else np.savez_compressed)(tmp_path / f"part{part}.npz", X=X, Y=Y)
+    return tmp_path
+
+
+def test_data_cifar5m(cifar5m_folder):
+    """Parts 0-4 train, part 5 tests; rows and labels stay together; balanced, nested, across parts."""
+    x, y, x_test, y_test = data.load("cifar5m", cifar5m_folder)
+    assert len(x) == 2500 and len(x_test) == 500
+    assert (x[:, 0, 0, 0] == y).all() and (x_test[:, 0, 0, 0] == y_test).all()
+    assert set(x[:, 0, 0, 1]) == {0, 1, 2, 3, 4} and set(x_test[:, 0, 0, 1]) == {5}
+    assert len(np.unique(x.reshape(2500, -1), axis=0)) == 2500
+    few, labels, few_test, _ = data.load("cifar5m", cifar5m_folder, n_train=300, n_test=50)
+    assert (few == x[:300]).all() and np.bincount(labels).tolist() == [30] * 10
+    assert len(set(few[:, 0, 0, 1])) > 1 and (few_test == x_test[:50]).all()
+
+
+def test_data_cifar5m_is_streamed(tmp_path):
+    """100 rows of parts of 25 MB are read without holding 10 MB."""
+    X = np.zeros((8192, 32, 32, 3), np.uint8)
+    for part in range(6):
+        np.savez(tmp_path / f"part{part}.npz", X=X, Y=np.arange(8192) % 10)
+    del X
+    tracemalloc.start()
+    data.load("cifar5m", tmp_path, n_train=100, n_test=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 15e6 < 25e6
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda p: p.unlink(), "part2.npz is not there"),
+    (lambda p: p.write_bytes(p.read_bytes()[:5000]), "part2.npz is truncated or not an .npz"),
+    (lambda p: np.savez(p, X=np.ones((5, 32, 32, 3))), "holds X.npy; expected X, Y"),
+    (lambda p: np.savez(p, X=np.ones((500, 32, 32, 3)), Y=np.arange(500) % 10), "float64.*expected uint8"),
+    (lambda p: np.savez(p, X=np.ones((500, 32, 32, 3), np.uint8), Y=np.full(500, 77)), "label 77"),
+    (lambda p: np.savez(p, X=np.ones((90, 32, 32, 3), np.uint8), Y=np.arange(500) % 10), "part2"),
+])
+def test_data_cifar5m_damaged(cifar5m_folder, damage, words):
+    """A part that is missing, truncated, of the wrong keys, dtype, labels or length is named."""
+    damage(cifar5m_folder / "part2.npz")
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        data.load("cifar5m", cifar5m_folder)
+
+
+def archive(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    import hashlib
+    return path.as_uri(), hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def test_data_download(cifar_folder, tmp_path, monkeypatch):
+    """The archive is checked by its digest and extracted once; a wrong digest or path is refused."""
+    members = {f"cifar-10-batches-bin/{f.name}": f.read_bytes() for f in cifar_folder.glob("*.bin")}
+    url, md5 = archive(tmp_path / "cifar-10-binary.tar.gz", members)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(data, "URL", url)
+    with pytest.raises(ValueError, match=f"arrived with md5 {md5}, expected"):
+        data.load("cifar10")
+    assert not list(home.glob("data/*"))
+    monkeypatch.setattr(data, "MD5", md5)
+    assert data.load("cifar10")[0].shape == (100, 32, 32, 3)
+    monkeypatch.setattr(data, "URL", "file:///nowhere")
+    assert data.load("cifar10")[0].shape == (100, 32, 32, 3), "not fetched twice"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="could not be fetched from file:///nowhere"):
+        data.load("cifar10")
+    url, md5 = archive(tmp_path / "evil.tar.gz", {"../../evil": b"x"})
+    monkeypatch.setattr(data, "URL", url)
+    monkeypatch.setattr(data, "MD5", md5)
+    with pytest.raises(tarfile.FilterError):
+        data.load("cifar10")
+
+
+def test_data_whitening():
+    """zca with eps = 0 makes the training covariance the identity, with eps what its formula says;
+    standardise makes every channel mean 0 and deviation 1. Both see the training set alone."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (500, 4, 4, 3), dtype=np.uint8)
+    x[:, :, 1:] = (x[:, :, 1:].astype(int) + x[:, :, :-1]) // 2  # correlated neighbours
+    z = data.zca(x, eps=0)(x).reshape(500, -1)
+    assert z.dtype == np.float32 and np.abs(z.mean(axis=0)).max() < 1e-4
+    assert np.abs(z.T @ z / 500 - np.eye(48)).max() < 1e-3
+    flat = x.reshape(500, -1) / 255
+    S, U = np.linalg.eigh(np.cov(flat.T, bias=True))
+    W = U @ np.diag((S + 0.3 * S.mean()) ** -0.5) @ U.T
+    assert np.allclose(data.zca(x, 0.3)(x[:5]).reshape(5, -1), (flat - flat.mean(axis=0))[:5] @ W, atol=1e-3)
+    assert np.allclose(data.zca(x, 0.3)(x[:1])[0], data.zca(x, 0.3)(x[:9])[0], atol=1e-5)
+    with pytest.raises(ValueError, match="singular.*eps > 0"):
+        data.zca(x[:20], eps=0)
+    s = data.standardise(x)(x)
+    assert np.allclose(s.mean((0, 1, 2)), 0, atol=1e-4) and np.allclose(s.std((0, 1, 2)), 1, atol=1e-4)
+    assert np.allclose(data.standardise(x)(x[:3]), s[:3]) and s.dtype == np.float32
+
+
+def test_data_one_hot():
+    """Targets are 1 - 1/classes for the class and -1/classes elsewhere."""
+    assert np.allclose(data.one_hot(np.array([2, 0]), 4),
+                       [[-0.25, -0.25, 0.75, -0.25], [0.75, -0.25, -0.25, -0.25]])
+
+
+# ----------------------------------------------------------------------------------------- train
+
+def train(tmp_path, *flags):
+    return train_cifar.main([*flags, "--out", str(tmp_path), "--quiet"])
+
+
+def test_train_smoke(tmp_path):
+    """With no flags: 97 % or more on digits, and one line of runs.jsonl with all there is to know."""
+    result = train(tmp_path)
+    assert result["test_accuracy"] >= 0.97 and result["cg_converged"] and result["cg_residual"] <= 1e-6
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and json.loads(lines[0]) == result
+    assert result["entries"] >= 1437 * 1438 // 2 + 1437 * 360
+    assert {"test_mse", "ridge", "cg_iterations", "entries_per_second", "seconds", "peak_memory_gb",
+            "device", "devices", "jax", "neural_tangents", "commit", "dirty"} <= set(result)
+    assert result["config"]["seed"] == 0 and result["config"]["n_train"] == 1437
+    assert max(result["validation"], key=lambda row: row[1])[1] > 0.97
+
+
+def test_train_is_a_dense_solve(tmp_path):
+    """Accuracy and error are those of a dense float64 Cholesky solve of neural_tangents' kernel."""
+    result = train(tmp_path, "--n_train", "300", "--kernel", "cnn_vec", "--depth", "2", "--kind", "ntk",
+                   "--ridge", "1e-3")
+    x, labels, x_test, test_labels = data.load("digits", n_train=300)
+    standardise = data.standardise(x)
+    x, x_test = (standardise(z).astype(np.float64) for z in (x, x_test))
+    K = reference("cnn_vec", "ntk", x, depth=2)
+    A = K + 1e-3 * np.diag(K).mean() * np.eye(300)
+    f = reference("cnn_vec", "ntk", x_test, x, depth=2) @ np.linalg.solve(A, data.one_hot(labels))
+    assert result["test_accuracy"] == np.mean(f.argmax(axis=1) == test_labels)
+    assert abs(result["test_mse"] - np.mean((f - data.one_hot(test_labels)) ** 2)) < 1e-5
+
+
+@needs_cifar
+@both_kinds
+def test_train_cifar_is_a_dense_solve(tmp_path, kind):
+    """On CIFAR-10 too, 1,500 images: accuracy within 0.1 point of dense Cholesky at the same ridge."""
+    result = train(tmp_path, "--dataset", "cifar10", "--data", CIFAR, "--n_train", "1500", "--n_test",
+                   "2000", "--kind", kind)
+    x, labels, x_test, test_labels = data.load("cifar10", CIFAR, n_train=1500, n_test=2000)
+    standardise = data.standardise(x)
+    x, x_test = standardise(x).astype(np.float64), standardise(x_test).astype(np.float64)
+    K = np.asarray(kernel.kernel_fn("fc", kind)(x))
+    A = K + result["ridge"] * np.diag(K).mean() * np.eye(1500)
+    f = np.asarray(kernel.kernel_fn("fc", kind)(x_test, x)) @ np.linalg.solve(A, data.one_hot(labels))
+    assert abs(result["test_accuracy"] - np.mean(f.argmax(axis=1) == test_labels)) < 0.001
+    assert result["test_accuracy"] > 0.37
+
+
+def test_train_flags_that_change_nothing(tmp_path):
+    """Tile side, preconditioner, rank and device count change the way, not the answer."""
+    flags = ["--n_train", "250", "--n_test", "100", "--ridge", "1e-3", "--tol", "1e-9"]
+    expected = train(tmp_path, *flags)
+    for more in (["--tile", "37"], ["--precondition", "none"], ["--precondition", "jacobi"],
+                 ["--rank", "7"], ["--max_iters", "300"]):
+        assert abs(train(tmp_path, *flags, *more)["test_mse"] / expected["test_mse"] - 1) < 1e-6, more
+    done = subprocess.run([sys.executable, "train_cifar.py", *flags, "--out", tmp_path], cwd=HERE,
+                          capture_output=True, text=True, check=True)
+    result = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])
+    assert result["devices"] == os.cpu_count() and "test accuracy" in done.stdout
+    assert abs(result["test_mse"] / expected["test_mse"] - 1) < 1e-6
+
+
+def test_train_flags_that_change_something(tmp_path):
+    """Every flag does what it says: each one gives another answer."""
+    flags = ["--n_train", "100", "--n_test", "50", "--ridge", "1e-3"]
+    seen = {train(tmp_path, *flags)["test_mse"]}
+    for more in (["--kind", "ntk"], ["--kernel", "cnn_vec"], ["--depth", "5"], ["--whiten", "none"],
+                 ["--whiten", "zca"], ["--whiten", "zca", "--zca_eps", "3"], ["--flips"], ["--crops", "3"],
+                 ["--flips", "--crops", "3"], ["--ridge", "1"], ["--seed", "1"], ["--n_train", "90"],
+                 ["--n_test", "40"], ["--tol", "0.3"], ["--flips", "--ridge", "auto"]):
+        mse = train(tmp_path, *flags, *more)["test_mse"]
+        assert mse not in seen, more
+        seen.add(mse)
+    with pytest.warns(UserWarning, match="not converged"):
+        assert train(tmp_path, *flags, "--max_iters", "2")["cg_iterations"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len({json.dumps([run["config"], run["ridge"]]) for run in lines}) == len(lines)
+
+
+def test_train_ridge_comes_from_validation(tmp_path, monkeypatch):
+    """The ridge is the best on the last fifth of the training set; test labels play no part."""
+    flags = ["--n_train", "200", "--ridge", "10,1,0.01,1e-4", "--flips"]
+    result = train(tmp_path, *flags)
+    x, y, x_test, y_test = data.load("digits", n_train=200)
+    apply = data.standardise(x)
+    view, fn = augment.expand(160, flips=True, pad=1), kernel.kernel_fn("fc", "nngp")
+    fit, targets = view.of(apply(x))[np.arange(320)], data.one_hot(y)[view.original]
+    K, K_val = (np.asarray(fn(z, fit), np.float64) for z in (fit, apply(x[160:])))
+    mean = np.diag(np.asarray(fn(view.of(apply(x))[np.arange(320)]))).mean()
+    for ridge, accuracy, mse in result["validation"]:
+        f = K_val @ np.linalg.solve(K + ridge * mean * np.eye(320), targets)
+        assert abs(accuracy - np.mean(f.argmax(axis=1) == y[160:])) <= 1 / 40 + 1e-9
+        assert abs(mse / np.mean((f - data.one_hot(y[160:])) ** 2) - 1) < 0.02
+    best = min(result["validation"], key=lambda row: row[2])
+    assert result["ridge"] == best[0]
+    real = data.load
+    monkeypatch.setattr(data, "load", lambda *a, **k: (*real(*a, **k)[:3], np.zeros(360, np.int64)))
+    assert train(tmp_path, *flags)["ridge"] == result["ridge"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n_train", "2000"], "ValueError: n_train=2000, but digits has 1 to 1437 rows"),
+    (["--kernel", "fc", "--depth", "-1"], "ValueError: depth=-1 does not fit fc"),
+    (["--dataset", "cifar10", "--data", "nowhere"], "FileNotFoundError: .*data_batch_1.bin is not there"),
+    (["--n_train", "4"], "ValueError: n_train=4: choosing among .* ridges needs at least 5 images"),
+    (["--ridge", "often"], "--ridge often: expected a number"),
+    (["--ridge", "-1"], "expected numbers >= 0"),
+    (["--tile", "0"], "ValueError: .* tile=0: each must be at least 1"),
+    (["--crops", "10"], "ValueError: .*1 <= crops <= 9"),
+])
+def test_train_errors(flags, words, tmp_path):
+    """At the command line, what is wrong is one line, without a traceback."""
+    done = subprocess.run([sys.executable, "train_cifar.py", "--out", tmp_path, *flags], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode and re.search(words, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------- benchmark
+
+@every_network
+@both_kinds
+@pytest.mark.parametrize("engine", ["kernel", "neural_tangents"])
+def test_benchmark(benchmark, name, kind, engine):
+    """Seconds for a block of kernel entries; extra_info holds the entries and their shape."""
+    benchmark.group = f"{name} {kind}"
+    side, n = (8, 3) if benchmark.disabled else (32, {"fc": 1024, "cnn_vec": 128}.get(name, 2))
+    x = np.random.default_rng(0).normal(size=(2 * n, side, side, 3)).astype(np.float32)
+    fn = (kernel.kernel_fn if engine == "kernel" else kernel.reference_fn)(name, kind)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        fn(x[:n], x[n:]).block_until_ready()  # compile
+        K = benchmark.pedantic(lambda: fn(x[:n], x[n:]).block_until_ready(), rounds=5)
+    benchmark.extra_info.update(entries=n * n, image=f"{side}x{side}x3", dtype="float32")
+    assert K.shape == (n, n) and np.isfinite(K).all()
