@@ -65,7 +65,6 @@ def _arccos_coefficients(degree):
     return interpolant.convert(kind=np.polynomial.Polynomial).coef.tolist()
 
 
-# Largest error of kappa1 on [-1, 1], measured: 2e-7 in float32, 2e-15 in float64.
 ARCCOS = {"float32": _arccos_coefficients(7), "float64": _arccos_coefficients(19)}
 
 
@@ -75,7 +74,9 @@ def kappas(c):
     arccos |c| = sqrt(1 - |c|) polynomial(|c|): thirty times the speed of XLA's on a CPU, and for
     c < 0 it is pi - arccos c itself, without the cancellation.
     kappa0 has infinite slope at c = 1, so rounding of 1e-7 in c would cost 1e-4 in the NTK of an
-    image with itself. A |c| within 16 units of rounding of 1 therefore counts as 1.
+    image with itself. A |c| within 16 units of rounding of 1 therefore counts as 1 (a CIFAR-10 image
+    with itself came out within 9). Errors: 2e-7 in float32 and 2e-15 in float64, and in kappa0 of a
+    c that is that close to 1 without being 1, up to 6e-4 and 3e-8.
     """
     a = jnp.abs(c)
     gap = 1 - a

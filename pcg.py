@@ -8,16 +8,18 @@ few of its columns. Every vector is float64, whatever the tiles are.
 
     X = 0,  R = Y,  Z = P^-1 R,  D = Z                 every column with its own alpha and beta
     repeat:  Q = A D;  alpha = <R, Z> / <D, Q>;  X += alpha D;  R -= alpha Q
-             every CHECK steps, and before a column is called done:  R = Y - A X
-                 freeze the columns with |R| <= tol |Y|
-                 where that moved R by a tenth of itself the recursion is lost: beta = 0 once;
-                 freeze a column that has not halved |R| since it was lost before: rounding
+             every CHECK steps, and before a column is called done:  R' = Y - A X
+                 freeze the columns with |R'| <= tol |Y|
+                 where |R' - R| > |R'| / 10 the recursion is lost:  R = R', beta = 0;
+                 freeze a column that has not halved |R'| since it was lost before: rounding
              Z = P^-1 R;  beta = <R, Z> / <R, Z>_before;  D = Z + beta D
 
 Differs from the textbook, and from jax.scipy.sparse.linalg.cg, in:
   1) a step size per column: one for all treats (n, c) as one vector, and the worst column is left
      above the tolerance;
-  2) the residual that decides is the true one, Y - A X: the recursive one drifts away from it;
+  2) the residual that decides is the true one, Y - A X: the recursive one drifts away from it. It
+     replaces the recursive one only where that is lost: done every CHECK steps, it spoils the
+     directions, and at condition 1e9 CG without a preconditioner never converged;
   3) the Lanczos matrix behind the coefficients is kept: condition numbers for free;
   4) negative curvature is an error, for then A is not positive definite and X means nothing.
 
@@ -95,11 +97,12 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
         residual = relative(r)
         lost = np.zeros_like(active)
         if len(alphas) % CHECK == CHECK - 1 or np.all(residual[active] <= tol):
-            recursive, r = r, y - product(x)
-            residual = relative(r)
-            lost = active & (relative(r - recursive) > 0.1 * residual)
+            true = y - product(x)
+            residual = relative(true)
+            lost = active & (relative(true - r) > 0.1 * residual)
             active &= (residual > tol) & ~(lost & (residual > restarted / 2))
             restarted[lost] = residual[lost]
+            r[:, lost] = true[:, lost]
         z = precondition(r)
         rz_before, rz = rz, dot(r, z)
         beta = np.divide(rz, rz_before, out=np.zeros_like(rz), where=active & ~lost)
