@@ -148,8 +148,8 @@ def derive(args, n_train, n_test, rows):
 def solve(args, K, y, ridges, tol):
     """[(alpha, info)] of (K + lambda I) alpha = y for each ridge, each from the solution before."""
     diagonal = K.diagonal().mean()
-    factor = (pcg.partial_cholesky(K, args.rank, args.seed) if args.precondition == "lowrank"
-              else None)
+    factor = (pcg.eigenpairs(pcg.partial_cholesky(K, args.rank, args.seed, args.quiet))
+              if args.precondition == "lowrank" else None)
     solutions, alpha = [], None
     for ridge in ridges:
         precondition = {"none": lambda: None, "jacobi": lambda: pcg.jacobi(K, ridge * diagonal),
