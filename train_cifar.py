@@ -102,7 +102,8 @@ def main(argv=None):
 
     derive(args, len(x_train), len(x_test), len(x))
     if not args.quiet:
-        print(" ".join(f"{key}={value}" for key, value in vars(args).items()))
+        print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
+              + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
 
     with phase("kernel"):
         options = {} if args.depth is None else {"depth": args.depth}
