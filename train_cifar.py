@@ -3,7 +3,7 @@
   f(x) = k(x, X) (K + lambda I)^-1 Y,   K = k(X, X),   lambda = ridge * mean(diag K)
 
 (Adlam et al. 2023, arXiv 2303.05420). Y is one-hot minus 1/classes; the class with the largest f(x) is
-the answer. ridge and nothing else is tuned, on the last fifth of the training set.
+the answer. ridge and nothing else is tuned, on the last fifth of the training set (5,000 images at most).
 
   python train_cifar.py                                            digits, half a minute, no network
   python train_cifar.py --dataset cifar10 --n_train 10000          downloads CIFAR-10 into ./data
@@ -32,6 +32,7 @@ import pcg
 import tiles
 
 RIDGES = [10 ** (k / 2) for k in range(4, -9, -1)]  # of --ridge auto: 100 down to 1e-4
+HELD_OUT = 5000  # images of the validation split, at most
 
 
 def parse(argv):
@@ -171,8 +172,8 @@ def solve(args, K, y, ridges, tol):
 
 
 def choose_ridge(args, K, y, labels, copies):
-    """The ridge with the least mse on the last fifth of the training images, and the table
-    [[ridge, accuracy, mse], ...]. Not the best accuracy: on a few hundred images that is noise, and
+    """The ridge with the least mse on the last fifth of the training images (HELD_OUT at most), and
+    the table [[ridge, accuracy, mse], ...]. Not the best accuracy: on a few hundred images that is noise, and
     picked ridges a factor 30 apart on subsets of CIFAR-10 where mse picked the same.
 
     Nothing is computed anew: the kernel of the images fitted is a leading block of K, and the
@@ -184,7 +185,7 @@ def choose_ridge(args, K, y, labels, copies):
     if len(ridges) == 1:
         return ridges[0], []
     n = len(labels)
-    n_fit = n - min(n // 5, 5000)
+    n_fit = n - min(n // 5, HELD_OUT)
     if n_fit == n:
         raise ValueError(f"n_train={n}: choosing among {len(ridges)} ridges needs at least 5 images "
                          "for a validation split; give one number with --ridge")
