@@ -82,7 +82,7 @@ def parse(argv):
 def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict."""
     args = parse(argv)
-    seconds = {}
+    run, seconds = provenance(), {}
 
     @contextmanager
     def phase(name):
@@ -127,7 +127,7 @@ def main(argv=None):
         "cg_iterations": info.iterations, "cg_residual": float(info.residual.max()),
         "cg_converged": info.converged, "condition": info.condition,
         "entries": entries, "entries_per_second": entries / seconds["kernel"],
-        "seconds": {name: round(s, 3) for name, s in seconds.items()}}
+        "seconds": {name: round(s, 3) for name, s in seconds.items()}, **run}
     record(args, result)
     print(describe(result))
     return result
@@ -173,8 +173,8 @@ def solve(args, K, y, ridges, tol):
 
 def choose_ridge(args, K, y, labels, copies):
     """The ridge with the least mse on the last fifth of the training images (HELD_OUT at most), and
-    the table [[ridge, accuracy, mse], ...]. Not the best accuracy: on a few hundred images that is noise, and
-    picked ridges a factor 30 apart on subsets of CIFAR-10 where mse picked the same.
+    the table [[ridge, accuracy, mse], ...]. Not the best accuracy: that is noise on a few hundred
+    images, and picked ridges a factor 30 apart on subsets of CIFAR-10 where mse picked the same.
 
     Nothing is computed anew: the kernel of the images fitted is a leading block of K, and the
     predictions on the others are K times alpha padded with zeros, at rows of unaugmented images.
@@ -204,24 +204,27 @@ def choose_ridge(args, K, y, labels, copies):
     return min(table, key=lambda row: row[2])[0], table
 
 
-def record(args, result):
-    """Add machine, versions and configuration to the result; append it to runs.jsonl as one line."""
+def provenance():
+    """Machine, versions and code of a run, taken at its start, for the files may change under it."""
     def git(*command):
         done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command],
                               capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
+    return {"device": jax.local_devices()[0].device_kind, "devices": jax.local_device_count(),
+            "cores": os.cpu_count(), "jax": jax.__version__,
+            "neural_tangents": importlib.metadata.version("neural-tangents"),
+            "commit": git("rev-parse", "--short", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--", "*.py", "requirements.txt")),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+
+
+def record(args, result):
+    """Append the result, with its configuration, to runs.jsonl as one line."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    device = jax.local_devices()[0]
-    result.update(
-        peak_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
-        device=device.device_kind, devices=jax.local_device_count(), cores=os.cpu_count(),
-        jax=jax.__version__, neural_tangents=importlib.metadata.version("neural-tangents"),
-        commit=git("rev-parse", "--short", "HEAD"),
-        dirty=bool(git("status", "--porcelain", "--", "*.py", "requirements.txt")),
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        config={key: value for key, value in vars(args).items()
-                if key not in ("data", "out", "quiet")})  # where, not what
+    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    result["config"] = {key: value for key, value in vars(args).items()
+                        if key not in ("data", "out", "quiet")}  # where, not what
     os.makedirs(args.out, exist_ok=True)
     with open(os.path.join(args.out, "runs.jsonl"), "a") as lines:
         lines.write(json.dumps(result) + "\n")
