@@ -77,7 +77,7 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     scale[scale == 0] = 1  # a zero column is solved by zero
     x = np.zeros_like(y) if x0 is None else np.array(x0, np.float64).reshape(y.shape)
     r = y - product(x) if x.any() else y.copy()
-    active = relative(r) > tol
+    active = stepping = relative(r) > tol
     restarted = np.full(len(scale), np.inf)
     history, alphas, betas = [float(relative(r).max())], [], []
     z = precondition(r)
@@ -86,26 +86,27 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     while active.any() and len(alphas) < max_iters:
         q = product(d)
         curvature = dot(d, q)
-        if np.any(curvature[active] <= 0):
+        if np.any(curvature[stepping] <= 0):
             raise ArithmeticError(
                 f"K + ridge I is not positive definite: <d, A d> / <d, d> = "
-                f"{np.min((curvature / np.maximum(dot(d, d), 1e-300))[active]):.1e} at step "
+                f"{np.min((curvature / np.maximum(dot(d, d), 1e-300))[stepping]):.1e} at step "
                 f"{len(alphas) + 1} with ridge {ridge:.1e}. Raise the ridge by more than that.")
-        alpha = np.divide(rz, curvature, out=np.zeros_like(rz), where=active)
+        alpha = np.divide(rz, curvature, out=np.zeros_like(rz), where=stepping)
         x += alpha * d
         r -= alpha * q
-        residual = relative(r)
-        lost = np.zeros_like(active)
-        if len(alphas) % CHECK == CHECK - 1 or np.all(residual[active] <= tol):
+        residual, lost = relative(r), np.zeros_like(active)
+        stepping = active & (residual > tol)  # the others wait for the next true residual
+        if len(alphas) % CHECK == CHECK - 1 or not stepping.any():
             true = y - product(x)
             residual = relative(true)
-            lost = active & (relative(true - r) > 0.1 * residual)
-            active &= (residual > tol) & ~(lost & (residual > restarted / 2))
+            lost = active & (residual > tol) & (~stepping | (relative(true - r) > 0.1 * residual))
+            active = active & (residual > tol) & ~(lost & (residual > restarted / 2))
             restarted[lost] = residual[lost]
             r[:, lost] = true[:, lost]
+            stepping = active
         z = precondition(r)
         rz_before, rz = rz, dot(r, z)
-        beta = np.divide(rz, rz_before, out=np.zeros_like(rz), where=active & ~lost)
+        beta = np.divide(rz, rz_before, out=np.zeros_like(rz), where=stepping & ~lost)
         d = z + beta * d
         alphas.append(alpha)
         betas.append(beta)
@@ -133,8 +134,8 @@ def _condition(alphas, betas):
     if not len(alphas):
         return 1.0
     column = (alphas > 0).sum(axis=0).argmax()
-    alpha = alphas[alphas[:, column] > 0, column]
-    beta = betas[:len(alpha) - 1, column]
+    steps = alphas[:, column] > 0
+    alpha, beta = alphas[steps, column], betas[steps, column][:-1]
     main = 1 / alpha
     main[1:] += beta / alpha[:-1]
     ritz = eigvalsh_tridiagonal(main, np.sqrt(beta) / alpha[:-1])
