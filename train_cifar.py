@@ -174,7 +174,7 @@ def solve(args, K, y, ridges, tol):
 def choose_ridge(args, K, y, labels, copies):
     """The ridge with the least mse on the last fifth of the training images (HELD_OUT at most), and
     the table [[ridge, accuracy, mse], ...]. Not the best accuracy: that is noise on a few hundred
-    images, and picked ridges a factor 30 apart on subsets of CIFAR-10 where mse picked the same.
+    images: on subsets of CIFAR-10 it picked 0.01 to 1 where mse picked 0.3 or 1.
 
     Nothing is computed anew: the kernel of the images fitted is a leading block of K, and the
     predictions on the others are K times alpha padded with zeros, at rows of unaugmented images.
