@@ -275,7 +275,8 @@ def zca(x_train, eps=0.1):
 
     mean (d,) and covariance U S U^T (d, d) over the images of x_train, flattened to d features, and
     over no others. eps: relative to the mean eigenvalue; at 0 the training covariance becomes I.
-    Cost: n d^2 for the covariance and 10 d^3 for its eigenvectors, d = 3,072: half a minute.
+    Cost: n d^2 for the covariance and 10 d^3 for its eigenvectors, d = 3,072: 6 s for 10,000
+    images on two cores.
     Raises ValueError: eps = 0 where the covariance is singular.
     """
     flat = x_train.reshape(len(x_train), -1).astype(np.float32) / 255

@@ -5,7 +5,7 @@
 (Adlam et al. 2023, arXiv 2303.05420). Y is one-hot minus 1/classes; the class with the largest f(x) is
 the answer. ridge and nothing else is tuned, on the last fifth of the training set (5,000 images at most).
 
-  python train_cifar.py                                            digits, half a minute, no network
+  python train_cifar.py                                            digits, ten seconds, no network
   python train_cifar.py --dataset cifar10 --n_train 10000          downloads CIFAR-10 into ./data
   python train_cifar.py --dataset cifar10 --data DIR --kernel cnn_vec --kind ntk --n_train 1000
   python train_cifar.py --dataset cifar10 --data DIR --flips --crops 10 --n_train 1000
