@@ -58,35 +58,36 @@ def network(name, depth=None, w_std=2**0.5, b_std=0.0):
             + [("gap",), dense])
 
 
-def _arccos_coefficients(degree):
-    """Chebyshev interpolant of arccos(a) / sqrt(1 - a), smooth on [0, 1], low power first."""
+def _angle_coefficients(degree):
+    """Chebyshev interpolant of arccos(1 - t) / (pi sqrt t), smooth on [0, 1], low power first."""
     interpolant = np.polynomial.Chebyshev.interpolate(
-        lambda a: np.arccos(a) / np.sqrt(1 - a), degree, domain=[0, 1])
+        lambda t: 2 * np.arcsin(np.sqrt(t / 2)) / (np.pi * np.sqrt(t)), degree, domain=[0, 1])
     return interpolant.convert(kind=np.polynomial.Polynomial).coef.tolist()
 
 
-ARCCOS = {"float32": _arccos_coefficients(7), "float64": _arccos_coefficients(19)}
+ANGLE = {"float32": _angle_coefficients(6), "float64": _angle_coefficients(19)}
 
 
 def kappas(c):
     """kappa0(c), kappa1(c) of the cosine c, any shape, float32 or float64.
 
-    arccos |c| = sqrt(1 - |c|) polynomial(|c|): kappa1 at eight times the speed on a CPU, and for
-    c < 0 it is pi - arccos c itself, without the cancellation.
+    With t = 1 - |c| and arccos |c| = pi sqrt(t) P(t), P a polynomial,
+      kappa0 = 1 - sqrt(t) P(t) for c >= 0, sqrt(t) P(t) for c < 0
+      kappa1 = max(c, 0) + t sqrt(t) Q(t),  Q_k = P_k / (k + 3/2), as kappa1' = kappa0
+    so no arccos is called and nothing cancels as c -> -1.
     kappa0 has infinite slope at c = 1, so rounding of 1e-7 in c would cost 1e-4 in the NTK of an
     image with itself. A |c| within 16 units of rounding of 1 therefore counts as 1 (a CIFAR-10 image
     with itself came out within 9). Errors: 2e-7 in float32 and 2e-15 in float64, and in kappa0 of a
     c that is that close to 1 without being 1, up to 6e-4 and 3e-8.
     """
-    a = jnp.abs(c)
-    gap = 1 - a
-    gap = jnp.where(gap < 16 * float(jnp.finfo(c.dtype).eps), jnp.zeros_like(gap), gap)
-    polynomial = jnp.zeros_like(a)
-    for coefficient in reversed(ARCCOS[c.dtype.name]):
-        polynomial = polynomial * a + coefficient
-    arccos_a = jnp.sqrt(gap) * polynomial
-    angle = jnp.where(c < 0, arccos_a, np.pi - arccos_a)  # pi - arccos c
-    return angle / np.pi, (jnp.sqrt(gap * (1 + a)) + angle * c) / np.pi
+    t = 1 - jnp.abs(c)
+    t = jnp.where(t < 16 * float(jnp.finfo(c.dtype).eps), jnp.zeros_like(t), t)
+    P = Q = jnp.zeros_like(t)
+    for k, coefficient in reversed(list(enumerate(ANGLE[c.dtype.name]))):
+        P, Q = P * t + coefficient, Q * t + coefficient / (k + 1.5)
+    root = jnp.sqrt(t)
+    return (jnp.where(c < 0, root * P, 1 - root * P),
+            jnp.maximum(c, jnp.zeros_like(c)) + t * root * Q)
 
 
 def window(K):
@@ -156,13 +157,22 @@ def deviations(layers, x):
 
 
 def pair(layers, kind, x1, x2, stds1, stds2):
-    """k(x1, x2) of two inputs (h, w, channels), a scalar: the recursion at the top of this file."""
+    """k(x1, x2) of two inputs (h, w, channels), scalars: the recursion at the top of this file."""
     K = covariance(x1, x2, carries_pairs(layers))
     T = jnp.zeros_like(K)
     stds = iter(zip(stds1, stds2))
     for layer in layers:
         K, T = relu(K, T, *next(stds)) if layer[0] == "relu" else linear(layer, K, T)
-    return K if kind == "nngp" else T
+    return chosen(kind, K, T)
+
+
+def chosen(kind, K, T):
+    """K, T or a tuple of them, as kind ("nngp", "ntk" or a tuple of these) says; else ValueError."""
+    unknown = set([kind] if isinstance(kind, str) else kind) - set(KINDS)
+    if unknown or not kind:
+        raise ValueError(f"kind {kind!r} is unknown; choose {' or '.join(KINDS)}, or a tuple of them")
+    return (K, T)[KINDS.index(kind)] if isinstance(kind, str) else tuple(
+        (K, T)[KINDS.index(k)] for k in kind)
 
 
 def carries_pairs(layers):
@@ -190,21 +200,20 @@ def as_images(layers, x):
 def kernel_fn(name, kind, **options):
     """The kernel matrix function of a network: fn(x1, x2=None) -> (n1, n2).
 
-    name: one of NETWORKS, or a list of layers as `network` returns.   kind: "nngp" or "ntk".
+    name: one of NETWORKS, or a list of layers as `network` returns.
+    kind: "nngp", "ntk", or a tuple of them for a tuple of matrices in one pass.
     options: depth, w_std, b_std of `network`.
     x1, x2: (n, h, w, channels), or (n, d) for fc. Computed in float32, or in float64 where x1 is
     float64. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
     Raises ValueError: unknown name or kind, images that do not fit the network.
     """
     layers = network(name, **options) if isinstance(name, str) else list(name)
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    chosen(kind, None, None)
 
     @jax.jit
     def fn(x1, x2=None):
         if x2 is None:
-            K = fn(x1, x1)
-            return jnp.triu(K) + jnp.triu(K, 1).T
+            return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
         x1, x2 = as_images(layers, x1), as_images(layers, x2)
         if x1.shape[1:] != x2.shape[1:] or x1.dtype != x2.dtype:
             raise ValueError(f"x1 is {x1.dtype} {x1.shape} and x2 is {x2.dtype} {x2.shape}: all "

@@ -33,7 +33,8 @@ ROWS = 64  # of a tile, turned to float64 at a time: they stay in cache between 
 def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False):
     """K = kernel_fn(x, x), (n, n), symmetric to the last bit, as a TiledMatrix.
 
-    kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored.
+    kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored. Where
+    it returns a tuple of these, as with NNGP and NTK in one pass, so does this function.
     x: n inputs: an array, or anything with len(x) and x[rows] for an array of row numbers.
     tile: side b of a tile.   devices: JAX devices to use, by default every local one.
     Raises ValueError: no inputs, a tile below 1, entries that are not finite.  MemoryError: K does
@@ -75,17 +76,22 @@ def _compute(kernel_fn, x1, x2, tile, devices, quiet, symmetric):
         return jax.make_array_from_single_device_arrays(
             (len(devices),) + shards[0].shape[1:], mesh, shards)
 
-    K = TiledMatrix((n, m), sides, symmetric, {})
+    matrices = []  # one for each matrix that kernel_fn returns
     bar = tqdm(total=len(todo) * sides[0] * sides[1], unit=" entries", unit_scale=True,
                desc=f"kernel, {len(todo)} tiles", disable=quiet or None, leave=False)
 
-    def keep(result, step):
-        for shard in result.addressable_shards:
-            shard.data.copy_to_host_async()
-        for run, shard in zip(runs, result.addressable_shards):
-            if step < len(run):
-                K._set(tuple(run[step].tolist()), np.asarray(shard.data)[0])
-                bar.update(sides[0] * sides[1])
+    def keep(results, step):
+        results = jax.tree.leaves(results)
+        for result in results:
+            for shard in result.addressable_shards:
+                shard.data.copy_to_host_async()
+        if not matrices:
+            matrices.extend(TiledMatrix((n, m), sides, symmetric, {}) for _ in results)
+        for K, result in zip(matrices, results):
+            for run, shard in zip(runs, result.addressable_shards):
+                if step < len(run):
+                    K._set(tuple(run[step].tolist()), np.asarray(shard.data)[0])
+        bar.update(sides[0] * sides[1] * sum(step < len(run) for run in runs))
 
     with bar:
         pending = None  # dispatch is asynchronous: step s runs while the tiles of s - 1 are stored
@@ -95,7 +101,7 @@ def _compute(kernel_fn, x1, x2, tile, devices, quiet, symmetric):
                 keep(pending, step - 1)
             pending = result
         keep(pending, len(runs[0]) - 1)
-    return K
+    return tuple(matrices) if isinstance(pending, tuple) else matrices[0]
 
 
 def _check_memory(n, m, need):
