@@ -1,7 +1,7 @@
 """The kernels of kernel.py a hundred times faster: K[p, q] cut into sheets.
 
 For two images of 32 x 32 pixels K[p, q] has 1024 x 1024 elements, p = (r, c), q = (r', c'). Fix how
-far apart the two *rows* are, r' = r + a, counted modulo height + 1. All such elements are one sheet:
+far apart the two *rows* are, r' = r + a modulo height + 1. All such elements are one sheet:
 
          r'=0  1  2  3  -         sheet:  a=0  a=1  a=2  a=3  a=4
      r=0   A   B  C  D  .           r=0    A    B    C    D    .
@@ -10,21 +10,21 @@ far apart the two *rows* are, r' = r + a, counted modulo height + 1. All such el
        3   M   N  O  P  .             3    P    .    M    N    O       rows outside the image
        -   .   .  .  .  .             -    .    .    .    .    .
 
-  conv     The window moves in both images together: F, its neighbours A and K, stand one below the
-           other in the same sheet, and c, c' move down the diagonal of their matrix. So a sheet never
-           meets another one, whatever the depth, and a window is nine shifted reads of one array.
-           At the edge of either image it reads the zeros.
+  conv     The window moves in both images together: F and its neighbours A and K stand one below
+           the other in one sheet, and c, c' move down the diagonal of their matrices. So sheets
+           never meet, whatever the depth, and a window is nine shifted reads of one array. At the
+           edge of either image it reads the zeros.
   relu     acts on each element, in the same pass: one read, one write. It multiplies by sqrt(v v'),
            zero outside the images, so that zeros stay zeros and nothing needs a mask.
-  pool     Columns: 2 x 2 blocks of each letter. Rows: the pooled letter (0, 0) is A + B + E + F, from
-           sheets 0, 1, 4: a table tells each row of each pooled sheet its four rows.
+  pool     Columns: 2 x 2 blocks of each letter. Rows: the pooled letter (0, 0) is the mean of A, B,
+           E, F, from sheets 0, 1, 4; a table tells each row of each pooled sheet its four rows.
   gap      the sum over all sheets.
-  flatten  needs p = q only: where nothing pools, the diagonal of each letter in sheet 0 is all there is.
+  flatten  needs p = q only: where nothing pools, the diagonals of the letters in sheet 0 suffice.
 
-Many second images lie side by side in the last axis, c' * pairs + pair, so that a processor's vectors
-are full and every shift is aligned. A fully connected network is a matrix product and one pass.
+Many second images lie side by side in the last axis, c' * pairs + pair, so that a processor's
+vectors are full and every shift is aligned. A fully connected network is a matrix product and a pass.
 
-    python -c "import fused, numpy as np; print(fused.kernel_fn('myrtle5', 'ntk')(np.eye(8)[None, :, :, None]))"
+    python -c "import fused, numpy; print(fused.kernel_fn('cnn_gap', 'ntk')(numpy.ones((2, 8, 8, 3))))"
 
 Cost of an entry: one kappa1 (NTK: and kappa0) per element and relu, 3.3 million for Myrtle-10 on
 32 x 32, and 1 row in 33 wasted on zeros.             Proved by: test_all.py, section fused
@@ -61,12 +61,13 @@ def parse(layers):
     return stages, names[0], rest[1:]
 
 
-def conv_relu(source, target, first, second, w2, b2, step):
-    """One conv and one relu: reads the sheets (K,) or (K, T) in `source`, writes those in `target`.
+def conv_relu(source, target, first, second, w2, b2, step, tangent):
+    """One conv and one relu: reads the sheets in `source`, writes those in `target`, returns that.
 
-    Sheets are (rows + 2, w + 2, m + 2 step) with a border of zeros; step is how far one column of the
-    second image lies from the next in the last axis, 0 where c = c'. first, second: (std, 1 / std)
-    of the rows, broadcasting to (rows, w, m), std times sqrt(1/2) and both zero outside the image.
+    Both are (1, n + 2, w + 2, m + 2 step), K alone, or (2, ...), K and T, with a border of zeros;
+    step is how far one column of the second image lies from the next in the last axis, 0 where c = c'.
+    first, second: (std, 1 / std) of the two images' rows, broadcasting to (n, w, m), std times
+    sqrt(1/2) and both zero outside the image.   tangent: whether the source has a T; else it is 0.
     """
     (std1, inverse1), (std2, inverse2) = first, second
 
@@ -74,42 +75,48 @@ def conv_relu(source, target, first, second, w2, b2, step):
         n, w, m = x.shape[0] - 2, x.shape[1] - 2, x.shape[2] - 2 * step
         return sum(x[i:i + n, j:j + w, j * step:j * step + m] for i in range(3) for j in range(3))
     K = w2 * window(source[0]) + b2
+    kappa0, kappa1 = kernel.kappas(K * (inverse1 * inverse2))
     scale = std1 * std2
-    new = [scale * kernel.kappas(K * (inverse1 * inverse2))[1]]
-    if len(target) == 2:  # the cosine in another order, lest XLA store what it shares with K: 1.3x
-        kappa0, _ = kernel.kappas(K * inverse1 * inverse2)
-        T = K + w2 * window(source[1]) if len(source) == 2 else K
-        new.append(jnp.where(scale > 0, kappa0 * T / 2, jnp.zeros_like(T)))
-    return tuple(write(sheet, value, step) for sheet, value in zip(target, new))
+    if len(target) == 2:
+        T = K + w2 * window(source[1]) if tangent else K
+        target = write(target, 1, jnp.where(scale > 0, kappa0 * T / 2, jnp.zeros_like(T)), step)
+    return write(target, 0, scale * kappa1, step)
 
 
-def write(sheet, value, step):
-    return lax.dynamic_update_slice(sheet, value, (1, 1, step))
+def write(sheets, k, value, step):
+    """`value` (n, w, m) inside the border of sheet k, in place."""
+    return lax.dynamic_update_slice(sheets, value[None], (k, 1, 1, step))
+
+
+def coefficients(convs, dtype):
+    """(w_std^2 / 9, b_std^2) of each conv, (convs, 2)."""
+    return jnp.asarray(np.reshape([[w * w / 9, b * b] for w, b in convs], (-1, 2)), dtype)
 
 
 def run_sheets(convs, rows, first, second, buffers, step, offsets, finish):
     """All convs and relus of one resolution, sheet by sheet: (stack of finish(sheet), buffers).
 
     rows(a): sheet a before the first conv, (K,) or (K, T).   first: (std, 1 / std), each
-    (convs, n, w, 1 or m); second: the same twice over in the rows, so that sheet a is rows a ... a + n.
-    buffers: two sets of zero-bordered sheets that every step writes in turn.
+    (convs, n, w, 1 or m); second: the same twice over in the rows: sheet a is rows a ... a + n.
+    buffers: two arrays of sheets as `conv_relu` has them, written in turn.
     offsets: (start, count), the sheets start, start + 1, ... modulo n.
     """
     n, (start, count) = first[0].shape[1], offsets
-    coefficients = jnp.asarray([[w * w / 9, b * b] for w, b in convs], first[0].dtype)
+    w2_b2 = coefficients(convs, first[0].dtype)
 
-    def layer(k, a, source, target):
+    def layer(k, a, source, target, tangent=True):
         return conv_relu(source, target, [x[k] for x in first],
                          [lax.dynamic_slice_in_dim(x[k], a, n) for x in second],
-                         coefficients[k, 0], coefficients[k, 1], step)
+                         w2_b2[k, 0], w2_b2[k, 1], step, tangent)
 
     def sheet(carry, _):
         i, (here, there) = carry
         a = (i + start) % n if start else i
         new = rows(a)
-        here = tuple(write(x, y, step) for x, y in zip(here, new)) + here[len(new):]
+        for k, value in enumerate(new):
+            here = write(here, k, value, step)
         if convs:
-            there = layer(0, a, here[:len(new)], there)
+            there = layer(0, a, here, there, tangent=len(new) == 2)
 
             def two(k, buffers):
                 here = layer(2 * k + 1, a, buffers[1], buffers[0])
@@ -126,11 +133,15 @@ def run_sheets(convs, rows, first, second, buffers, step, offsets, finish):
 
 def input_rows(x1, x2):
     """rows(a) of the input layer: the mean over channels of x1 x2; x1 (channels, n, w, 1 or m)."""
-    n = x1.shape[1]
+    channels, n = x1.shape[:2]
+    group = next(size for size in range(min(channels, 8), 0, -1) if channels % size == 0)
 
     def rows(a):
-        products = [p * lax.dynamic_slice_in_dim(q, a, n) for p, q in zip(x1, x2)]
-        return (sum(products) / len(products),)
+        def add(g, total):
+            return total + sum(x1[g * group + k] * lax.dynamic_slice_in_dim(x2[g * group + k], a, n)
+                               for k in range(group))
+        shape = jax.eval_shape(lambda: x1[0] * x2[0, :n])
+        return (lax.fori_loop(0, channels // group, add, jnp.zeros_like(shape)) / channels,)
     return rows
 
 
@@ -163,10 +174,10 @@ def pool_columns(pairs):
 
 
 def as_second(x, step):
-    """(..., n, w, pairs) of the second images in the layout of a sheet's last axis, rows twice over."""
+    """(..., n, w, pairs) of second images in the layout of a sheet's last axis, rows twice over."""
     if not step:
         return x
-    x = x.reshape(x.shape[:-2] + (1, -1))
+    x = x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1])
     return jnp.concatenate([x, x], axis=-3)
 
 
@@ -178,15 +189,15 @@ def diagonal(x, step):
 
 def deviations(convs, v):
     """(std, 1 / std) before each relu, (convs, n, w, pairs), zero outside the image and std times
-    sqrt(1/2), from the input's variance v (n, w, pairs): v <- w_std^2 mean(v) + b_std^2, v <- v / 2."""
-    stds = [jnp.zeros_like(v)]
-    for w_std, b_std in convs:
-        n, w, border = v.shape[0] - 1, v.shape[1], jnp.pad(v[:-1], ((1, 1), (1, 1), (0, 0)))
-        v = w_std**2 / 9 * sum(border[i:i + n, j:j + w] for i in range(3) for j in range(3))
-        v = jnp.pad(v + b_std**2, ((0, 1), (0, 0), (0, 0)))
-        stds.append(jnp.sqrt(v))
-        v = v / 2
-    stds = jnp.stack(stds[1:] or stds)
+    sqrt(1/2), from the input's variance v (n, w, pairs): v <- w_std^2 mean(v) + b_std^2, v / 2."""
+    n, w = v.shape[0] - 1, v.shape[1]
+
+    def conv_relu(v, conv):
+        border = jnp.pad(v[:-1], ((1, 1), (1, 1), (0, 0)))
+        v = conv[0] * sum(border[i:i + n, j:j + w] for i in range(3) for j in range(3)) + conv[1]
+        v = jnp.pad(v, ((0, 1), (0, 0), (0, 0)))
+        return v / 2, jnp.sqrt(v)
+    _, stds = lax.scan(conv_relu, v, coefficients(convs, v.dtype))
     return stds * 0.5**0.5, jnp.where(stds > 0, 1 / jnp.where(stds > 0, stds, 1), 0)
 
 
@@ -194,7 +205,7 @@ def walk(stages, ending, x1, x2, stds, buffers, step, reach=None):
     """From the images to the ending: (K,) or (K, T), each (pairs,), and the buffers.
 
     stds(s, rows): `first` and `second` of `run_sheets` at resolution s.
-    reach: how many sheets on either side of sheet 0 are wanted at each resolution; None: all.
+    reach: how many sheets on either side of sheet 0 are wanted at each resolution, by default all.
     """
     rows, buffers = input_rows(x1, x2), list(buffers)
     for s, convs in enumerate(stages):
@@ -215,15 +226,14 @@ def walk(stages, ending, x1, x2, stds, buffers, step, reach=None):
     return tuple(x.sum(axis=0) / size for x in out), buffers
 
 
-def prepare(stages, ending, full, x):
-    """What a block of images x (pairs, h, w, channels) brings to every pair: x (channels, n, w, pairs),
-    the `deviations` at each resolution, and K of each image with itself (pairs,), right if `full`.
+def prepare(stages, ending, full, step, x):
+    """What a block of images x (pairs, h, w, channels) brings to every pair: x as (channels, n, w,
+    pairs), its `deviations` at each resolution, and if `full` K of each image with itself (pairs,).
 
-    The variances after a pool are K[p, p] of the image with itself, for which the 2^pools - 1 sheets
+    The variances after a pool are K[p, p] of an image with itself, for which the 2^pools - 1 sheets
     on either side of sheet 0 suffice.
     """
     pairs, h, w, _ = x.shape
-    step = pairs if len(stages) > 1 or ending == "gap" else 0
     x, found = jnp.pad(x.transpose(3, 1, 2, 0), ((0, 0), (0, 1), (0, 0), (0, 0))), []
 
     def stds(s, rows):
@@ -237,13 +247,71 @@ def prepare(stages, ending, full, x):
 
 
 def empty(stages, h, w, step, pairs, states, dtype):
-    """Per resolution two sets of `states` sheets with their borders, all zero."""
-    return [((jnp.zeros(((h >> s) + 3, (w >> s) + 2, ((w >> s) + 2) * step or pairs), dtype),)
-             * states,) * 2 for s in range(len(stages))]
+    """Per resolution two arrays of `states` sheets with their borders, all zero."""
+    shapes = [(states, (h >> s) + 3, (w >> s) + 2, ((w >> s) + 2) * step or pairs)
+              for s in range(len(stages))]
+    return [(jnp.zeros(shape, dtype),) * 2 for shape in shapes]
 
 
-def tail_of(layers, K, T, v1, v2):
-    """The scalar layers after the ending, on matrices (n1, n2); v1, v2: k(x, x) before them."""
+def images(stages, ending, full, states, x1, x2):
+    """K or (K, T) at the ending, (n1, n2), and if `full` k(x, x) of the rows and of the columns.
+    Where x2 is None: of x1 with itself, right on and above the diagonal.
+
+    Column blocks of `pairs` images, every row against them, one after the other.
+    """
+    symmetric, x2 = x2 is None, x1 if x2 is None else x2
+    (n1, h, w, _), n2 = x1.shape, len(x2)
+    one_column = len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
+    fit = SHEET.get(jax.default_backend(), SHEET["gpu"]) // (h * w * (8 if one_column else w))
+    pairs = 8 * min(max(fit // 8, 1), -(-n2 // 8))
+    step = 0 if one_column else pairs
+
+    def prepared(x):
+        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % pairs, *x.shape[1:]))])
+        return lax.map(lambda block: prepare(stages, ending, full, step, block),
+                       x.reshape(-1, pairs, *x.shape[1:]))
+    blocks = prepared(x2)
+    by_image = jax.tree.map(  # (blocks, ..., pairs) -> (images, ..., 1)
+        lambda y: jnp.moveaxis(y, -1, 1).reshape(len(y) * pairs, *y.shape[1:-1], 1),
+        blocks if symmetric else prepared(x1))
+
+    def columns(job):
+        block, (x2, stds2, _) = job
+        x2, stds2 = jax.tree.map(lambda y: as_second(y, step), (x2, stds2))
+
+        def row(i, carry):
+            out, buffers = carry
+            x1, stds1, _ = jax.tree.map(lambda y: y[i], by_image)
+            new, buffers = walk(stages, ending, x1, x2, lambda s, _: (stds1[s], stds2[s]),
+                                buffers, step)
+            return tuple(o.at[i].set(k) for o, k in zip(out, new)), buffers
+        start = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
+                 empty(stages, h, w, step, pairs, states, x1.dtype))
+        end = jnp.minimum((block + 1) * pairs, n1) if symmetric else n1
+        return lax.fori_loop(0, end, row, start)[0]
+    out = lax.map(columns, (jnp.arange(len(blocks[2])), blocks))
+    out = tuple(jnp.moveaxis(y, 0, 1).reshape(n1, -1)[:, :n2] for y in out)
+    return out, by_image[2][:n1, 0], blocks[2].reshape(-1)[:n2]
+
+
+def vectors(x1, x2):
+    """K (n1, n2) of vectors, one position with d channels, and k(x, x) as `images` returns them."""
+    def product(a, b):
+        return jnp.matmul(a, b.T, precision="highest") / a.shape[1]
+
+    def gram(x):  # halves of halves: little more than half of the products
+        if len(x) <= 512:
+            return product(x, x)
+        a, b = x[:len(x) // 2], x[len(x) // 2:]
+        corner = product(a, b)
+        return jnp.block([[gram(a), corner], [corner.T, gram(b)]])
+    x1, x2 = (x if x is None else x.reshape(len(x), -1) for x in (x1, x2))
+    v1, v2 = ((x * x).mean(axis=1) for x in (x1, x1 if x2 is None else x2))
+    return (gram(x1) if x2 is None else product(x1, x2),), v1, v2
+
+
+def scalars(layers, K, T, v1, v2):
+    """K and T after the dense layers and relus that follow; v1, v2: k(x, x) of rows and columns."""
     for layer in layers:
         if layer[0] == "relu":
             K, T = kernel.relu(K, T, jnp.sqrt(v1), jnp.sqrt(v2))
@@ -258,66 +326,20 @@ def kernel_fn(name, kind, **options):
     """`kernel.kernel_fn`, fast: same arguments, same results, same errors.
 
     Raises ValueError also for a list of layers of another form than (conv, relu) and pool in any
-    number, gap or flatten, then dense and relu.
+    number, gap or flatten, then dense and relu. Runs on one device, `tiles.gram` on all of them.
     """
     layers = kernel.network(name, **options) if isinstance(name, str) else list(name)
     stages, ending, tail = parse(layers)
     kernel.chosen(kind, None, None)
     states = 1 if kind in ("nngp", ("nngp",)) else 2
-    full = ("relu",) in tail
-
-    def matrices(x1, x2, symmetric):
-        """(K,) or (K, T) at the ending, (n1, n2), and k(x, x) of either."""
-        (n1, h, w, _), n2 = x1.shape, len(x2)
-        pools_or_gap = kernel.carries_pairs(layers)
-        sheet = SHEET.get(jax.default_backend(), SHEET["gpu"]) // (h * w * (w if pools_or_gap else 8))
-        pairs = min(max(sheet // 8, 1), -(-n2 // 8)) * 8
-        step = pairs if pools_or_gap else 0
-
-        def prepared(x):
-            x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % pairs,) + x.shape[1:])])
-            return lax.map(lambda block: prepare(stages, ending, full, block),
-                           x.reshape((-1, pairs) + x.shape[1:]))
-
-        def by_image(y):  # (blocks, ..., pairs) -> (images, ..., 1)
-            return jnp.moveaxis(y, -1, 1).reshape((-1,) + y.shape[1:-1])[..., None]
-        blocks2 = prepared(x2)
-        firsts = jax.tree.map(by_image, blocks2 if symmetric else prepared(x1))
-        v1, v2 = firsts[2][:n1, 0], blocks2[2].reshape(-1)[:n2]
-
-        def columns(job):
-            block, (x2, stds2, _) = job
-            x2, stds2 = jax.tree.map(lambda y: as_second(y, step), (x2, stds2))
-
-            def row(i, carry):
-                out, buffers = carry
-                x1, stds1, _ = jax.tree.map(lambda y: lax.dynamic_index_in_dim(y, i, 0, False), firsts)
-                new, buffers = walk(stages, ending, x1, x2, lambda s, _: (stds1[s], stds2[s]),
-                                    buffers, step)
-                return tuple(lax.dynamic_update_slice(o, k[None], (i, 0))
-                             for o, k in zip(out, new)), buffers
-            stop = jnp.minimum((block + 1) * pairs, n1) if symmetric else n1
-            out = (jnp.zeros((n1, pairs), x1.dtype),) * states
-            return lax.fori_loop(0, stop, row, (
-                out, empty(stages, h, w, step, pairs, states, x1.dtype)))[0]
-        out = lax.map(columns, (jnp.arange(len(blocks2[2])), blocks2))
-        return [jnp.moveaxis(y, 0, 1).reshape(n1, -1)[:, :n2] for y in out], v1, v2
 
     @jax.jit
     def fn(x1, x2=None):
-        symmetric = x2 is None
-        x1 = kernel.as_images(layers, x1)
-        x2 = x1 if symmetric else kernel.as_images(layers, x2)
-        if x1.shape[1:] != x2.shape[1:] or x1.dtype != x2.dtype:
-            raise ValueError(f"x1 is {x1.dtype} {x1.shape} and x2 is {x2.dtype} {x2.shape}: all "
-                             "but the number of rows must agree")
-        if layers[0][0] == "flatten":
-            a, b = (x.reshape(len(x), -1) for x in (x1, x2))
-            out = [jnp.matmul(a, b.T, precision="highest") / a.shape[1]]
-            v1, v2 = ((x * x).mean(axis=1) for x in (a, b))
-        else:
-            out, v1, v2 = matrices(x1, x2, symmetric)
-        K, T = tail_of(tail, out[0], out[-1] if len(out) == 2 else jnp.zeros_like(out[0]), v1, v2)
-        K, T = (jnp.triu(k) + jnp.triu(k, 1).T if symmetric else k for k in (K, T))
+        x1, x2 = kernel.as_pair(layers, x1, x2)
+        out, v1, v2 = (vectors(x1, x2) if layers[0][0] == "flatten" else
+                       images(stages, ending, ("relu",) in tail, states, x1, x2))
+        K, T = scalars(tail, out[0], out[1] if len(out) == 2 else jnp.zeros_like(out[0]), v1, v2)
+        if x2 is None:
+            K, T = (jnp.triu(k) + jnp.triu(k, 1).T for k in (K, T))
         return kernel.chosen(kind, K, T)
     return fn

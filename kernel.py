@@ -85,9 +85,9 @@ def kappas(c):
     P = Q = jnp.zeros_like(t)
     for k, coefficient in reversed(list(enumerate(ANGLE[c.dtype.name]))):
         P, Q = P * t + coefficient, Q * t + coefficient / (k + 1.5)
-    root = jnp.sqrt(t)
-    return (jnp.where(c < 0, root * P, 1 - root * P),
-            jnp.maximum(c, jnp.zeros_like(c)) + t * root * Q)
+    root = 2 * jnp.sqrt(t / 4)  # not the same expression as below: XLA would store a shared root in
+    return (jnp.where(c < 0, root * P, 1 - root * P),  # memory, and split the loop around it
+            jnp.maximum(c, jnp.zeros_like(c)) + t * jnp.sqrt(t) * Q)
 
 
 def window(K):
@@ -197,6 +197,18 @@ def as_images(layers, x):
     return x
 
 
+def as_pair(layers, x1, x2):
+    """x1 and x2 `as_images`, checked against each other; x2 may be None and then stays so."""
+    x1 = as_images(layers, x1)
+    if x2 is None:
+        return x1, None
+    x2 = as_images(layers, x2)
+    if x1.shape[1:] != x2.shape[1:] or x1.dtype != x2.dtype:
+        raise ValueError(f"x1 is {x1.dtype} {x1.shape} and x2 is {x2.dtype} {x2.shape}: all but the "
+                         "number of rows must agree")
+    return x1, x2
+
+
 def kernel_fn(name, kind, **options):
     """The kernel matrix function of a network: fn(x1, x2=None) -> (n1, n2).
 
@@ -214,10 +226,7 @@ def kernel_fn(name, kind, **options):
     def fn(x1, x2=None):
         if x2 is None:
             return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
-        x1, x2 = as_images(layers, x1), as_images(layers, x2)
-        if x1.shape[1:] != x2.shape[1:] or x1.dtype != x2.dtype:
-            raise ValueError(f"x1 is {x1.dtype} {x1.shape} and x2 is {x2.dtype} {x2.shape}: all "
-                             "but the number of rows must agree")
+        x1, x2 = as_pair(layers, x1, x2)
         positions = x1.shape[1] * x1.shape[2]
         size = positions**2 if carries_pairs(layers) else positions
         cols = len(x2) if size == 1 else BLOCK // size

@@ -1,8 +1,8 @@
 """Every claim of this repository, in the order in which to read it; each test's docstring is its claim.
 
   pytest -q --benchmark-disable test_all.py                 all of it, a few minutes on two cores
-  pytest -q --benchmark-disable test_all.py -k kernel       one section: kernel, tiles, pcg, augment,
-                                                            data, train, docs, benchmark
+  pytest -q --benchmark-disable test_all.py -k kernel       one section: kernel, fused, tiles, pcg,
+                                                            augment, data, train, docs, benchmark
   pytest --benchmark-only --benchmark-sort=name test_all.py time per kernel entry, 32 x 32 images
 
 Oracles: neural_tangents, finite wide networks, dense float64 formulas, scikit-learn, plain loops.
@@ -16,15 +16,19 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import timeit
 import tracemalloc
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 import pytest
 
+os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512"  # as train_cifar.py does
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,6 +38,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import augment  # noqa: E402
 import data  # noqa: E402
+import fused  # noqa: E402
 import kernel  # noqa: E402
 import pcg  # noqa: E402
 import scaling  # noqa: E402
@@ -47,9 +52,17 @@ both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
 every_network = pytest.mark.parametrize("name", kernel.NETWORKS)
 
 
+@contextmanager
+def as_users_have_it(x64=False):
+    """JAX's defaults: neural_tangents is not for strict JAX, and float64 where x64 is on."""
+    with (jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"),
+          jax.enable_x64(x64)):
+        yield
+
+
 def reference(name, kind, *x, **options):
-    """neural_tangents' kernel, or the kernels of several kinds; its code is not for strict JAX."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    """neural_tangents' kernel, or the kernels of several kinds."""
+    with as_users_have_it(x64=True):
         return np.asarray(kernel.reference_fn(name, kind, **options)(*x))
 
 
@@ -232,7 +245,7 @@ def test_kernel_inputs():
 
 @pytest.mark.parametrize("call, words", [
     (lambda: kernel.kernel_fn("resnet", "ntk"), "'resnet' is unknown; choose one of fc, "),
-    (lambda: kernel.kernel_fn("fc", "gp"), "'gp' is unknown; choose one of nngp, ntk"),
+    (lambda: kernel.kernel_fn("fc", "gp"), "'gp' is unknown; choose nngp or ntk"),
     (lambda: kernel.kernel_fn("myrtle5", "ntk", depth=3), "depth=3 does not fit myrtle5"),
     (lambda: kernel.kernel_fn("fc", "ntk", depth=0), "depth=0 does not fit fc"),
     (lambda: kernel.kernel_fn("myrtle5", "ntk")(np.ones((1, 6, 8, 3))), "6x8.*multiples of 4"),
@@ -245,6 +258,119 @@ def test_kernel_errors(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------- fused
+
+def both_engines(name, x1, x2=None, **options):
+    """NNGP and NTK of fused.py in float32 and of kernel.py in float64: [(fast, exact), ...]."""
+    x1, x2 = (None if x is None else np.asarray(x, np.float32) for x in (x1, x2))
+    fast = fused.kernel_fn(name, kernel.KINDS, **options)(x1, x2)
+    assert all(K.dtype == np.float32 for K in fast)
+    x1, x2 = (None if x is None else x.astype(np.float64) for x in (x1, x2))
+    return list(zip(fast, map(np.asarray, kernel.kernel_fn(name, kernel.KINDS, **options)(x1, x2))))
+
+
+@pytest.mark.parametrize("name, shape, options", [
+    ("fc", (5, 3, 2), {}), ("cnn_vec", (5, 3, 2), {"w_std": 1.2, "b_std": 0.3}),
+    ("cnn_gap", (8, 8, 1), {"w_std": 1.2, "b_std": 0.3}), ("myrtle5", (8, 8, 1), {}),
+    ("myrtle7", (4, 12, 2), {"w_std": 1.2, "b_std": 0.3}), ("myrtle10", (12, 8, 11), {})], ids=str)
+def test_fused_is_kernel(name, shape, options):
+    """fused.py is kernel.py to 1e-5 in float32 and 1e-12 in float64: any shape, number of channels and
+    sigma; opposite, nearly black, identical and flipped images."""
+    x = images(np.random.default_rng(0), 9, shape).astype(np.float32)
+    x[4], x[5] = x[3], x[3][:, ::-1]
+    double = fused.kernel_fn(name, kernel.KINDS, **options)(x.astype(float), x[2:].astype(float))
+    for (fast, exact), fast64 in zip(both_engines(name, x, x[2:], **options), double):
+        assert relative_error(fast, exact) < 1e-5 and relative_error(fast64, exact) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["fc", "cnn_vec", "myrtle5"])
+def test_fused_black_images(name):
+    """An image without variance: zero without biases, kernel.py with them; nothing is not a number."""
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
+    x[1] = 0
+    for fast, exact in both_engines(name, x, b_std=0.5):
+        assert relative_error(fast, exact) < 1e-5
+    for K in fused.kernel_fn(name, kernel.KINDS)(x):
+        assert np.isfinite(K).all() and not K[1].any()
+
+
+@needs_cifar
+@pytest.mark.parametrize("name, n", [("cnn_vec", 20), ("cnn_gap", 2), ("myrtle5", 2), ("myrtle10", 2)])
+def test_fused_on_cifar(name, n):
+    """The same on CIFAR-10, images with themselves and with a mirror image too."""
+    x = cifar(20)[0][:n]
+    for fast, exact in both_engines(name, x, np.concatenate([x, x[:1, :, ::-1]])):
+        assert relative_error(fast, exact) < 1e-5
+
+
+def test_fused_on_64_by_64():
+    """Images of 64 x 64, 16.8 million pairs of pixels."""
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
+    for fast, exact in both_engines("myrtle5", x[:1], x):
+        assert relative_error(fast, exact) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fc", "cnn_vec", "myrtle5"])
+def test_fused_symmetry_and_blocks(name, monkeypatch):
+    """fn(x) is symmetric to the last bit and fn(x, x) up to rounding, diagonal included, whatever the
+    block of columns and however many rows."""
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
+    fn = fused.kernel_fn(name, "ntk")
+    for n in (1, 8, 19) if name != "fc" else (1, 1300):
+        x = np.random.default_rng(n).normal(size=(n, 8, 4, 3)).astype(np.float32)
+        K = np.asarray(fn(x))
+        assert K.shape == (n, n) and K.dtype == np.float32 and np.array_equal(K, K.T)
+        assert relative_error(K, np.asarray(fn(x, x))) < 1e-5
+    assert relative_error(K, np.asarray(kernel.kernel_fn(name, "ntk")(x))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fc", "cnn_vec", "myrtle5"])
+def test_fused_both_kinds_in_one_pass(name):
+    """A tuple of kinds gives a tuple of matrices, each as if asked for alone, in the order asked for."""
+    x = np.random.default_rng(0).normal(size=(5, 4, 4, 3))
+    alone = {kind: np.asarray(kernel.kernel_fn(name, kind)(x, x[:2])) for kind in kernel.KINDS}
+    for engine in (fused, kernel):
+        for kinds in (("ntk", "nngp"), ("nngp",)):
+            together = engine.kernel_fn(name, kinds)(x, x[:2])
+            assert isinstance(together, tuple) and len(together) == len(kinds)
+            for kind, K in zip(kinds, together):
+                assert relative_error(K, alone[kind]) < 1e-12
+
+
+@pytest.mark.parametrize("tail", [
+    [("pool",), ("conv", 1.5, 0.1), ("relu",), ("flatten",), ("dense", 1.2, 0.1)],
+    [("pool",), ("pool",), ("gap",), ("dense", 1.2, 0.1), ("relu",), ("dense", 1.0, 0.2)],
+    [("conv", 0.9, 0.0), ("relu",), ("flatten",), ("dense", 1.2, 0.1), ("relu",)],
+], ids=lambda tail: "-".join(layer[0] for layer in tail))
+def test_fused_takes_lists_of_layers(tail):
+    """Other networks than the named ones: flatten after a pool, two pools running, relus at the end,
+    another sigma in each layer."""
+    layers = [("conv", 1.1, 0.2), ("relu",), *tail]
+    x = np.random.default_rng(0).normal(size=(3, 8, 4, 2))
+    for fast, exact in both_engines(layers, x):
+        assert relative_error(fast, exact) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [[("dense", 1.0, 0.0), ("gap",)], [("conv", 1.0, 0.0), ("gap",)],
+                                    [("conv", 1.0, 0.0), ("relu",)]])
+def test_fused_refuses(layers):
+    """A list of another form is refused at once, and the sentence names what does take it."""
+    with pytest.raises(ValueError, match="this network continues with .* take kernel.kernel_fn"):
+        fused.kernel_fn(layers, "nngp")
+    with pytest.raises(ValueError, match="kind 'mean' is unknown"):
+        fused.kernel_fn("cnn_gap", "mean")
+    with pytest.raises(ValueError, match="images are 8x6"):
+        fused.kernel_fn("myrtle5", "nngp")(np.ones((1, 8, 6, 3)))
+
+
+def test_fused_compiles_loops():
+    """The program does not grow with depth: 8 convolutions take the code of 4."""
+    x = np.ones((2, 8, 8, 3), np.float32)
+    size = {depth: len(fused.kernel_fn("cnn_gap", "ntk", depth=depth).lower(x).as_text().splitlines())
+            for depth in (4, 8)}
+    assert size[4] == size[8]
 
 
 # ----------------------------------------------------------------------------------------- tiles
@@ -799,6 +925,38 @@ def test_train_flags_that_change_something(tmp_path):
     assert len({json.dumps([run["config"], run["ridge"]]) for run in lines}) == len(lines)
 
 
+def test_train_engines_and_both_kinds(tmp_path):
+    """Three engines, one answer; --kind both is the two runs, each with its line in runs.jsonl.
+
+    neural_tangents to 1e-4 only: of an image with itself its float32 kappa0 has an error of 1e-4,
+    the square root of the rounding of c."""
+    flags = ["--n_train", "60", "--n_test", "40", "--kernel", "myrtle5", "--ridge", "0.1"]
+    with as_users_have_it():
+        seen = {engine: train(tmp_path, *flags, "--kind", "both", "--engine", engine)
+                for engine in ("fused", "plain", "nt")}
+    for kind in kernel.KINDS:
+        for engine, tolerance in (("plain", 1e-5), ("nt", 1e-4)):
+            mse = seen[engine][kind]["test_mse"]
+            assert abs(mse / seen["fused"][kind]["test_mse"] - 1) < tolerance
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [run["config"]["kind"] for run in lines] == ["nngp", "ntk"] * 3
+    assert all(run["one_pass"] and run["seconds"]["kernel"] > 0 for run in lines)
+    alone = train(tmp_path, *flags, "--kind", "ntk")
+    assert abs(alone["test_mse"] / seen["fused"]["ntk"]["test_mse"] - 1) < 1e-5
+
+
+def test_train_without_fused(tmp_path):
+    """fused.py can be deleted: kernel.py does the work, and --engine fused is no longer offered."""
+    for name in os.listdir(HERE):
+        if name.endswith(".py") and name != "fused.py":
+            shutil.copy(os.path.join(HERE, name), tmp_path)
+    def run(*flags):
+        return subprocess.run([sys.executable, "train_cifar.py", "--n_train", "50", "--ridge", "1", *flags],
+                              cwd=tmp_path, capture_output=True, text=True)
+    assert "engine=plain" in run().stdout
+    assert "--engine: invalid choice: 'fused'" in run("--engine", "fused").stderr
+
+
 def test_train_ridge_comes_from_validation(tmp_path, monkeypatch):
     """The ridge is the best on the last fifth of the training set; test labels play no part."""
     flags = ["--n_train", "200", "--ridge", "10,1,0.01,1e-4", "--flips"]
@@ -898,21 +1056,71 @@ def test_docs_readme():
 
 # ------------------------------------------------------------------------------------- benchmark
 
+# Rows and columns of the block timed at 32 x 32 x 3; of neural_tangents every size is tried first.
+BLOCK = {"fc": {"fused": 4000, "kernel": 4000, "neural_tangents": (1000, 4000)},
+         "cnn_vec": {"fused": 1024, "kernel": 128, "neural_tangents": (64, 128, 256)}}
+POOLED = {"fused": 64, "kernel": 2, "neural_tangents": (1, 2, 4)}
+
+
+def time_it(benchmark, call, what, amount):
+    """Three rounds after a first call; extra_info holds what / s at the median."""
+    with as_users_have_it():
+        call()
+        out = benchmark.pedantic(call, rounds=1 if benchmark.disabled else 3)
+    if not benchmark.disabled:
+        benchmark.extra_info[what + "/s"] = amount / benchmark.stats.stats.median
+    return out
+
+
 @every_network
 @both_kinds
-@pytest.mark.parametrize("engine", ["kernel", "neural_tangents"])
+@pytest.mark.parametrize("engine", ["fused", "kernel", "neural_tangents"])
 def test_benchmark(benchmark, name, kind, engine):
-    """Seconds for a block of n x n entries, float32; extra_info holds the entries a second."""
+    """Seconds for a block of n x n entries, float32, two different sets of images.
+
+    fused.py in tiles on one CPU device a core, as train_cifar.py runs it; the others, and fc, on one
+    device with a thread a core."""
     if benchmark.disabled and name != "fc":
         pytest.skip("one network shows that it runs; --benchmark-only times them all")
     benchmark.group = f"{name} {kind}"
-    side, n = (8, 3) if benchmark.disabled else (32, {"fc": 1024, "cnn_vec": 128}.get(name, 2))
-    x = np.random.default_rng(0).normal(size=(2 * n, side, side, 3)).astype(np.float32)
-    fn = (kernel.kernel_fn if engine == "kernel" else kernel.reference_fn)(name, kind)
-    with (jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"),
-          jax.enable_x64(False)):  # with x64 on, neural_tangents turns float32 into float64
-        fn(x[:n], x[n:]).block_until_ready()  # compile
-        K = benchmark.pedantic(lambda: fn(x[:n], x[n:]).block_until_ready(), rounds=3)
-    if not benchmark.disabled:
-        benchmark.extra_info["entries/s"] = n * n / benchmark.stats.stats.median
+    n = 3 if benchmark.disabled else BLOCK.get(name, POOLED)[engine]
+    make = {"fused": fused.kernel_fn, "kernel": kernel.kernel_fn, "neural_tangents": kernel.reference_fn}
+    fn, side = make[engine](name, kind), 8 if benchmark.disabled else 32
+    devices = jax.local_devices()[:os.cpu_count()]
+
+    def call(n):
+        rng = np.random.default_rng(0)
+        x1, x2 = (rng.normal(size=(n, side, side, 3)).astype(np.float32) for _ in range(2))
+        if engine == "fused" and name != "fc":
+            return lambda: tiles.cross(fn, x1, x2, n // 2, devices, quiet=True).dense()
+        return lambda: fn(x1, x2).block_until_ready()
+    if isinstance(n, tuple):
+        def seconds_per_entry(n):
+            with as_users_have_it():
+                call(n)()
+                return timeit.timeit(call(n), number=1) / n**2
+        n = min(n, key=seconds_per_entry)
+    benchmark.extra_info["n"] = n
+    K = time_it(benchmark, call(n), "entries", n * n)
     assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
+
+
+def test_benchmark_matrix_product(benchmark):
+    """The floor of fc: the bare float32 product of 4,000 and 4,000 images."""
+    n = 3 if benchmark.disabled else 4000
+    x1, x2 = np.random.default_rng(0).normal(size=(2, n, 3072)).astype(np.float32)
+    product = jax.jit(lambda x1, x2: jnp.matmul(x1, x2.T, precision="highest"))
+    time_it(benchmark, lambda: product(x1, x2).block_until_ready(), "entries", n * n)
+
+
+@both_kinds
+def test_benchmark_kappas(benchmark, kind):
+    """The floor of the others: kappa1 (ntk: and kappa0) of numbers in cache, on every core."""
+    devices, rounds = jax.local_devices()[:os.cpu_count()], 2 if benchmark.disabled else 5000
+    x = np.random.default_rng(0).uniform(-1, 1, size=(len(devices), 2**14)).astype(np.float32)
+
+    def relu(_, c):
+        kappa0, kappa1 = kernel.kappas(c)
+        return kappa1 - 0.5 if kind == "nngp" else kappa1 - 0.5 * kappa0
+    loop = jax.pmap(lambda c: jax.lax.fori_loop(0, rounds, relu, c), devices=devices)
+    time_it(benchmark, lambda: loop(x).block_until_ready(), "relus", rounds * x.size)

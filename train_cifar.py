@@ -36,7 +36,9 @@ try:
 except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
     fused = None
 
-ENGINES = {"fused": fused and fused.kernel_fn, "plain": kernel.kernel_fn, "nt": kernel.reference_fn}
+ENGINES = {"plain": kernel.kernel_fn, "nt": kernel.reference_fn}
+if fused:
+    ENGINES = {"fused": fused.kernel_fn, **ENGINES}
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 HELD_OUT = 5000  # images of the validation split, at most
 
@@ -63,7 +65,7 @@ def parse(argv):
                          help="both: two runs on one pass over the kernel, for the price of ntk")
     network.add_argument("--depth", type=int, help="hidden layers of fc (None is 3), convolutions of "
                          "cnn_vec and cnn_gap (None is 8)")
-    network.add_argument("--engine", default="fused" if fused else "plain", choices=ENGINES,
+    network.add_argument("--engine", default=next(iter(ENGINES)), choices=ENGINES,
                          help="what computes the kernel: fused.py, kernel.py or neural_tangents")
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
     solver = parser.add_argument_group("solver")
