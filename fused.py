@@ -328,7 +328,7 @@ def kernel_fn(name, kind, **options):
     Raises ValueError also for a list of layers of another form than (conv, relu) and pool in any
     number, gap or flatten, then dense and relu. Runs on one device, `tiles.gram` on all of them.
     """
-    layers = kernel.network(name, **options) if isinstance(name, str) else list(name)
+    layers = kernel.network(name, **options)
     stages, ending, tail = parse(layers)
     kernel.chosen(kind, None, None)
     states = 1 if kind in ("nngp", ("nngp",)) else 2

@@ -34,6 +34,7 @@ import numpy as np
 
 NETWORKS = ("fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10")
 KINDS = ("nngp", "ntk")
+LAYERS = {"dense": 2, "conv": 2, "relu": 0, "pool": 0, "flatten": 0, "gap": 0}  # parameters of each
 BLOCK = 2**18  # array elements worked on at a time where positions are carried: 1 MB stays in cache
 
 
@@ -42,7 +43,18 @@ def network(name, depth=None, w_std=2**0.5, b_std=0.0):
 
     depth: hidden layers of fc (default 3), convolutions of cnn_vec and cnn_gap (default 8);
     the number in a Myrtle network's name fixes its depth (Shankar et al. 2020).
+    name may also be such a list itself, which is checked and returned.
     """
+    if not isinstance(name, str):
+        layers = [tuple(layer) for layer in name]
+        bad = [layer for layer in layers if LAYERS.get(layer[0]) != len(layer) - 1]
+        if bad or not {"flatten", "gap"} & {layer[0] for layer in layers}:
+            raise ValueError(f"in the list of layers {bad or layers}: expected (\"dense\" or \"conv\", "
+                             "w_std, b_std), (\"relu\",), (\"pool\",), and (\"flatten\",) or (\"gap\",) "
+                             "at least once")
+        if (depth, w_std, b_std) != network.__defaults__:
+            raise ValueError("depth, w_std and b_std are for named networks; a list of layers has its own")
+        return layers
     if name not in NETWORKS:
         raise ValueError(f"kernel {name!r} is unknown; choose one of {', '.join(NETWORKS)}")
     if depth is not None and (name.startswith("myrtle") or depth < 1):
@@ -184,13 +196,15 @@ def as_images(layers, x):
     """x as (n, h, w, channels), checked against the network; a network that starts by flattening
     takes (n, d), and an image as one position with h*w*channels channels."""
     x = jnp.asarray(x)
+    if 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}: at least one input, none of its sides empty")
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     if layers[0][0] == "flatten" and x.ndim >= 2:
         return x.reshape(x.shape[0], 1, 1, -1)
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}; this network takes images (n, h, w, channels)")
     side = 2 ** sum(layer[0] == "pool" for layer in layers)
-    if x.shape[1] % side or x.shape[2] % side or 0 in x.shape[1:]:
+    if x.shape[1] % side or x.shape[2] % side:
         raise ValueError(f"images are {x.shape[1]}x{x.shape[2]}, but this network halves them "
                          f"{side.bit_length() - 1} times: height and width must be positive "
                          f"multiples of {side}")
@@ -219,7 +233,7 @@ def kernel_fn(name, kind, **options):
     float64. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
     Raises ValueError: unknown name or kind, images that do not fit the network.
     """
-    layers = network(name, **options) if isinstance(name, str) else list(name)
+    layers = network(name, **options)
     chosen(kind, None, None)
 
     @jax.jit
@@ -266,7 +280,7 @@ def stax():
 def reference_fn(name, kind, **options):
     """The same network built with neural_tangents.stax; same signature and result as kernel_fn."""
     nt = stax()
-    layers = network(name, **options) if isinstance(name, str) else list(name)
+    layers = network(name, **options)
     build = {
         "dense": lambda w_std, b_std: nt.Dense(1, W_std=w_std, b_std=b_std),
         "conv": lambda w_std, b_std: nt.Conv(1, (3, 3), padding="SAME", W_std=w_std, b_std=b_std),

@@ -252,6 +252,11 @@ def test_kernel_inputs():
     (lambda: kernel.kernel_fn("myrtle5", "ntk")(np.ones((1, 2, 2, 3))), "2x2.*multiples of 4"),
     (lambda: kernel.kernel_fn("cnn_gap", "ntk")(np.ones((3, 9))), r"\(3, 9\).*\(n, h, w, channels\)"),
     (lambda: kernel.kernel_fn("fc", "ntk")(np.ones((3, 9)), np.ones((3, 8))), "must agree"),
+    (lambda: kernel.kernel_fn("fc", "ntk")(np.ones((0, 9))), r"\(0, 9\): at least one input"),
+    (lambda: kernel.kernel_fn([("gap",), ("tanh",)], "ntk"), "tanh.*expected"),
+    (lambda: kernel.kernel_fn([("dense", 1.0), ("gap",)], "ntk"), r"\('dense', 1.0\).*w_std, b_std"),
+    (lambda: kernel.kernel_fn([("relu",)], "ntk"), "at least once"),
+    (lambda: kernel.kernel_fn(kernel.network("fc"), "ntk", depth=2), "a list of layers has its own"),
 ])
 def test_kernel_errors(call, words):
     """What does not fit is refused in one sentence: what was got, what was expected."""
@@ -354,7 +359,7 @@ def test_fused_takes_lists_of_layers(tail):
 
 
 @pytest.mark.parametrize("layers", [[("dense", 1.0, 0.0), ("gap",)], [("conv", 1.0, 0.0), ("gap",)],
-                                    [("conv", 1.0, 0.0), ("relu",)]])
+                                    [("gap",), ("pool",)]])
 def test_fused_refuses(layers):
     """A list of another form is refused at once, and the sentence names what does take it."""
     with pytest.raises(ValueError, match="this network continues with .* take kernel.kernel_fn"):
