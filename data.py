@@ -25,7 +25,10 @@ import zipfile
 import numpy as np
 from tqdm import tqdm
 
-DATASETS = ("digits", "cifar10", "cifar10.1", "cifar10.2", "cifar5m")
+DATASETS = {  # shape of an image, training images, test images
+    "digits": ((8, 8, 1), 1437, 360), "cifar10": ((32, 32, 3), 50_000, 10_000),
+    "cifar10.1": ((32, 32, 3), 50_000, 2_000), "cifar10.2": ((32, 32, 3), 50_000, 2_000),
+    "cifar5m": ((32, 32, 3), 5 * 1_000_448, 1_000_448)}
 CLASSES = 10
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from
@@ -264,10 +267,16 @@ def one_hot(y, classes=CLASSES):
 
 def standardise(x_train):
     """apply: x -> (x - mean) / sd, float32, mean and sd per channel of x_train (n, h, w, channels)."""
-    mean = x_train.mean(axis=(0, 1, 2), dtype=np.float64)
-    sd = x_train.std(axis=(0, 1, 2), dtype=np.float64)
+    mean = x_train.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
+    sd = x_train.std(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
     sd[sd == 0] = 1  # a constant channel carries nothing
-    return lambda x: ((x - mean.astype(np.float32)) / sd.astype(np.float32)).astype(np.float32)
+
+    def apply(x):
+        x = x.astype(np.float32)
+        x -= mean  # in place: millions of images are there once
+        x /= sd
+        return x
+    return apply
 
 
 def zca(x_train, eps=0.1):

@@ -38,6 +38,8 @@ from tqdm import tqdm
 
 CHECK = 20  # steps between true residuals: one product more in twenty
 BLOCK = 128  # pivots drawn at a time
+STATE = ("x", "r", "d", "rz", "active", "stepping", "restarted")  # of a solve between two steps
+TRACE = ("history", "alphas", "betas")  # what it has recorded
 
 
 class Info(NamedTuple):
@@ -49,12 +51,15 @@ class Info(NamedTuple):
     condition: float  # of P^-1 A, largest over smallest Ritz value: a lower bound
 
 
-def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True):
+def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True,
+          checkpoint=None):
     """X with |Y - (K + ridge I) X| <= tol |Y| in every column.
 
     matvec: (n, c) -> (n, c), the product with K, symmetric positive semidefinite.
     y: (n, c) or (n,).   ridge: >= 0, absolute.   precondition: (n, c) -> (n, c), P^-1; None is I.
-    x0: where to start, shaped as y.   Returns X, float64, shaped as y, and Info.
+    x0: where to start, shaped as y.   checkpoint: has load() -> {name: array} or None and
+    save({name: array}, finished), as store.Checkpoint; a solve goes on from what it has.
+    Returns X, float64, shaped as y, and Info.
     Warns where max_iters steps did not reach tol. Raises ValueError: shapes, NaN in y, ridge < 0.
     ArithmeticError: a direction with <d, A d> <= 0.
     """
@@ -75,14 +80,20 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     precondition = precondition or (lambda r: r)
     scale = np.linalg.norm(y, axis=0)
     scale[scale == 0] = 1  # a zero column is solved by zero
-    x = np.zeros_like(y) if x0 is None else np.array(x0, np.float64).reshape(y.shape)
-    r = y - product(x) if x.any() else y.copy()
-    active = stepping = relative(r) > tol
-    restarted = np.full(len(scale), np.inf)
-    history, alphas, betas = [float(relative(r).max())], [], []
-    z = precondition(r)
-    d, rz = z.copy(), dot(r, z)
-    bar = tqdm(total=max_iters, unit="step", desc="solve", disable=quiet or None, leave=False)
+    saved = checkpoint.load() if checkpoint else None
+    if saved:
+        x, r, d, rz, active, stepping, restarted = (saved[name] for name in STATE)
+        history, alphas, betas = (list(saved[name]) for name in TRACE)
+    else:
+        x = np.zeros_like(y) if x0 is None else np.array(x0, np.float64).reshape(y.shape)
+        r = y - product(x) if x.any() else y.copy()
+        active = stepping = relative(r) > tol
+        restarted = np.full(len(scale), np.inf)
+        history, alphas, betas = [float(relative(r).max())], [], []
+        z = precondition(r)
+        d, rz = z.copy(), dot(r, z)
+    bar = tqdm(total=max_iters, initial=len(alphas), unit="step", desc="solve", disable=quiet or None,
+               leave=False)
     while active.any() and len(alphas) < max_iters:
         q = product(d)
         curvature = dot(d, q)
@@ -111,6 +122,9 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
         alphas.append(alpha)
         betas.append(beta)
         history.append(float(residual.max()))
+        if checkpoint:
+            checkpoint.save(dict(zip(STATE + TRACE, (x, r, d, rz, active, stepping, restarted,
+                                                     history, alphas, betas))), not active.any())
         bar.update()
         bar.set_postfix_str(f"residual {history[-1]:.1e} -> {tol:.0e}")
     bar.close()

@@ -9,6 +9,7 @@ Oracles: neural_tangents, finite wide networks, dense float64 formulas, scikit-l
 Four CPU devices; strict about dtypes and shapes. Tests on CIFAR-10 skip where it is not beside us.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -17,9 +18,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 import timeit
 import tracemalloc
 from contextlib import contextmanager
@@ -39,9 +42,13 @@ import jax.numpy as jnp  # noqa: E402
 import augment  # noqa: E402
 import data  # noqa: E402
 import fused  # noqa: E402
+import hosts  # noqa: E402
 import kernel  # noqa: E402
+import lazy  # noqa: E402
 import pcg  # noqa: E402
+import plan  # noqa: E402
 import scaling  # noqa: E402
+import store  # noqa: E402
 import tiles  # noqa: E402
 import train_cifar  # noqa: E402
 
@@ -458,8 +465,243 @@ def test_tiles_errors():
     x[2, 1] = np.nan
     with pytest.raises(ValueError, match="not finite: look for NaN"):
         tiles.gram(fn, x)
-    with pytest.raises(MemoryError, match="1000000 x 1000000 kernel needs 200.* GB; this host has"):
+    with pytest.raises(MemoryError, match="1000000 x 1000000 kernel needs 200.* GB .*--store DIR"):
         tiles.gram(fn, np.broadcast_to(np.float32(1), (1000000, 3)))
+    with pytest.raises(MemoryError, match="dense 3000000 x 3000000 kernel needs 36000.* GB"):
+        dataclasses.replace(K, shape=(3000000,) * 2).dense()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tiles_belong_to_one_process(symmetric):
+    """Every tile is some process's and of no other, shares differ by one tile at most, and a larger
+    matrix leaves every tile with the process that had it."""
+    def owners(columns, count):
+        teams = [tiles.Team(index, count) for index in range(count)]
+        shares = [list(tiles.TiledMatrix((3, columns), (1, 1), symmetric, {}, team).keys()) for team in teams]
+        assert max(map(len, shares)) <= min(map(len, shares)) + 1
+        keys = sum(shares, [])
+        assert sorted(keys) == sorted((i, j) for j in range(columns) for i in range(
+            j + 1 if symmetric else 3))
+        return {key: index for index, share in enumerate(shares) for key in share}
+    for count in (1, 2, 3, 7):
+        small, large = owners(5, count), owners(9, count)
+        assert all(large[key] == small[key] for key in small)
+
+
+# ----------------------------------------------------------------------------------------- store
+
+def linear(a, b):
+    """A kernel that compiles at once."""
+    return jnp.matmul(a, b.T, precision="highest")
+
+
+def inputs(n):
+    """The first n of a sequence of inputs."""
+    return np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)[:n]
+
+
+def stored(folder, x, x_test=None, **about):
+    """K of x in tiles of 16 in a folder, or K of x_test and x."""
+    seen = map(store.digests, [x] if x_test is None else [x_test, x])
+    kept = store.create(str(folder), {"kernel": "linear", "tile": 16, **about}, *seen)
+    return (tiles.gram(linear, x, 16, store=kept) if x_test is None else
+            tiles.cross(linear, x_test, x, 16, store=kept))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*-*.npy")}
+
+
+def test_store_is_memory(tmp_path):
+    """Every method gives from disk what it gives from memory, to the last bit; a second run computes
+    nothing; the report counts what is there."""
+    x, x_test, v = inputs(83), inputs(200)[90:121], np.random.default_rng(1).normal(size=(83, 3))
+    for again in (False, True):
+        for K, kept in ((tiles.gram(linear, x, 16), stored(tmp_path / "train", x)),
+                        (tiles.cross(linear, x_test, x, 16), stored(tmp_path / "test", x, x_test))):
+            assert (kept.dense() == K.dense()).all() and (kept.matvec(v) == K.matvec(v)).all()
+            assert (kept.columns([80, 0, 17]) == K.columns([80, 0, 17])).all()
+            assert kept.entries == K.entries and kept.found == again * K.entries
+    assert (stored(tmp_path / "train", x).leading(40).matvec(v[:40])
+            == tiles.gram(linear, x, 16).leading(40).matvec(v[:40])).all()
+    out = subprocess.run([sys.executable, "tiles.py", tmp_path], cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 0 and "83 x 83, 21 of 21 tiles" in out.stdout
+    assert "31 x 83, 12 of 12 tiles" in out.stdout and out.stdout.count("every tile is intact") == 2
+
+
+def test_store_grows(tmp_path):
+    """More inputs reuse every whole tile, fewer inputs all of them, and the matrix is right."""
+    for n, found in ((40, 0), (83, 3 * 256), (20, None), (83, None), (96, 15 * 256)):  # entries; None: all
+        K = stored(tmp_path, inputs(n))
+        assert (K.dense() == tiles.gram(linear, inputs(n), 16).dense()).all()
+        assert K.found == (K.entries if found is None else found)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(kernel="fc"), "kernel is 'linear' there, 'fc' here"),
+    (dict(tile=8), "tile is 16 there, 8 here"),
+    (dict(depth=3), "depth is None there, 3 here"),
+    (dict(x=inputs(50) + (np.arange(50) == 7)[:, None].astype(np.float32)), "1 of the 40 rows.* number 7"),
+    (dict(x=inputs(30)[::-1]), "30 of the 30 rows"),
+    (dict(x_test=inputs(40)), "one of the two is symmetric"),
+    (dict(manifest='{"format": 2}'), "format 2, and this program reads 1"),
+    (dict(manifest='{"form'), "damaged.*[Rr]emove"),
+    (dict(rows=b""), "rows.npy is missing or damaged.*Remove"),
+])
+def test_store_refuses(tmp_path, change, words):
+    """A store of another kernel, tile side or inputs is refused with what differs, and left alone."""
+    stored(tmp_path, inputs(40))
+    before = contents(tmp_path)
+    if "manifest" in change:
+        (tmp_path / "manifest.json").write_text(change.pop("manifest"))
+    if "rows" in change:
+        (tmp_path / "rows.npy").write_bytes(change.pop("rows"))
+    with pytest.raises(ValueError, match=words):
+        stored(tmp_path, **{"x": inputs(40), **change})
+    assert contents(tmp_path) == before
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (flip, "has checksum [0-9a-f]{8}, not"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-5]), "has 1147 bytes, not 1152"),
+    (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "has 1153 bytes, not 1152"),
+    (os.remove, "is missing"),
+])
+def test_store_finds_damage(tmp_path, capsys, damage, words):
+    """A tile with a flipped bit, cut short, too long or gone is named by the report, never enters a
+    product, and is computed again, it alone, by the next run."""
+    K, before = stored(tmp_path, inputs(83)), contents(tmp_path)
+    damage(tmp_path / "1-3.npy")
+    with pytest.raises(ValueError, match=f"1-3.npy {words}"):
+        K.matvec(np.ones((83, 1)))
+    assert store.report(str(tmp_path)) == 1 and re.search(f"1-3.npy {words}", capsys.readouterr().out)
+    assert subprocess.run([sys.executable, "tiles.py", tmp_path], cwd=HERE, capture_output=True).returncode == 1
+    K = stored(tmp_path, inputs(83))
+    assert re.search(f"1-3.npy {words}.*computed again", capsys.readouterr().out)
+    assert K.entries - K.found == 256 and contents(tmp_path) == before
+    assert store.report(str(tmp_path)) == 0
+
+
+def test_store_journal_may_be_torn(tmp_path):
+    """Whatever part of the last line a crash leaves, that tile alone is computed again."""
+    stored(tmp_path, inputs(83))
+    journal, before = (tmp_path / "tiles-0.txt").read_bytes(), contents(tmp_path)
+    last = len(journal) - journal.rindex(b"\n")
+    key = tuple(map(int, journal[-last:].split()[:2]))
+    for cut in (1, 8, last - 1, last):
+        (tmp_path / "tiles-0.txt").write_bytes(journal[:-cut])
+        K = stored(tmp_path, inputs(83))
+        assert K.entries - K.found == np.prod(K.tiles.lines[key][:2])
+        assert contents(tmp_path) == before and len(store.Store(str(tmp_path)).lines) == 21
+
+
+WRITER = """
+import sys, numpy as np, store
+kept = store.create(sys.argv[1], {"tile": 64}, np.arange(600, dtype="<u8"))
+for t in range(100):
+    key = t % 10, t // 10
+    if key not in kept.intact({key: (64, 64)}):
+        kept[key] = np.random.default_rng(t).standard_normal((64, 64), np.float32)
+"""
+
+
+def test_store_survives_kills(tmp_path):
+    """Killed at 20 random moments and started again each time: the tiles are those of a run that was
+    left alone, to the last bit, and the report finds nothing wrong at any time."""
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", WRITER, folder], cwd=HERE)
+    assert start(tmp_path / "whole").wait() == 0
+    rng, killed = np.random.default_rng(0), 0
+    while killed < 20:
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(rng.uniform(0.1, 0.5))
+            shutil.rmtree(tmp_path / "killed")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        if (tmp_path / "killed" / "manifest.json").exists():
+            assert store.report(str(tmp_path / "killed")) == 0
+    assert start(tmp_path / "killed").wait() == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and len(contents(tmp_path / "whole")) == 100
+
+
+def test_store_holds_a_few_tiles_in_memory(tmp_path):
+    """A product of a matrix of 36 tiles, 9 MB, holds no more than a tile for each thread."""
+    x = np.random.default_rng(0).normal(size=(2048, 3)).astype(np.float32)
+    kept = store.create(str(tmp_path), {"tile": 256}, store.digests(x))
+    K = tiles.gram(linear, x, 256, store=kept)
+    tracemalloc.start()
+    K.matvec(np.ones((2048, 2)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (os.cpu_count() + 2) * (256 * 256 * 4 + 64 * 256 * 8 * 2) + 2**20 < 36 * 256 * 256 * 4
+
+
+DRIVER = """
+import sys; sys.path.insert(0, ".")
+import jax.numpy as jnp, numpy as np, store, tiles
+x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+try:
+    kept = store.create(sys.argv[1], {"tile": 32}, store.digests(x))
+    K = tiles.gram(lambda a, b: jnp.matmul(a, b.T), x, 32, store=kept, quiet=True)
+    print(f"found {K.found} of {K.entries}, sum {K.matvec(np.ones((300, 1))).sum():.6f}")
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_store_on_a_full_and_on_a_read_only_disk(tmp_path):
+    """A full disk, then a read-only one: one sentence and exit code 1, what was finished is kept and
+    intact; given room, the same command ends as if nothing had been. A finished store needs no right
+    to write."""
+    run = f'"{sys.executable}" -c "$DRIVER" disk/K'
+    script = f"""mkdir disk; mount -t tmpfs -o size=100k tmpfs disk
+        {run}; echo "exit $?"; "{sys.executable}" {HERE}/tiles.py disk
+        mount -o remount,ro disk; {run}; echo "exit $?"
+        mount -o remount,rw,size=9m disk; {run}
+        mount -o remount,ro disk; {run}"""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a small disk (unshare -rm)")
+    out = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "DRIVER": DRIVER, "PYTHONPATH": HERE})
+    assert re.search(r"could not be written: No space left on device\. Whatever was finished is kept: free "
+                     r"some space and run the same command again", out.stderr)
+    assert re.search(r"could not be written: Read-only file system\. Whatever was finished is kept: make the "
+                     r"folder writable", out.stderr)
+    assert out.stdout.count("exit 1") == 2 and "every tile is intact" in out.stdout
+    first, second = re.findall(r"found (\d+) of (\d+), sum (.*)", out.stdout)
+    assert 0 < int(first[0]) < int(first[1]) == int(second[0]) and first[2] == second[2]
+
+
+# ------------------------------------------------------------------------------------------ lazy
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_lazy_is_kept(devices):
+    """A matrix that is kept nowhere has the methods and the answers of one in memory, for any n."""
+    for n in (1, 37):
+        x, x_test = inputs(n), inputs(200)[50:61]
+        v = np.random.default_rng(1).normal(size=(n, 3))
+        where = dict(tile=16, devices=jax.local_devices()[:devices], quiet=True)
+        for K, kept in ((lazy.matrix(linear, x, **where), tiles.gram(linear, x, **where)),
+                        (lazy.matrix(linear, x_test, x, **where), tiles.cross(linear, x_test, x, **where))):
+            assert K.shape == kept.shape and K.entries == kept.entries
+            assert np.allclose(K.matvec(v), kept.matvec(v), rtol=1e-5, atol=1e-5)
+            indices = np.array([n - 1, 0])
+            assert np.allclose(K.columns(indices), kept.columns(indices), rtol=1e-5, atol=1e-5)
+        K, kept, k = lazy.matrix(linear, x, **where), tiles.gram(linear, x, **where), -(-n // 2)
+        assert np.allclose(K.diagonal(), kept.diagonal(), rtol=1e-5, atol=1e-5)
+        assert np.allclose(K.leading(k).matvec(v[:k]), kept.leading(k).matvec(v[:k]), rtol=1e-5, atol=1e-5)
+        product = K.matvec(np.eye(n))
+        assert np.allclose(product, product.T, rtol=1e-14)  # CG needs it
+
 
 
 # ------------------------------------------------------------------------------------------- pcg
@@ -597,6 +839,50 @@ def test_pcg_edges():
     y[1:, 0] = 0  # exactly solved in one step, while the other column takes thirty
     x, info = pcg.solve(lambda v: K @ v, y, 0.1)
     assert info.converged and np.allclose(x, y / (np.diag(K) + 0.1)[:, None], atol=1e-5)
+
+
+class Memory:
+    """A checkpoint that keeps every state."""
+    def __init__(self, *states):
+        self.states = list(states)
+
+    def load(self):
+        return self.states[-1] if self.states else None
+
+    def save(self, state, finished):
+        self.states.append({name: np.array(value) for name, value in state.items()})
+
+
+@pytest.mark.parametrize("source", ["none", "lowrank"])
+def test_pcg_resumes(source):
+    """From the state after any step a solve goes on as if it had not been broken off: same solution to
+    the last bit, same steps, same condition; from its last state it has nothing to do."""
+    A, y = spectrum(60, 1e6), np.random.default_rng(1).normal(size=(60, 3))
+    precondition = pcg.low_rank(Dense(A), 1e-5, 20) if source == "lowrank" else None
+    trace = Memory()
+    x, info = pcg.solve(lambda v: A @ v, y, 1e-5, precondition, 1e-9, checkpoint=trace)
+    assert info.iterations == len(trace.states) > 20
+    for state in trace.states[::7] + trace.states[-1:]:
+        again = pcg.solve(lambda v: A @ v, y, 1e-5, precondition, 1e-9, checkpoint=Memory(state))
+        assert (again[0] == x).all() and again[1].history == info.history
+        assert again[1].condition == info.condition and again[1].iterations == info.iterations
+
+
+def test_pcg_checkpoint(tmp_path, capsys):
+    """A checkpoint gives back what it was given, to one that asks about the same solve; it is not
+    written at every step; a damaged one is said and not used."""
+    path, about = str(tmp_path / "solve" / "a.npz"), {"ridge": 0.1, "rows": 5}
+    kept = store.Checkpoint(path, about, tiles.ALONE)
+    assert kept.load() is None
+    for step in range(100):
+        kept.save({"x": np.full(3, step)}, False)
+    assert store.Checkpoint(path, about, tiles.ALONE).load()["x"][0] < 99
+    kept.save({"x": np.full(3, 7.5), "history": [1.0]}, True)
+    state = store.Checkpoint(path, about, tiles.ALONE).load()
+    assert set(state) == {"x", "history"} and (state["x"] == 7.5).all()
+    assert store.Checkpoint(path, {**about, "ridge": 1.0}, tiles.ALONE).load() is None
+    flip(tmp_path / "solve" / "a.npz")
+    assert kept.load() is None and "damaged: this solve starts anew" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- augment
@@ -962,6 +1248,57 @@ def test_train_without_fused(tmp_path):
     assert "--engine: invalid choice: 'fused'" in run("--engine", "fused").stderr
 
 
+def test_train_store(tmp_path):
+    """With a store the answers are those without; a second run computes no entry; with --fit_on a larger
+    n_train takes up the tiles of the smaller; --kind both takes up what one kind has left."""
+    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "60"]
+    keep = ["--store", str(tmp_path / "K")]
+    for n, computed in ((60, 60 * 80 // 2 + 60 * 50), (60, 0), (100, 100 * 120 // 2 - 2400 + 2000)):
+        result = train(tmp_path, "--n_train", str(n), *flags, *keep)
+        assert result["entries_computed"] == computed
+        assert result["test_mse"] == train(tmp_path, "--n_train", str(n), *flags)["test_mse"]
+    both = train(tmp_path, "--n_train", "100", *flags, *keep, "--kind", "both")
+    assert both["nngp"]["test_mse"] == result["test_mse"]
+    assert not (tmp_path / "K" / "solve-nngp").exists()  # of no more use once the result is recorded
+    derived = train(tmp_path, "--n_train", "100", *flags[:4], *flags[6:], *keep)  # tile: that of the store
+    assert derived["entries_computed"] == 0 and derived["config"]["tile"] == 20
+    with pytest.raises(ValueError, match="holds another matrix: depth is 1 there, 2 here"):
+        train(tmp_path, "--n_train", "60", *flags, *keep, "--depth", "2")
+    with pytest.raises(ValueError, match="60 of the 60 rows .* differ.*--fit_on"):
+        train(tmp_path, "--n_train", "60", *flags, *keep, "--fit_on", "59")
+
+
+def test_train_survives_kills(tmp_path):
+    """Killed at random moments, of the tiles and of the solve, and started again each time, it ends with
+    the tiles of a run left alone, to the last bit, and with its answer. KILLS=20 kills 20 times."""
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, os.path.join(HERE, "train_cifar.py"), "--n_train", "700", "--tile", "40", "--quiet",
+             "--store", tmp_path / name, "--out", tmp_path / f"{name}-results", "--ridge", "1e-8,1e-7",
+             "--precondition", "none", "--max_iters", "4000"], stdout=subprocess.PIPE, text=True)
+    whole = start("whole")
+    assert "test accuracy" in whole.communicate(timeout=300)[0] and whole.returncode == 0
+    rng, kills = np.random.default_rng(0), int(os.environ.get("KILLS", 4))
+    for kill in range(kills):
+        process = start("killed")
+        begun = tmp_path / "killed" / ("train-nngp/tiles-0.txt" if kill < kills // 2 else "solve-nngp")
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        report = subprocess.run([sys.executable, "tiles.py", tmp_path / "killed"], cwd=HERE, capture_output=True)
+        assert report.returncode == 0
+    last = start("killed")
+    assert last.communicate(timeout=300) and last.returncode == 0
+    for part in ("train-nngp", "test-nngp"):
+        assert contents(tmp_path / "killed" / part) == contents(tmp_path / "whole" / part)
+    whole, killed = (json.loads((tmp_path / f"{name}-results" / "runs.jsonl").read_text().splitlines()[-1])
+                     for name in ("whole", "killed"))
+    assert killed["entries_computed"] < whole["entries_computed"]
+    assert abs(killed["test_mse"] / whole["test_mse"] - 1) < 1e-6
+
+
 def test_train_ridge_comes_from_validation(tmp_path, monkeypatch):
     """The ridge is the best on the last fifth of the training set; test labels play no part."""
     flags = ["--n_train", "200", "--ridge", "10,1,0.01,1e-4", "--flips"]
@@ -999,6 +1336,133 @@ def test_train_errors(flags, words, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode and re.search(words, done.stderr.splitlines()[-1]), done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------- hosts
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def team(count, *flags, slurm=False, last=()):
+    """Start train_cifar.py as `count` processes on loopback: digits, sizes that nothing divides."""
+    common = ["--n_train", "203", "--n_test", "101", "--tile", "32", "--ridge", "1e-3,1e-2", "--quiet",
+              *map(str, flags)]
+    port, running = free_port(), []
+    for index in range(count):
+        where = [] if slurm else ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count),
+                                  "--process", str(index)]
+        env = {**os.environ, "XLA_FLAGS": ""}
+        if slurm:
+            env.update(SLURM_JOB_ID=str(port), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(count),
+                       SLURM_PROCID=str(index), SLURM_LOCALID="0", SLURM_STEP_NUM_NODES=str(count))
+        running.append(subprocess.Popen(
+            [sys.executable, os.path.join(HERE, "train_cifar.py"), *common, *where,
+             *(last if index == count - 1 else ())], env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return running
+
+
+@pytest.mark.parametrize("count, devices, slurm, where", [
+    (2, 2, True, "store"), (4, 1, False, "memory"), (3, 1, False, "none")])
+def test_hosts_one_answer(tmp_path, count, devices, slurm, where):
+    """2, 3 and 4 processes, by flags or told by Slurm, with tiles on disk, in memory or nowhere, give
+    the answer of one to 1e-6, and one result line; each has written its share of the tiles."""
+    flags = ["--store", tmp_path / "K"] if where == "store" else ["--store", "none"] if where == "none" else []
+    flags += ["--out", tmp_path, "--devices", devices]
+    done = [(process.communicate(timeout=300), process.returncode)
+            for process in team(count, *flags, slurm=slurm)]
+    assert [code for _, code in done] == [0] * count, done
+    assert [out.count("test accuracy") for (out, _), _ in done] == [1] + [0] * (count - 1)
+    together, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    alone = train(tmp_path, "--n_train", "203", "--n_test", "101", "--ridge", "1e-3,1e-2")
+    assert together["processes"] == count and together["devices"] == devices
+    assert together["test_accuracy"] == alone["test_accuracy"] and together["ridge"] == alone["ridge"]
+    assert abs(together["test_mse"] / alone["test_mse"] - 1) < 1e-6
+    if where == "store":
+        shares = [len((tmp_path / "K" / "train-nngp" / f"tiles-{i}.txt").read_text().split("\n")) - 1
+                  for i in range(count)]
+        assert shares == [14, 14] and store.report(str(tmp_path / "K")) == 0
+
+
+def test_hosts_one_dies(tmp_path):
+    """One process of two is killed in the middle of a solve: the other ends within a minute with a
+    sentence, not a hang; started again, they go on from what was finished and end as if nothing was."""
+    flags = ["--store", tmp_path / "K", "--out", tmp_path, "--devices", 1, "--precondition", "none",
+             "--ridge", "1e-9", "--tol", "1e-9", "--max_iters", 3000]
+    running = team(2, *flags)
+    solving = tmp_path / "K" / "solve-nngp"
+    while not (solving.exists() and list(solving.glob("*.npz"))):
+        assert all(process.poll() is None for process in running), running[0].communicate()
+        time.sleep(0.01)
+    running[1].kill()
+    start = time.monotonic()
+    out, err = running[0].communicate(timeout=100)
+    running[1].communicate()
+    assert running[0].returncode == 1 and time.monotonic() - start < 60
+    assert re.search("process 0 of 2: another process is gone. Start all of them again: what is in --store", err)
+    for process in (again := team(2, *flags)):
+        assert process.wait(timeout=300) == 0, process.communicate()
+    result, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    alone = train(tmp_path, "--n_train", "203", "--n_test", "101", *map(str, flags[6:]))
+    assert result["entries_computed"] == 0 and result["cg_iterations"] > 100
+    assert abs(result["test_mse"] / alone["test_mse"] - 1) < 1e-6
+    [process.communicate() for process in again]
+
+
+def test_hosts_errors():
+    """One flag of the three without the others, or a number that is not there: one sentence."""
+    for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
+        with pytest.raises(ValueError, match="give HOST:PORT of process 0, their number P, and 0 to P - 1"):
+            hosts.start(*given)
+    assert hosts.start() == hosts.start("h:1", 1, 0) == tiles.ALONE
+
+
+def test_hosts_error_in_one_ends_all(tmp_path):
+    """A process that fails while the other waits for it says why, and both end at once."""
+    start = time.monotonic()
+    running = team(2, "--out", tmp_path, "--devices", 1, last=["--n_test", "1000"])
+    said = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [1, 1] and time.monotonic() - start < 60
+    assert "another process is gone" in said[0] and "n_test=1000, but digits has 1 to 360 rows" in said[1]
+
+
+# ------------------------------------------------------------------------------------------ plan
+
+def test_plan_adds_up():
+    """The plan of 10 rows, 3 test rows, tiles of 4, two hosts with two devices, counted by hand: 6 tiles
+    of K and 3 of K_test; of sixteen entries each; 100 steps."""
+    out = plan.estimate(10, 3, 4, 2, 2, 5, entries_rate=9.0, product=48.0, read=24.0, write=1e9, pixels=7,
+                        classes=10, store="DIR")
+    assert out["tiles"] == 9 and out["entries"] == 144 and out["bytes"] == 576
+    assert out["kernel_seconds"] == 144 / 36 and out["bytes_a_host"] == 288
+    assert out["pass_bytes"] == 6 * 16 * 4 / 2 and out["pass_seconds"] == 192 / 24
+    assert out["reduce_bytes"] == 800 and out["step_seconds"] == 8 + 1600 / plan.NETWORK
+    assert out["solve_seconds"] == 100 * out["step_seconds"]
+    memory = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, store=None, ridges=4)
+    assert memory["pass_seconds"] == 6 * 16 * 4 / 48 and memory["reduce_bytes"] == 0
+    assert memory["solve_seconds"] == 300 * memory["step_seconds"]
+    lazily = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, store="none")
+    assert lazily["kernel_seconds"] == 0 and lazily["pass_seconds"] == 96 / 36
+    slow = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, 24.0, 2.0, store="DIR")
+    assert slow["kernel_seconds"] == 288 / 2
+
+
+def test_plan_of_five_million(tmp_path, capsys):
+    """5 million images on 256 hosts are planned in seconds, nothing is loaded or started, and the
+    numbers printed are those of the paper's problem."""
+    out = train_cifar.main(["--plan", "--dataset", "cifar5m", "--n_train", "5000000", "--n_test", "10000",
+                            "--hosts", "256", "--devices", "2", "--tile", "4096", "--store",
+                            str(tmp_path / "K"), "--ridge", "0.1"])
+    text = capsys.readouterr().out
+    assert not (tmp_path / "K").exists() and not list(tmp_path.iterdir())
+    assert abs(out["entries"] / (5e6**2 / 2 + 5e6 * 1e4) - 1) < 0.01 and out["tiles"] == 1221 * 1222 / 2 + 3 * 1221
+    assert "5,000,000 rows" in text and "256 x 2 devices" in text and "50.3 TB on disk, 197 GB a host" in text
+    assert out["total_seconds"] == out["kernel_seconds"] + out["solve_seconds"]
+    n_entries = out["entries"] / (out["entries_per_second"] / 2 * 512)
+    assert out["kernel_seconds"] >= n_entries * 0.99
 
 
 # ------------------------------------------------------------------------------------------ docs

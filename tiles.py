@@ -1,27 +1,38 @@
 """Tile-parallel kernel matrices.
 
-Every entry of K is independent of every other, so K is cut into tiles and each device computes
-whole tiles; no device talks to another. K is symmetric: only tiles on and above the diagonal are
-computed and kept. The product y = K v reads each of them once and uses it twice,
-  y_i += K_ij v_j   and, off the diagonal,   y_j += K_ij^T v_i.
+Every entry of K is independent of every other, so K is cut into tiles and each device of each process
+computes whole tiles; no device talks to another. K is symmetric: only tiles on and above the diagonal
+are computed and kept. The product y = K v reads each of them once and uses it twice,
+  y_i += K_ij v_j   and, off the diagonal,   y_j += K_ij^T v_i,
+and one sum over the processes finishes it.
 
-  n, m  rows, columns        b  tile side        D  local devices        c  columns of v
+  n, m  rows, columns   b  tile side   D  devices of a process   P  processes   c  columns of v
 
-Any n, any b, any D: the last tile of a row or column is computed at full size, with row 0 standing
-in for the rows that do not exist (real data, so finite whatever the kernel), and cut to what does.
+Any n, b, D, P: the last tile of a row or column is computed at full size, with row 0 standing in
+for the rows that do not exist (real data, so finite whatever the kernel), and cut to what does.
+Tile (i, j) belongs to process t mod P, t its number in column order: j (j + 1) / 2 + i where K is
+symmetric. t does not depend on n, so a larger K leaves every tile where it was.
+
+Where the tiles are kept is not said here: in memory, a dict; on disk, a `store.Store`; or nowhere,
+lazy.py, and every product
+computes them anew.
 
     K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x_train);  K.matvec(v)
 
-Cost: n (n + b) / (2 D) entries a device; 4 n m bytes, half of them where symmetric; 2 n m c
-floating-point operations a product.        Proved by: test_all.py, section tiles
+Cost: n (n + b) / (2 D P) entries a device; 4 n m bytes, half of them where symmetric; a product 2 n m c
+operations, and 8 n c bytes summed over processes.      Proved by: test_all.py, section tiles
 """
 
-import itertools
+import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Callable, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -30,89 +41,127 @@ TILE = 1024  # 4 MB in float32: small in memory, large enough that a call to a d
 ROWS = 64  # of a tile, turned to float64 at a time: they stay in cache between their two uses
 
 
-def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False):
+class Team(NamedTuple):
+    """The processes that share a matrix; alone unless `hosts.start` says otherwise."""
+    index: int = 0
+    count: int = 1
+    all_reduce: Callable = lambda array: array  # the sum over processes, the same for all
+
+
+ALONE = Team()
+
+
+def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False, store=None, team=ALONE):
     """K = kernel_fn(x, x), (n, n), symmetric to the last bit, as a TiledMatrix.
 
     kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored. Where
     it returns a tuple of these, as with NNGP and NTK in one pass, so does this function.
     x: n inputs: an array, or anything with len(x) and x[rows] for an array of row numbers.
     tile: side b of a tile.   devices: JAX devices to use, by default every local one.
+    store: where tiles are kept and found, a `store.Store`, or a tuple of them; None is in memory.
+    team: the processes that share the work.
     Raises ValueError: no inputs, a tile below 1, entries that are not finite.  MemoryError: K does
-    not fit.
+    not fit.  OSError: a tile could not be written.
     """
-    return _compute(kernel_fn, x, x, tile, devices, quiet, symmetric=True)
+    return _compute(kernel_fn, x, x, tile, devices, quiet, store, team, symmetric=True)
 
 
-def cross(kernel_fn, x1, x2, tile=TILE, devices=None, quiet=False):
+def cross(kernel_fn, x1, x2, tile=TILE, devices=None, quiet=False, store=None, team=ALONE):
     """K = kernel_fn(x1, x2), (n, m), as a TiledMatrix; arguments and errors as for `gram`."""
-    return _compute(kernel_fn, x1, x2, tile, devices, quiet, symmetric=False)
+    return _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric=False)
 
 
-def _compute(kernel_fn, x1, x2, tile, devices, quiet, symmetric):
-    devices = jax.local_devices() if devices is None else devices
+def _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
     n, m = len(x1), len(x2)
     if min(n, m, tile) < 1:
         raise ValueError(f"got {n} and {m} inputs and tile={tile}: each must be at least 1")
-    sides = min(tile, n), min(tile, m)
-    grid = itertools.product(range(-(-n // sides[0])), range(-(-m // sides[1])))
-    todo = [(i, j) for i, j in grid if i <= j or not symmetric]
-    _check_memory(n, m, 4 * len(todo) * sides[0] * sides[1])
+    K = TiledMatrix((n, m), (min(tile, n), min(tile, m)), symmetric, {}, team)
+    keys = list(K.keys())
+    if store is None:
+        check_memory(f"the {n} x {m} kernel", 4 * len(keys) * K.sides[0] * K.sides[1])
+        blocks = [jnp.asarray(x[np.zeros(1, int)]) for x in (x1, x2)]
+        result = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side,) + block.shape[1:], block.dtype)
+                                             for side, block in zip(K.sides, blocks)))
+        store = tuple({} for _ in result) if isinstance(result, tuple) else {}
+    matrices = [replace(K, tiles=kept) for kept in (store if isinstance(store, tuple) else [store])]
+    shapes = {key: tuple(s.stop - s.start for s in K.slices(key)) for key in keys}
+    done = [kept.intact(shapes, quiet) if hasattr(kept, "intact") else kept for kept in
+            (K.tiles for K in matrices)]
+    todo = [key for key in keys if not all(key in there for there in done)]
+    found = sum(np.prod(shapes[key]) for key in keys) - sum(np.prod(shapes[key]) for key in todo)
+    matrices = [replace(K, found=int(found)) for K in matrices]
+    size = K.sides[0] * K.sides[1]
+    with tqdm(total=len(keys) * size, initial=(len(keys) - len(todo)) * size, unit=" entries",
+              unit_scale=True, desc=f"kernel, {len(keys)} tiles", disable=quiet or None,
+              leave=False) as bar:
+        for key, results in walk(kernel_fn, [(0, x1), (1, x2)], K.sides, todo, devices):
+            for K, there, result in zip(matrices, done, results):
+                if key not in there:
+                    K._set(key, result)
+            bar.update(size)
+    return tuple(matrices) if isinstance(store, tuple) else matrices[0]
 
-    # Each device walks its own run of consecutive tiles, so a block of x1 is placed on it once a row.
-    runs = np.array_split(np.array(todo), len(devices))
+
+def walk(fn, inputs, sides, keys, devices=None):
+    """Yields (key, list of the arrays that fn returns) for every key, a key on each device at a time.
+
+    inputs: [(0 or 1, rows), ...], what fn is called with: of `rows` the block with number key[0] or
+    key[1], of sides[0] or sides[1] rows. Each device walks its own run of consecutive keys, so that a
+    block is placed on it once for as long as it is needed.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    runs = np.array_split(np.array(keys, np.int64).reshape(-1, 2), len(devices))
     mesh = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec("device"))
-    mapped = jax.pmap(kernel_fn, devices=devices)
+    mapped = _mapped(fn, tuple(devices))
     placed = {}
 
-    def inputs(side, x, step):
-        """The blocks of one step, one on each device: an array (D, b, ...) of D shards."""
+    def blocks(which, step):
+        """The blocks of one argument for one step, one on each device: (D, b, ...) in D shards."""
+        side, x = inputs[which]
         for device, run in zip(devices, runs):
             index = run[min(step, len(run) - 1)][side] if len(run) else 0
-            if placed.get((side, device), (None,))[0] != index:
+            if placed.get((which, device), (None,))[0] != index:
                 rows = np.arange(index * sides[side], (index + 1) * sides[side])
                 block = np.asarray(x[np.where(rows < len(x), rows, 0)])
-                placed[side, device] = index, jax.device_put(block[None], device)
-        shards = [placed[side, device][1] for device in devices]
+                placed[which, device] = index, jax.device_put(block[None], device)
+        shards = [placed[which, device][1] for device in devices]
         return jax.make_array_from_single_device_arrays(
             (len(devices),) + shards[0].shape[1:], mesh, shards)
 
-    matrices = []  # one for each matrix that kernel_fn returns
-    bar = tqdm(total=len(todo) * sides[0] * sides[1], unit=" entries", unit_scale=True,
-               desc=f"kernel, {len(todo)} tiles", disable=quiet or None, leave=False)
+    def fetch(results, step):
+        shards = [result.addressable_shards for result in jax.tree.leaves(results)]
+        for shard in sum(shards, []):
+            shard.data.copy_to_host_async()
+        for device, run in enumerate(runs):
+            if step < len(run):
+                yield tuple(run[step].tolist()), [np.asarray(of[device].data)[0] for of in shards]
 
-    def keep(results, step):
-        results = jax.tree.leaves(results)
-        for result in results:
-            for shard in result.addressable_shards:
-                shard.data.copy_to_host_async()
-        if not matrices:
-            matrices.extend(TiledMatrix((n, m), sides, symmetric, {}) for _ in results)
-        for K, result in zip(matrices, results):
-            for run, shard in zip(runs, result.addressable_shards):
-                if step < len(run):
-                    K._set(tuple(run[step].tolist()), np.asarray(shard.data)[0])
-        bar.update(sides[0] * sides[1] * sum(step < len(run) for run in runs))
-
-    with bar:
-        pending = None  # dispatch is asynchronous: step s runs while the tiles of s - 1 are stored
-        for step in range(len(runs[0])):
-            result = mapped(inputs(0, x1, step), inputs(1, x2, step))
-            if pending is not None:
-                keep(pending, step - 1)
-            pending = result
-        keep(pending, len(runs[0]) - 1)
-    return tuple(matrices) if isinstance(pending, tuple) else matrices[0]
+    pending = None  # dispatch is asynchronous: step s runs while the results of s - 1 are used
+    for step in range(len(runs[0])):
+        result = mapped(*(blocks(which, step) for which in range(len(inputs))))
+        if pending is not None:
+            yield from fetch(pending, step - 1)
+        pending = result
+    if pending is not None:
+        yield from fetch(pending, len(runs[0]) - 1)
 
 
-def _check_memory(n, m, need):
-    """Refuse before the first tile a matrix that this host cannot hold."""
+@lru_cache(maxsize=8)
+def _mapped(fn, devices):
+    """pmap, once: a new one would compile anew."""
+    return jax.pmap(fn, devices=devices)
+
+
+def check_memory(what, need):
+    """Refuse, before it is begun, what this host's memory cannot hold."""
     if not os.path.exists("/proc/meminfo"):  # only Linux says what is free
         return
     with open("/proc/meminfo") as lines:
         have = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     if need > have:
-        raise MemoryError(f"the {n} x {m} kernel needs {need / 1e9:.1f} GB; this host has "
-                          f"{have / 1e9:.1f} GB free. Lower --n_train or --n_test.")
+        raise MemoryError(f"{what} needs {need / 1e9:.1f} GB of memory; this host has {have / 1e9:.1f} GB "
+                          "free. Keep tiles on disk with --store DIR, compute them for every product with "
+                          "--store none, add processes, or lower --n_train.")
 
 
 @dataclass(frozen=True)
@@ -120,16 +169,31 @@ class TiledMatrix:
     """A kernel matrix (n, m) in tiles; symmetric ones keep tiles (i, j) with i <= j only.
 
     shape: (n, m).   sides: rows and columns of a whole tile.   tiles: {(i, j): array}, ragged at the
-    ends. After `leading` the tiles may reach beyond shape; every method reads only what is inside.
+    ends, this process's at least. They may reach beyond shape, after `leading` and from a store;
+    every method reads only what is inside.   team: the processes; methods that return an array are
+    called by all of them, and all get the same.
     """
     shape: tuple
     sides: tuple
     symmetric: bool
     tiles: dict
+    team: Team = ALONE
+    found: int = 0  # entries that this process did not have to compute
+
+    def keys(self):
+        """This process's tiles inside the matrix, in column order."""
+        rows, columns = (-(-size // side) for size, side in zip(self.shape, self.sides))
+        total = columns * (columns + 1) // 2 if self.symmetric else rows * columns
+        for t in range(self.team.index, total, self.team.count):
+            if self.symmetric:
+                j = (math.isqrt(8 * t + 1) - 1) // 2
+                yield t - j * (j + 1) // 2, j
+            else:
+                yield t % rows, t // rows
 
     def _set(self, key, tile):
         """Cut a computed tile to the matrix, check it, make a diagonal one symmetric, keep it."""
-        rows, cols = (s.stop - s.start for s in self._slices(key))
+        rows, cols = (s.stop - s.start for s in self.slices(key))
         tile = tile[:rows, :cols]
         if not np.isfinite(tile).all():
             raise ValueError(f"tile {key} of the kernel has {np.sum(~np.isfinite(tile))} entries that "
@@ -138,22 +202,23 @@ class TiledMatrix:
             tile = np.triu(tile) + np.triu(tile, 1).T
         self.tiles[key] = np.array(tile)  # a copy: the device's buffer is padded, and its own
 
-    def _slices(self, key):
+    def slices(self, key):
         """The rows and columns of the matrix that tile `key` covers, both inside the matrix."""
-        return [slice(k * side, max(k * side, min(size, (k + 1) * side)))
+        return [slice(k * side, min(size, (k + 1) * side))
                 for k, side, size in zip(key, self.sides, self.shape)]
 
-    def _blocks(self):
-        """Every stored tile inside the matrix: (key, rows, columns, array of that shape)."""
-        for key, tile in self.tiles.items():
-            rows, cols = self._slices(key)
-            if rows.stop > rows.start and cols.stop > cols.start:
-                yield key, rows, cols, tile[:rows.stop - rows.start, :cols.stop - cols.start]
+    def _block(self, key):
+        """Rows, columns and entries of a tile, cut to the matrix."""
+        rows, cols = self.slices(key)
+        return rows, cols, self.tiles[key][:rows.stop - rows.start, :cols.stop - cols.start]
 
     @property
     def entries(self):
-        """Kernel entries stored inside the matrix: about half of n^2 where it is symmetric."""
-        return sum(tile.size for *_, tile in self._blocks())
+        """Kernel entries kept, by all processes: about half of n^2 where it is symmetric."""
+        (n, m), b = self.shape, self.sides[0]
+        if not self.symmetric:
+            return n * m
+        return (n * n + n // b * b * b + (n % b) ** 2) // 2  # the squares on the diagonal are whole
 
     def leading(self, n):
         """The leading n x n block of a symmetric matrix; shares the tiles, copies nothing."""
@@ -164,37 +229,41 @@ class TiledMatrix:
 
     def diagonal(self):
         """K[i, i], (n,) float64, of a symmetric matrix."""
-        out = np.empty(self.shape[0])
-        for (i, j), rows, _, tile in self._blocks():
-            if i == j:
+        out = np.zeros(self.shape[0])
+        for key in self.keys():
+            if key[0] == key[1]:
+                rows, _, tile = self._block(key)
                 out[rows] = np.diagonal(tile)
-        return out
+        return self.team.all_reduce(out)
 
     def columns(self, indices):
         """K[:, indices], (n, len(indices)) float64, in the order asked for."""
         indices = np.asarray(indices)
-        out = np.empty((self.shape[0], len(indices)))
-        for (i, j), rows, cols, tile in self._blocks():
-            inside = (cols.start <= indices) & (indices < cols.stop)
-            out[rows, inside] = tile[:, indices[inside] - cols.start]
-            if self.symmetric and i != j:
-                inside = (rows.start <= indices) & (indices < rows.stop)
-                out[cols, inside] = tile[indices[inside] - rows.start].T
-        return out
+        out = np.zeros((self.shape[0], len(indices)))
+        for key in self.keys():
+            rows, cols = self.slices(key)
+            right = (cols.start <= indices) & (indices < cols.stop)
+            below = (rows.start <= indices) & (indices < rows.stop)
+            mirrored = self.symmetric and key[0] != key[1] and below.any()
+            if right.any() or mirrored:
+                *_, tile = self._block(key)
+                out[rows, right] = tile[:, indices[right] - cols.start]
+                if mirrored:
+                    out[cols, below] = tile[indices[below] - rows.start].T
+        return self.team.all_reduce(out)
 
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64; tiles as stored, sums in float64.
 
-        One pass over the tiles on every core. ROWS rows of a tile are turned to float64 and used
-        for both of its products while they are in cache.
+        One pass over the tiles on every core, a tile in memory for each thread; from a disk, some
+        threads read while others multiply. ROWS rows of a tile are turned to float64 and used for
+        both of its products while they are in cache.
         """
-        if v.shape[0] != self.shape[1] or v.ndim != 2:
-            raise ValueError(f"v has shape {v.shape}; a product with a {self.shape[0]} x "
-                             f"{self.shape[1]} matrix needs ({self.shape[1]}, c)")
+        check_vectors(v, self.shape)
 
-        def product(block):
-            (i, j), rows, cols, tile = block
-            both = self.symmetric and i != j
+        def product(key):
+            rows, cols, tile = self._block(key)
+            both = self.symmetric and key[0] != key[1]
             v_i, v_j = v[rows] if both else None, v[cols]
             y_i = np.empty((tile.shape[0], v.shape[1]))
             y_j = np.zeros((tile.shape[1], v.shape[1]))
@@ -206,18 +275,38 @@ class TiledMatrix:
             return rows, y_i, cols, y_j if both else None
 
         y = np.zeros((self.shape[0], v.shape[1]))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for rows, y_i, cols, y_j in pool.map(product, self._blocks()):
+        with ThreadPoolExecutor(os.cpu_count() + (0 if isinstance(self.tiles, dict) else 2)) as pool:
+            for rows, y_i, cols, y_j in pool.map(product, self.keys()):
                 y[rows] += y_i
                 if y_j is not None:
                     y[cols] += y_j
-        return y
+        return self.team.all_reduce(y)
 
     def dense(self):
-        """The whole matrix as one array of the tiles' dtype, for small n."""
-        out = np.empty(self.shape, next(iter(self.tiles.values())).dtype)
-        for (i, j), rows, cols, tile in self._blocks():
+        """The whole matrix as one array of the tiles' dtype, for small n.  MemoryError: it is not."""
+        first = next(self.keys(), None)
+        dtype = np.dtype(np.float32) if first is None else self.tiles[first].dtype
+        check_memory(f"the dense {self.shape[0]} x {self.shape[1]} kernel",
+                     self.shape[0] * self.shape[1] * dtype.itemsize)
+        out = np.zeros(self.shape, dtype)
+        for key in self.keys():
+            rows, cols, tile = self._block(key)
             out[rows, cols] = tile
-            if self.symmetric and i != j:
+            if self.symmetric:
                 out[cols, rows] = tile.T
-        return out
+        return self.team.all_reduce(out)
+
+
+def check_vectors(v, shape):
+    if v.ndim != 2 or v.shape[0] != shape[1]:
+        raise ValueError(f"v has shape {v.shape}; a product with a {shape[0]} x {shape[1]} matrix needs "
+                         f"({shape[1]}, c)")
+
+
+if __name__ == "__main__":
+    import store
+
+    try:
+        sys.exit(min(1, sum(map(store.report, sys.argv[1:] or ["."]))))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

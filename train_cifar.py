@@ -17,18 +17,25 @@ import importlib.metadata
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager
+from functools import partial
 
 import jax
 import numpy as np
 
 import augment
 import data
+import hosts
 import kernel
+import lazy
 import pcg
+import plan
+import store
 import tiles
 
 try:
@@ -41,6 +48,7 @@ if fused:
     ENGINES = {"fused": fused.kernel_fn, **ENGINES}
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 HELD_OUT = 5000  # images of the validation split, at most
+NOT_WHAT = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process")  # not recorded: where
 
 
 def parse(argv):
@@ -54,6 +62,8 @@ def parse(argv):
     images.add_argument("--n_test", type=int, help="test images; None is all")
     images.add_argument("--whiten", default="channel", choices=["zca", "channel", "none"],
                         help="fitted on the training images; none is pixels / 255")
+    images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on the first N training "
+                        "images, None is all: with N fixed, a larger n_train reuses the tiles of a store")
     images.add_argument("--zca_eps", type=float, default=0.1,
                         help="regularisation of zca, relative to the mean eigenvalue")
     images.add_argument("--flips", action="store_true", help="add every image's mirror image")
@@ -68,6 +78,8 @@ def parse(argv):
     network.add_argument("--engine", default=next(iter(ENGINES)), choices=ENGINES,
                          help="what computes the kernel: fused.py, kernel.py or neural_tangents")
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
+    network.add_argument("--store", metavar="DIR", help="keep tiles and solver state there and go on from "
+                         "what is there; none: keep no tile, compute them for every product; None: in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, "
                         "separated by commas, or auto (10 down to 1e-6): chosen on the last fifth of "
@@ -80,6 +92,15 @@ def parse(argv):
     run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")
     run.add_argument("--out", default="results", metavar="DIR", help="runs.jsonl in it gets a line")
     run.add_argument("--quiet", action="store_true", help="print the result line only")
+    run.add_argument("--plan", action="store_true", help="measure the rate for a moment, print hours and "
+                     "bytes of this run on --hosts with --devices each, and stop")
+    many = parser.add_argument_group("machines")
+    many.add_argument("--devices", type=int, metavar="D", help="devices of a process; None is every GPU, or "
+                      "else every core")
+    many.add_argument("--hosts", type=int, default=1, metavar="P", help="of --plan")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; under Slurm, leave out")
+    many.add_argument("--processes", type=int, metavar="P", help="how many there are")
+    many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")
     args = parser.parse_args(argv)
     try:
         args.ridge = RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
@@ -94,14 +115,25 @@ def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both, the
     dicts of the two runs by kind."""
     args = parse(argv)
-    run, seconds = provenance(), {}
+    kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
+    options = {} if args.depth is None else {"depth": args.depth}
+    kernel_fn = partial(ENGINES[args.engine], args.kernel, **options)
+    if args.plan:
+        shape, n_train, n_test = data.DATASETS[args.dataset]
+        n_train, n_test = args.n_train or n_train, args.n_test or n_test
+        rows = n_train * args.crops * (1 + args.flips)
+        derive(args, (n_train, *shape), n_test, rows)
+        return plan.main(args, kernel_fn(kinds), shape, rows)
+    team = hosts.start(args.coordinator, args.processes, args.process, args.devices)
+    args.quiet = args.quiet or team.index > 0
+    run, seconds = provenance(team), {}
 
     with phase("data", seconds):
         x_train, labels, x_test, test_labels = data.load(
             args.dataset, args.data, args.n_train, args.n_test, args.seed)
         fit = {"zca": lambda x: data.zca(x, args.zca_eps), "channel": data.standardise,
                "none": lambda x: lambda z: z.astype(np.float32) / 255}[args.whiten]
-        whiten = fit(x_train)
+        whiten = fit(x_train[:args.fit_on])
         x_train, x_test = whiten(x_train), whiten(x_test)
         view = augment.expand(len(x_train), args.flips, args.crops, args.seed,
                               pad=x_train.shape[1] // 8)
@@ -113,21 +145,50 @@ def main(argv=None):
               + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
 
     with phase("kernel", seconds):
-        kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
-        options = {} if args.depth is None else {"depth": args.depth}
-        kernel_fn = ENGINES[args.engine](args.kernel, kinds, **options)
-        Ks = tiles.gram(kernel_fn, x, args.tile, quiet=args.quiet)
-        K_tests = tiles.cross(kernel_fn, x_test, x, args.tile, quiet=args.quiet)
+        matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
 
     results = {}
-    for kind, K, K_test in zip(kinds, Ks, K_tests):
-        results[kind] = regress(args, K, K_test, y, labels, test_labels, view.copies)
+    for kind, K, K_test in zip(kinds, *matrices):
+        keep = partial(checkpoint, args, team, kind)
+        results[kind] = regress(args, K, K_test, y, labels, test_labels, view.copies, keep)
         results[kind]["seconds"] = {name: round(s, 3) for name, s in
                                     {**seconds, **results[kind]["seconds"]}.items()}
-        results[kind]["entries_per_second"] = results[kind]["entries"] / seconds["kernel"]
-        record(args, kind, results[kind], run)
-        print(describe(results[kind]))
+        computed = results[kind]["entries"] - int(team.all_reduce(np.array([K.found + K_test.found]))[0])
+        results[kind].update(entries_computed=computed, entries_per_second=computed / seconds["kernel"])
+        if team.index == 0:
+            record(args, kind, results[kind], run)
+            print(describe(results[kind]), flush=True)
+            shutil.rmtree(os.path.join(args.store or "", f"solve-{kind}"), ignore_errors=True)
     return results if args.kind == "both" else results[args.kind]
+
+
+def kernels(args, kernel_fn, kinds, x, x_test, team):
+    """A K and a K_test of each kind: ((K, ...), (K_test, ...))."""
+    devices = jax.local_devices()[:args.devices]
+    where = {"devices": devices, "quiet": args.quiet, "team": team}
+    if args.store == "none":
+        fns = [kernel_fn(kind) for kind in kinds]
+        return ([lazy.matrix(fn, x, None, args.tile, **where) for fn in fns],
+                [lazy.matrix(fn, x_test, x, args.tile, **where) for fn in fns])
+    kept = None, None
+    if args.store:
+        depth = sum(layer[0] == "relu" for layer in kernel.network(*kernel_fn.args, **kernel_fn.keywords))
+        about = {"kernel": args.kernel, "depth": depth, "engine": args.engine, "tile": args.tile}
+        rows, test_rows = store.digests(x), store.digests(x_test)
+        kept = [tuple(store.create(os.path.join(args.store, f"{part}-{kind}"), {**about, "kind": kind},
+                                   *inputs, process=team.index) for kind in kinds)
+                for part, inputs in (("train", [rows]), ("test", [test_rows, rows]))]
+    return (tiles.gram(kernel_fn(kinds), x, args.tile, store=kept[0], **where),
+            tiles.cross(kernel_fn(kinds), x_test, x, args.tile, store=kept[1], **where))
+
+
+def checkpoint(args, team, kind, **about):
+    """Where the solve that `about` describes keeps its state, in the store if there is one."""
+    if args.store in (None, "none"):
+        return None
+    about = {**about, **{name: getattr(args, name) for name in ("precondition", "rank", "seed")}}
+    name = zlib.crc32(json.dumps(about).encode())
+    return store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team)
 
 
 @contextmanager
@@ -137,13 +198,13 @@ def phase(name, seconds):
     seconds[name] = time.perf_counter() - start
 
 
-def regress(args, K, K_test, y, labels, test_labels, copies):
-    """Choose the ridge, solve, predict; what came of it, as a dict."""
+def regress(args, K, K_test, y, labels, test_labels, copies, keep):
+    """Choose the ridge, solve, predict; what came of it, as a dict.  keep: of `solve`."""
     seconds = {}
     with phase("ridge", seconds):
-        ridge, validation = choose_ridge(args, K, y, labels, copies)
+        ridge, validation = choose_ridge(args, K, y, labels, copies, keep)
     with phase("solve", seconds):
-        alpha, info = next(solve(args, K, y, [ridge], args.tol))
+        alpha, info = next(solve(args, K, y, [ridge], args.tol, keep))
     with phase("predict", seconds):
         f = K_test.matvec(alpha)
     return {"test_accuracy": float(np.mean(f.argmax(axis=1) == test_labels)),
@@ -170,6 +231,10 @@ def describe(result):
 def derive(args, shape, n_test, rows):
     """Fill in what was not asked for: sizes, tile side and rank, all from the size of the problem."""
     args.n_train, args.n_test = shape[0], n_test
+    for kind in kernel.KINDS if args.tile is None and args.store not in (None, "none") else ():
+        known = store.manifest(os.path.join(args.store, f"train-{kind}"))
+        if known and args.kind in (kind, "both"):
+            args.tile = known["tile"]
     if args.tile is None:  # a tile takes a second or so; a small problem still has ten
         if args.kernel in ("fc", "cnn_vec"):
             side = {"fc": 1024, "cnn_vec": 256}[args.kernel]
@@ -181,8 +246,10 @@ def derive(args, shape, n_test, rows):
         args.rank = max(1, min(1000, rows // 10))
 
 
-def solve(args, K, y, ridges, tol):
-    """Yields (alpha, info) of (K + lambda I) alpha = y for each ridge, from the solution before it."""
+def solve(args, K, y, ridges, tol, keep):
+    """Yields (alpha, info) of (K + lambda I) alpha = y for each ridge, from the solution before it.
+
+    keep: {what decides a solve} -> its checkpoint or None."""
     diagonal = K.diagonal().mean()
     factor = (pcg.eigenpairs(pcg.partial_cholesky(K, args.rank, args.seed, args.quiet))
               if args.precondition == "lowrank" else None)
@@ -192,11 +259,12 @@ def solve(args, K, y, ridges, tol):
                         "lowrank": lambda: pcg.low_rank(K, ridge * diagonal, factor=factor),
                         }[args.precondition]()
         alpha, info = pcg.solve(K.matvec, y, ridge * diagonal, precondition, tol, args.max_iters,
-                                x0=alpha, quiet=args.quiet)
+                                x0=alpha, quiet=args.quiet, checkpoint=keep(
+                                    ridge=ridge, tol=tol, rows=len(y), y=zlib.crc32(y.tobytes())))
         yield alpha, info
 
 
-def choose_ridge(args, K, y, labels, copies):
+def choose_ridge(args, K, y, labels, copies, keep):
     """The ridge with the least mse on the last fifth of the training images (HELD_OUT at most), and
     the table [[ridge, accuracy, mse], ...]. Not the best accuracy: that is noise on a few hundred
     images: on subsets of CIFAR-10 it picked 0.01 to 1 where mse picked 0.3 or 1.
@@ -216,7 +284,7 @@ def choose_ridge(args, K, y, labels, copies):
                          "for a validation split; give one number with --ridge")
     fit, held_out = n_fit * copies, np.arange(n_fit, n) * copies
     table = []
-    for ridge, (alpha, _) in zip(ridges, solve(args, K.leading(fit), y[:fit], ridges, 1e-3)):
+    for ridge, (alpha, _) in zip(ridges, solve(args, K.leading(fit), y[:fit], ridges, 1e-3, keep)):
         f = K.matvec(np.concatenate([alpha, np.zeros((len(y) - fit, alpha.shape[1]))]))[held_out]
         table.append([ridge, float(np.mean(f.argmax(axis=1) == labels[n_fit:])),
                       float(np.mean((f - y[held_out]) ** 2))])
@@ -226,7 +294,7 @@ def choose_ridge(args, K, y, labels, copies):
     return min(table, key=lambda row: row[2])[0], table
 
 
-def provenance():
+def provenance(team):
     """Machine, versions and code of a run, taken at its start, for the files may change under it."""
     def git(*command):
         done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command],
@@ -234,6 +302,7 @@ def provenance():
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {"device": jax.local_devices()[0].device_kind, "devices": jax.local_device_count(),
+            "processes": team.count,
             "cores": os.cpu_count(), "jax": jax.__version__,
             "neural_tangents": importlib.metadata.version("neural-tangents"),
             "commit": git("rev-parse", "--short", "HEAD"),
@@ -246,7 +315,7 @@ def record(args, kind, result, run):
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     result["config"] = {key: value for key, value in {**vars(args), "kind": kind}.items()
-                        if key not in ("data", "out", "quiet")}  # where, not what
+                        if key not in NOT_WHAT}
     result["one_pass"] = args.kind == "both"  # then the kernel's seconds are those of both kinds
     result.update(run)
     os.makedirs(args.out, exist_ok=True)
@@ -257,9 +326,7 @@ def record(args, kind, result, run):
 if __name__ == "__main__":
     # Vectors of 512 bits where the processor has them (XLA prefers 256): fused.py is 1.4 times faster.
     os.environ["XLA_FLAGS"] = ("--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", ""))
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # without a GPU: a tile on each core
+    jax.config.update("jax_num_cpu_devices", parse(None).devices or os.cpu_count())  # without a GPU
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
-    try:
+    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError):
         main()
-    except (ValueError, OSError, MemoryError, ArithmeticError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")

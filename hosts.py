@@ -1,0 +1,102 @@
+"""Several processes, on one machine or on many: who they are, and their sum.
+
+Every process runs the same program on the same data, computes and multiplies its own tiles and holds
+all vectors. They meet in one place, `all_reduce`: once in a step of the solver, for (n, c) float64. A
+process that dies takes the others down, in a collective at once and otherwise within TIMEOUT; all are
+then started again, and the store has what was finished.
+
+    python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 0     on HOST0
+    python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 1     on HOST1
+    srun --ntasks-per-node=1 python train_cifar.py --store DIR                                under Slurm
+
+One process a host takes all its GPUs, and where there are none, all its cores.
+Listens on the coordinator's port, in process 0, and on what jax.distributed and gloo or NCCL choose.
+Proved by: test_all.py, section hosts
+"""
+
+import os
+import sys
+import traceback
+from contextlib import contextmanager
+from functools import lru_cache
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import tiles
+
+TIMEOUT = 60  # seconds until a silent process counts as dead
+
+
+def start(coordinator=None, processes=None, process=None, gpus=None):
+    """The Team of all processes; tiles.ALONE where there is one. Call before JAX touches a device.
+
+    coordinator: "HOST:PORT" of process 0.   processes, process: how many, and which is this one.
+    Without them Slurm is asked, if it runs more than one task.   gpus: of this process; None: all that
+    are visible, or under Slurm with several tasks on a node, the one of this task.
+    Raises ValueError: one of the three without the others, or a number out of range.
+    """
+    given = [value is not None for value in (coordinator, processes, process)]
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
+    if not any(given) and slurm == 1:
+        return tiles.ALONE
+    if any(given) and not (all(given) and 0 <= process < processes):
+        raise ValueError(f"--coordinator {coordinator} --processes {processes} --process {process}: give "
+                         "HOST:PORT of process 0, their number P, and 0 to P - 1, the same but for the last")
+    if any(given) and processes == 1:
+        return tiles.ALONE
+    timeouts = {"heartbeat_timeout_seconds": TIMEOUT, "shutdown_timeout_seconds": TIMEOUT}
+    if all(given):
+        jax.distributed.initialize(coordinator, processes, process, **timeouts)
+    else:  # JAX would give each task one GPU
+        alone = os.environ.get("SLURM_NTASKS_PER_NODE", "1") == "1"
+        gpus = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) or None
+        jax.distributed.initialize(local_device_ids=range(gpus) if alone and gpus else None, **timeouts)
+    all_reduce(np.zeros(1))  # connects: gloo waits 30 s for that, and as long as it takes later
+    return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
+
+
+def all_reduce(array):
+    """The sum of every process's array, equal to the last bit in all of them; same shape and dtype.
+
+    Cost: about 2 bytes through the network for each byte of the array, whatever P.
+    Raises ConnectionError: another process is gone.
+    """
+    first = {}
+    for device in jax.devices():
+        first.setdefault(device.process_index, device)
+    mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
+    with jax.enable_x64(True):
+        try:
+            stacked = jax.make_array_from_process_local_data(
+                NamedSharding(mesh, PartitionSpec("process")), np.asarray(array)[None])
+            return np.array(_sum(mesh)(stacked).addressable_data(0))
+        except jax.errors.JaxRuntimeError as error:
+            raise ConnectionError(
+                f"process {jax.process_index()} of {jax.process_count()}: another process is gone. Start "
+                f"all of them again: what is in --store is kept. ({str(error).splitlines()[0]})") from error
+
+
+@lru_cache
+def _sum(mesh):
+    return jax.jit(jax.shard_map(lambda part: jax.lax.psum(part[0], "process"), mesh=mesh,
+                                 in_specs=PartitionSpec("process"), out_specs=PartitionSpec()))
+
+
+@contextmanager
+def guard(*expected):
+    """Ends the process with one line for an error of an expected kind, or else with a traceback; with
+    several processes at once, for one that waited for the others to end would leave them hanging."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, expected):
+            message = f"{type(error).__name__}: {error}"
+        elif isinstance(error, SystemExit):
+            raise
+        else:
+            message = "".join(traceback.format_exception(error))
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)

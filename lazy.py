@@ -1,0 +1,103 @@
+"""A kernel matrix that is kept nowhere: every product computes its tiles, uses them, forgets them.
+
+For kernels cheaper to compute than to read: `fc` on a GPU, whose tiles take less time than their way to
+a disk and back. The same tiles, processes and answers as tiles.py; a product is made in float64 on
+the device that computes the tile, and only vectors travel.
+
+    K = lazy.matrix(kernel_fn, x_train);  K.matvec(v)
+
+Cost: a product n (n + b) / (2 D P) entries a device.      Proved by: test_all.py, section lazy
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import tiles
+
+
+def matrix(kernel_fn, x1, x2=None, tile=tiles.TILE, devices=None, quiet=False, team=tiles.ALONE):
+    """kernel_fn(x1, x1), or with x2 kernel_fn(x1, x2), as a Lazy matrix.
+
+    Arguments as for `tiles.gram` and `tiles.cross`, but kernel_fn returns one matrix.
+    """
+    n, m = len(x1), len(x1 if x2 is None else x2)
+    if min(n, m, tile) < 1:
+        raise ValueError(f"got {n} and {m} inputs and tile={tile}: each must be at least 1")
+    form = tiles.TiledMatrix((n, m), (min(tile, n), min(tile, m)), x2 is None, {}, team)
+    return Lazy(form, kernel_fn, x1, x1 if x2 is None else x2, devices, quiet)
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """What `matrix` makes; methods as in tiles.TiledMatrix."""
+    form: tiles.TiledMatrix  # its shape and tiling; it holds no tile
+    kernel_fn: object
+    x1: object
+    x2: object
+    devices: object
+    quiet: bool
+
+    shape = property(lambda self: self.form.shape)
+    entries = property(lambda self: self.form.entries)
+    found = property(lambda self: 0 if self.form.team.index else self.entries)  # none is computed ahead
+
+    def leading(self, n):
+        """The leading n x n block of a symmetric matrix."""
+        return replace(self, form=self.form.leading(n))
+
+    def diagonal(self):
+        """K[i, i], (n,) float64, of a symmetric matrix. Cost: n b entries."""
+        out = np.zeros(self.shape[0])
+        keys = [key for key in self.form.keys() if key[0] == key[1]]
+        for key, (part,) in self._walk(_diagonal(self.kernel_fn), [(0, self.x1), (1, self.x2)], keys):
+            rows, _ = self.form.slices(key)
+            out[rows] = part[:rows.stop - rows.start]
+        return self.form.team.all_reduce(out)
+
+    def columns(self, indices):
+        """K[:, indices], (n, len(indices)) float64, in the order asked for."""
+        side, team = self.form.sides[0], self.form.team
+        out = np.zeros((self.shape[0], len(indices)))
+        keys = [(i, 0) for i in range(team.index, -(-self.shape[0] // side), team.count)]
+        inputs = [(0, self.x1), (1, self.x2[np.asarray(indices)])]
+        for (i, _), (part,) in self._walk(self.kernel_fn, inputs, keys, (side, len(indices))):
+            rows = slice(i * side, min(self.shape[0], (i + 1) * side))
+            out[rows] = part[:rows.stop - rows.start]
+        return team.all_reduce(out)
+
+    def matvec(self, v):
+        """y = K v: (m, c) float64 -> (n, c) float64, on every device."""
+        tiles.check_vectors(v, self.shape)
+        v = np.pad(v, ((0, -len(v) % self.form.sides[1]), (0, 0)))  # rows that do not exist add nothing
+        inputs = [(0, self.x1), (1, self.x2), (1, v)] + [(0, v)] * self.form.symmetric
+        y = np.zeros((self.shape[0], v.shape[1]))
+        with jax.enable_x64(True):
+            for key, parts in self._walk(_product(self.kernel_fn), inputs, list(self.form.keys())):
+                if self.form.symmetric and key[0] == key[1]:  # both are K_ii v_i, to rounding
+                    parts = [(parts[0] + parts[1]) / 2]
+                for rows, part in zip(self.form.slices(key), parts):
+                    y[rows] += part[:rows.stop - rows.start]
+        return self.form.team.all_reduce(y)
+
+    def _walk(self, fn, inputs, keys, sides=None):
+        return tqdm(tiles.walk(fn, inputs, sides or self.form.sides, keys, self.devices), total=len(keys),
+                    unit=" tiles", desc="tiles", disable=self.quiet or None, leave=False)
+
+
+@lru_cache(maxsize=8)
+def _diagonal(kernel_fn):
+    return lambda a, b: jnp.diagonal(kernel_fn(a, b))
+
+
+@lru_cache(maxsize=8)
+def _product(kernel_fn):
+    """The two products of a tile: K v_j and, where v_i is given too, K^T v_i."""
+    def product(a, b, v_j, v_i=None):
+        K = kernel_fn(a, b).astype(jnp.float64)
+        return K @ v_j if v_i is None else (K @ v_j, K.T @ v_i)
+    return product
