@@ -14,6 +14,7 @@ Listens on the coordinator's port, in process 0, and on what jax.distributed and
 Proved by: test_all.py, section hosts
 """
 
+import glob
 import os
 import sys
 import traceback
@@ -33,12 +34,12 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
     """The Team of all processes; tiles.ALONE where there is one. Call before JAX touches a device.
 
     coordinator: "HOST:PORT" of process 0.   processes, process: how many, and which is this one.
-    Without them Slurm is asked, if it runs more than one task.   gpus: of this process; None: all that
-    are visible, or under Slurm with several tasks on a node, the one of this task.
+    Without them Slurm is asked, if it runs more than one task.   gpus: how many this process takes;
+    None: all that it can see, but under Slurm with several tasks on a node one for each.
     Raises ValueError: one of the three without the others, or a number out of range.
     """
     given = [value is not None for value in (coordinator, processes, process)]
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_PROCID" in os.environ else 1
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1  # srun
     if not any(given) and slurm == 1:
         return tiles.ALONE
     if any(given) and not (all(given) and 0 <= process < processes):
@@ -46,13 +47,15 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
                          "HOST:PORT of process 0, their number P, and 0 to P - 1, the same but for the last")
     if any(given) and processes == 1:
         return tiles.ALONE
-    timeouts = {"heartbeat_timeout_seconds": TIMEOUT, "shutdown_timeout_seconds": TIMEOUT}
-    if all(given):
-        jax.distributed.initialize(coordinator, processes, process, **timeouts)
-    else:  # JAX would give each task one GPU
-        alone = os.environ.get("SLURM_NTASKS_PER_NODE", "1") == "1"
-        gpus = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) or None
-        jax.distributed.initialize(local_device_ids=range(gpus) if alone and gpus else None, **timeouts)
+    tasks = int(os.environ.get("SLURM_NTASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+    if gpus is None and "CUDA_VISIBLE_DEVICES" in os.environ:
+        gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+    elif gpus is None:
+        gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    jax.distributed.initialize(
+        coordinator, processes, process,  # all None: from Slurm, where JAX's own choice is one GPU
+        local_device_ids=range(gpus) if gpus and (all(given) or tasks == 1) else None,
+        heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
     all_reduce(np.zeros(1))  # connects: gloo waits 30 s for that, and as long as it takes later
     return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
 
