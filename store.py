@@ -30,11 +30,12 @@ import io
 import json
 import os
 import re
+import secrets
 import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from tqdm import tqdm
@@ -85,8 +86,9 @@ def create(folder, about, rows, columns=None, process=0):
         write(os.path.join(folder, "manifest.json"), json.dumps(want, indent=1).encode())
     for name in os.listdir(folder):  # what killed runs left; younger ones may be another process's
         path = os.path.join(folder, name)
-        if name.endswith(".tmp") and os.path.getmtime(path) < time.time() - 3600:
-            os.remove(path)
+        with suppress(FileNotFoundError):
+            if name.endswith(".tmp") and os.path.getmtime(path) < time.time() - 3600:
+                os.remove(path)
     return Store(folder, process)
 
 
@@ -253,7 +255,7 @@ def said(path):
 
 def write(path, *parts):
     """The bytes of `parts` as the file `path`: all of them or nothing, also if killed on the way."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     with said(path):
         try:
             with open(temporary, "wb", buffering=0) as file:

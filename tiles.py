@@ -23,6 +23,7 @@ Cost: n (n + b) / (2 D P) entries a device; 4 n m bytes, half of them where symm
 operations, and 8 n c bytes summed over processes.      Proved by: test_all.py, section tiles
 """
 
+import itertools
 import math
 import os
 import sys
@@ -35,10 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
 TILE = 1024  # 4 MB in float32: small in memory, large enough that a call to a device is not felt
-ROWS = 64  # of a tile, turned to float64 at a time: they stay in cache between their two uses
+PART = 256  # side of what is turned to float64 at a time: it stays in cache between its two uses
 
 
 class Team(NamedTuple):
@@ -255,9 +257,9 @@ class TiledMatrix:
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64; tiles as stored, sums in float64.
 
-        One pass over the tiles on every core, a tile in memory for each thread; from a disk, some
-        threads read while others multiply. ROWS rows of a tile are turned to float64 and used for
-        both of its products while they are in cache.
+        One pass over the tiles, a tile and a thread for each core, and from a disk two more, so that
+        some read while others multiply. PART x PART entries are turned to float64 and used for both
+        products while they are in cache. BLAS's own threads would wait for each other: 40 times slower.
         """
         check_vectors(v, self.shape)
 
@@ -265,17 +267,17 @@ class TiledMatrix:
             rows, cols, tile = self._block(key)
             both = self.symmetric and key[0] != key[1]
             v_i, v_j = v[rows] if both else None, v[cols]
-            y_i = np.empty((tile.shape[0], v.shape[1]))
-            y_j = np.zeros((tile.shape[1], v.shape[1]))
-            for r in range(0, len(tile), ROWS):
-                part = tile[r:r + ROWS].astype(np.float64)
-                y_i[r:r + ROWS] = part @ v_j
+            y_i, y_j = np.zeros((tile.shape[0], v.shape[1])), np.zeros((tile.shape[1], v.shape[1]))
+            for r, s in itertools.product(range(0, len(tile), PART), range(0, len(v_j), PART)):
+                part = tile[r:r + PART, s:s + PART].astype(np.float64)
+                y_i[r:r + PART] += part @ v_j[s:s + PART]
                 if both:
-                    y_j += part.T @ v_i[r:r + ROWS]
+                    y_j[s:s + PART] += part.T @ v_i[r:r + PART]
             return rows, y_i, cols, y_j if both else None
 
         y = np.zeros((self.shape[0], v.shape[1]))
-        with ThreadPoolExecutor(os.cpu_count() + (0 if isinstance(self.tiles, dict) else 2)) as pool:
+        threads = os.cpu_count() + (0 if isinstance(self.tiles, dict) else 2)
+        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
             for rows, y_i, cols, y_j in pool.map(product, self.keys()):
                 y[rows] += y_i
                 if y_j is not None:
@@ -295,6 +297,11 @@ class TiledMatrix:
             if self.symmetric:
                 out[cols, rows] = tile.T
         return self.team.all_reduce(out)
+
+
+@lru_cache
+def _blas():
+    return ThreadpoolController()
 
 
 def check_vectors(v, shape):

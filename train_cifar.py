@@ -154,12 +154,20 @@ def main(argv=None):
         results[kind]["seconds"] = {name: round(s, 3) for name, s in
                                     {**seconds, **results[kind]["seconds"]}.items()}
         computed = results[kind]["entries"] - int(team.all_reduce(np.array([K.found + K_test.found]))[0])
-        results[kind].update(entries_computed=computed, entries_per_second=computed / seconds["kernel"])
+        if args.store == "none":
+            computed = None  # and in every product
+        results[kind].update(entries_computed=computed,
+                             entries_per_second=(computed or 0) / seconds["kernel"])
         if team.index == 0:
             record(args, kind, results[kind], run)
             print(describe(results[kind]), flush=True)
-            shutil.rmtree(os.path.join(args.store or "", f"solve-{kind}"), ignore_errors=True)
+            if on_disk(args):
+                shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
     return results if args.kind == "both" else results[args.kind]
+
+
+def on_disk(args):
+    return args.store not in (None, "none")
 
 
 def kernels(args, kernel_fn, kinds, x, x_test, team):
@@ -171,20 +179,21 @@ def kernels(args, kernel_fn, kinds, x, x_test, team):
         return ([lazy.matrix(fn, x, None, args.tile, **where) for fn in fns],
                 [lazy.matrix(fn, x_test, x, args.tile, **where) for fn in fns])
     kept = None, None
-    if args.store:
+    if on_disk(args):
         depth = sum(layer[0] == "relu" for layer in kernel.network(*kernel_fn.args, **kernel_fn.keywords))
         about = {"kernel": args.kernel, "depth": depth, "engine": args.engine, "tile": args.tile}
         rows, test_rows = store.digests(x), store.digests(x_test)
         kept = [tuple(store.create(os.path.join(args.store, f"{part}-{kind}"), {**about, "kind": kind},
                                    *inputs, process=team.index) for kind in kinds)
                 for part, inputs in (("train", [rows]), ("test", [test_rows, rows]))]
-    return (tiles.gram(kernel_fn(kinds), x, args.tile, store=kept[0], **where),
-            tiles.cross(kernel_fn(kinds), x_test, x, args.tile, store=kept[1], **where))
+    fn = kernel_fn(kinds)
+    return (tiles.gram(fn, x, args.tile, store=kept[0], **where),
+            tiles.cross(fn, x_test, x, args.tile, store=kept[1], **where))
 
 
 def checkpoint(args, team, kind, **about):
     """Where the solve that `about` describes keeps its state, in the store if there is one."""
-    if args.store in (None, "none"):
+    if not on_disk(args):
         return None
     about = {**about, **{name: getattr(args, name) for name in ("precondition", "rank", "seed")}}
     name = zlib.crc32(json.dumps(about).encode())
@@ -223,7 +232,8 @@ def describe(result):
             f"{f' x {copies}' if copies > 1 else ''} n_test={config['n_test']}: "
             f"test accuracy {100 * result['test_accuracy']:.2f} %, ridge {result['ridge']:.2g}, "
             f"CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
-            f"{result['entries_per_second']:.3g} entries/s, "
+            + {0: "every entry found in the store, ", None: "K computed in every product, "}.get(
+                result["entries_computed"], f"{result['entries_per_second']:.3g} entries/s, ")
             + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
             + f", peak memory {result['peak_memory_gb']:.1f} GB")
 
@@ -231,7 +241,7 @@ def describe(result):
 def derive(args, shape, n_test, rows):
     """Fill in what was not asked for: sizes, tile side and rank, all from the size of the problem."""
     args.n_train, args.n_test = shape[0], n_test
-    for kind in kernel.KINDS if args.tile is None and args.store not in (None, "none") else ():
+    for kind in kernel.KINDS if args.tile is None and on_disk(args) else ():
         known = store.manifest(os.path.join(args.store, f"train-{kind}"))
         if known and args.kind in (kind, "both"):
             args.tile = known["tile"]
