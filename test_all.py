@@ -101,8 +101,8 @@ def images(rng, n, shape):
     return x
 
 
-@every_network
-@pytest.mark.parametrize("options", [{}, {"w_std": 1.2, "b_std": 0.3}], ids=["default", "w1.2-b0.3"])
+@pytest.mark.parametrize("name, options", [(name, options) for name in kernel.NETWORKS for options in (
+    {}, {"w_std": 1.2, "b_std": 0.3}) if name != ("myrtle7" if options else "myrtle10")], ids=str)
 def test_kernel_is_neural_tangents(name, options):
     """K is neural_tangents': to 1e-10 in float64, to 1e-5 in float32, odd and even sizes."""
     rng = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def test_kernel_of_an_image_with_itself(name, dtype, tolerance):
         assert relative_error(K[:3, 3:], K[:3, :3].astype(np.float64)) < tolerance
 
 
-@every_network
+@pytest.mark.parametrize("name", ["fc", "cnn_vec", "cnn_gap", "myrtle5"])
 def test_kernel_of_black_images(name):
     """An image without variance gives finite entries: zero without biases, as neural_tangents with."""
     x = np.random.default_rng(0).normal(size=(3, 4, 4, 1)).astype(np.float32)
@@ -292,9 +292,11 @@ def test_fused_is_kernel(name, shape, options):
     sigma; opposite, nearly black, identical and flipped images."""
     x = images(np.random.default_rng(0), 9, shape).astype(np.float32)
     x[4], x[5] = x[3], x[3][:, ::-1]
-    double = fused.kernel_fn(name, kernel.KINDS, **options)(x.astype(float), x[2:].astype(float))
-    for (fast, exact), fast64 in zip(both_engines(name, x, x[2:], **options), double):
-        assert relative_error(fast, exact) < 1e-5 and relative_error(fast64, exact) < 1e-12
+    both = both_engines(name, x, x[2:], **options)
+    assert all(relative_error(fast, exact) < 1e-5 for fast, exact in both)
+    if name in ("fc", "cnn_vec", "myrtle5"):  # the others are the same code
+        double = fused.kernel_fn(name, kernel.KINDS, **options)(x.astype(float), x[2:].astype(float))
+        assert all(relative_error(fast, exact) < 1e-12 for fast, (_, exact) in zip(double, both))
 
 
 @pytest.mark.parametrize("name", ["fc", "cnn_vec", "myrtle5"])
@@ -320,7 +322,7 @@ def test_fused_on_cifar(name, n):
 def test_fused_on_64_by_64():
     """Images of 64 x 64, 16.8 million pairs of pixels."""
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
-    for fast, exact in both_engines("myrtle5", x[:1], x):
+    for fast, exact in both_engines("myrtle5", x[:1], x[1:]):
         assert relative_error(fast, exact) < 1e-5
 
 
@@ -330,22 +332,22 @@ def test_fused_symmetry_and_blocks(name, monkeypatch):
     block of columns and however many rows."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
     fn = fused.kernel_fn(name, "ntk")
-    for n in (1, 8, 19) if name != "fc" else (1, 1300):
+    for n in (1, 19) if name != "fc" else (1, 1300):
         x = np.random.default_rng(n).normal(size=(n, 8, 4, 3)).astype(np.float32)
         K = np.asarray(fn(x))
         assert K.shape == (n, n) and K.dtype == np.float32 and np.array_equal(K, K.T)
-        assert relative_error(K, np.asarray(fn(x, x))) < 1e-5
+    assert relative_error(K, np.asarray(fn(x, x))) < 1e-5
     assert relative_error(K, np.asarray(kernel.kernel_fn(name, "ntk")(x))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["fc", "cnn_vec", "myrtle5"])
+@pytest.mark.parametrize("name", ["fc", "cnn_vec"])
 def test_fused_both_kinds_in_one_pass(name):
     """A tuple of kinds gives a tuple of matrices, each as if asked for alone, in the order asked for."""
     x = np.random.default_rng(0).normal(size=(5, 4, 4, 3))
-    alone = {kind: np.asarray(kernel.kernel_fn(name, kind)(x, x[:2])) for kind in kernel.KINDS}
+    alone = {kind: np.asarray(kernel.kernel_fn(name, kind, depth=2)(x, x[:2])) for kind in kernel.KINDS}
     for engine in (fused, kernel):
         for kinds in (("ntk", "nngp"), ("nngp",)):
-            together = engine.kernel_fn(name, kinds)(x, x[:2])
+            together = engine.kernel_fn(name, kinds, depth=2)(x, x[:2])
             assert isinstance(together, tuple) and len(together) == len(kinds)
             for kind, K in zip(kinds, together):
                 assert relative_error(K, alone[kind]) < 1e-12
@@ -527,6 +529,17 @@ def test_store_is_memory(tmp_path):
     out = subprocess.run([sys.executable, "tiles.py", tmp_path], cwd=HERE, capture_output=True, text=True)
     assert out.returncode == 0 and "83 x 83, 21 of 21 tiles" in out.stdout
     assert "31 x 83, 12 of 12 tiles" in out.stdout and out.stdout.count("every tile is intact") == 2
+
+
+def test_store_past_the_page_cache(tmp_path, monkeypatch):
+    """Tiles beyond half of the memory are read past the page cache, to the last bit the same, and damage is
+    found there too."""
+    K = stored(tmp_path, inputs(83))
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)  # 10 kB of memory
+    direct = stored(tmp_path, inputs(83))
+    assert not K.tiles.direct and direct.tiles.direct and (direct.dense() == K.dense()).all()
+    flip(tmp_path / "1-3.npy")
+    assert stored(tmp_path, inputs(83)).found == K.entries - 256
 
 
 def test_store_grows(tmp_path):
@@ -1206,7 +1219,7 @@ def test_train_flags_that_change_something(tmp_path):
     for more in (["--kind", "ntk"], ["--kernel", "cnn_vec"], ["--depth", "5"], ["--whiten", "none"],
                  ["--whiten", "zca"], ["--whiten", "zca", "--zca_eps", "3"], ["--flips"], ["--crops", "3"],
                  ["--flips", "--crops", "3"], ["--ridge", "1"], ["--seed", "1"], ["--n_train", "90"],
-                 ["--n_test", "40"], ["--tol", "0.3"], ["--flips", "--ridge", "auto"]):
+                 ["--n_test", "40"], ["--fit_on", "50"], ["--tol", "0.3"], ["--flips", "--ridge", "auto"]):
         mse = train(tmp_path, *flags, *more)["test_mse"]
         assert mse not in seen, more
         seen.add(mse)
@@ -1221,7 +1234,7 @@ def test_train_engines_and_both_kinds(tmp_path):
 
     neural_tangents to 1e-4 only: of an image with itself its float32 kappa0 has an error of 1e-4,
     the square root of the rounding of c."""
-    flags = ["--n_train", "60", "--n_test", "40", "--kernel", "myrtle5", "--ridge", "0.1"]
+    flags = ["--n_train", "60", "--n_test", "40", "--kernel", "cnn_gap", "--depth", "2", "--ridge", "0.1"]
     with as_users_have_it():
         seen = {engine: train(tmp_path, *flags, "--kind", "both", "--engine", engine)
                 for engine in ("fused", "plain", "nt")}
@@ -1410,6 +1423,36 @@ def test_hosts_one_dies(tmp_path):
     assert result["entries_computed"] == 0 and result["cg_iterations"] > 100
     assert abs(result["test_mse"] / alone["test_mse"] - 1) < 1e-6
     [process.communicate() for process in again]
+
+
+SLOW = """
+import sys, time
+import jax.numpy as jnp, numpy as np
+import hosts, tiles
+index, port = map(int, sys.argv[1:])
+team, tiles.MEET, sums = hosts.start(f"127.0.0.1:{port}", 2, index), 0.2, []
+
+class Rows:
+    def __len__(self):
+        return 40
+    def __getitem__(self, rows):
+        time.sleep(0.1 * index)
+        return np.ones((len(rows), 3), np.float32)
+
+reduce = lambda array: sums.append(1) or team.all_reduce(array)
+K = tiles.gram(lambda a, b: a @ b.T, Rows(), 4, quiet=True, team=team._replace(all_reduce=reduce))
+assert K.matvec(np.ones((40, 1))).sum() == 4800
+sys.exit(len(sums))
+"""
+
+
+def test_hosts_wait_for_the_slowest():
+    """While one process computes, the other does not wait in one sum, which gives up after half an hour,
+    but meets it every MEET seconds; both meet equally often and go on together."""
+    port = free_port()
+    met = [process.wait(timeout=100) for process in [
+        subprocess.Popen([sys.executable, "-c", SLOW, str(index), str(port)], cwd=HERE) for index in range(2)]]
+    assert met[0] == met[1] > 5
 
 
 def test_hosts_errors():

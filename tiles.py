@@ -27,6 +27,7 @@ import itertools
 import math
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -40,6 +41,7 @@ from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
 TILE = 1024  # 4 MB in float32: small in memory, large enough that a call to a device is not felt
+MEET = 300  # seconds between two meetings while tiles are computed; a collective waits for half an hour
 PART = 256  # side of what is turned to float64 at a time: it stays in cache between its two uses
 
 
@@ -85,23 +87,28 @@ def _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
         result = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side,) + block.shape[1:], block.dtype)
                                              for side, block in zip(K.sides, blocks)))
         store = tuple({} for _ in result) if isinstance(result, tuple) else {}
-    matrices = [replace(K, tiles=kept) for kept in (store if isinstance(store, tuple) else [store])]
+    kept = store if isinstance(store, tuple) else (store,)
     shapes = {key: tuple(s.stop - s.start for s in K.slices(key)) for key in keys}
-    done = [kept.intact(shapes, quiet) if hasattr(kept, "intact") else kept for kept in
-            (K.tiles for K in matrices)]
+    done = [one.intact(shapes, quiet) if hasattr(one, "intact") else one for one in kept]
     todo = [key for key in keys if not all(key in there for there in done)]
-    found = sum(np.prod(shapes[key]) for key in keys) - sum(np.prod(shapes[key]) for key in todo)
-    matrices = [replace(K, found=int(found)) for K in matrices]
+    found = sum(math.prod(shapes[key]) for key in keys) - sum(math.prod(shapes[key]) for key in todo)
+    matrices = tuple(replace(K, tiles=one, found=found) for one in kept)
     size = K.sides[0] * K.sides[1]
     with tqdm(total=len(keys) * size, initial=(len(keys) - len(todo)) * size, unit=" entries",
               unit_scale=True, desc=f"kernel, {len(keys)} tiles", disable=quiet or None,
               leave=False) as bar:
+        met = time.monotonic()
         for key, results in walk(kernel_fn, [(0, x1), (1, x2)], K.sides, todo, devices):
             for K, there, result in zip(matrices, done, results):
                 if key not in there:
                     K._set(key, result)
             bar.update(size)
-    return tuple(matrices) if isinstance(store, tuple) else matrices[0]
+            if team.count > 1 and time.monotonic() > met + MEET:
+                team.all_reduce(np.ones(1))
+                met = time.monotonic()
+        while team.all_reduce(np.zeros(1))[0]:  # how many still compute
+            pass
+    return matrices if isinstance(store, tuple) else matrices[0]
 
 
 def walk(fn, inputs, sides, keys, devices=None):
