@@ -18,7 +18,8 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BEGIN, END = "<!-- results: written by scaling.py -->", "<!-- end of results -->"
-SAME = ("dataset", "kernel", "kind", "depth", "whiten", "zca_eps", "flips", "crops", "n_train", "n_test")
+SAME = ("dataset", "kernel", "kind", "depth", "whiten", "zca_eps", "flips", "crops", "fit_on", "n_train",
+        "n_test")
 HEAD = """| kernel | kind | images to train | to test | seeds | accuracy % ± sd | ridge | CG steps | kernel s | \
 ridge + solve s | memory GB |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
@@ -31,6 +32,7 @@ def load(path):
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
+                run["config"].setdefault("fit_on", None)  # the flag is younger than the first runs
                 key = tuple(run["config"][name] for name in SAME)
                 groups.setdefault(key, {})[run["config"]["seed"]] = run
             except (ValueError, KeyError, TypeError) as error:
@@ -44,16 +46,19 @@ def row(runs):
     accuracy = [100 * run["test_accuracy"] for run in runs]
     spread = f" ± {statistics.stdev(accuracy):.2f}" if len(runs) > 1 else ""
     ridges = sorted({run["ridge"] for run in runs})
+    at_once = [run for run in runs if run.get("entries_computed", run.get("entries")) == run.get("entries")]
+    copies = config["crops"] * (1 + config["flips"])
 
-    def median(value):
-        return statistics.median(value(run) for run in runs)
+    def median(value, runs=runs):
+        return f"{statistics.median(value(run) for run in runs):.0f}" if runs else "–"
     cells = [
-        config["kernel"], config["kind"].upper(), f"{config['n_train']:,}", f"{config['n_test']:,}",
+        config["kernel"], config["kind"].upper(),
+        f"{config['n_train']:,}" + (f" × {copies}" if copies > 1 else ""), f"{config['n_test']:,}",
         len(runs), f"{statistics.mean(accuracy):.2f}{spread}",
         " … ".join(f"{ridge:.2g}" for ridge in (ridges[:1] + ridges[1:][-1:])),
-        f"{median(lambda run: run['cg_iterations']):.0f}",
-        f"{median(lambda run: run['seconds']['kernel']):.0f}",
-        f"{median(lambda run: run['seconds']['ridge'] + run['seconds']['solve']):.0f}",
+        median(lambda run: run["cg_iterations"]),
+        median(lambda run: run["seconds"]["kernel"], at_once),
+        median(lambda run: run["seconds"]["ridge"] + run["seconds"]["solve"]),
         f"{max(run['peak_memory_gb'] for run in runs):.1f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
