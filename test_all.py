@@ -1561,7 +1561,10 @@ def test_docs_readme():
             assert len(file.readlines()) == int(lines), name
     listed = set(re.findall(r"^\| `(\w+\.py)` \| \d+ \|", text, re.M))
     assert listed == {name for name in os.listdir(HERE) if name.endswith(".py")}
-    for command in re.findall(r"python train_cifar.py ([^`\n]*--[^`\n#]*)", text + train_cifar.__doc__):
+    everything = re.sub(r"\\\n *", "", text + train_cifar.__doc__ + hosts.__doc__ + plan.__doc__)
+    commands = re.findall(r"python (?:-u )?train_cifar.py ([^`\n]*--[^`\n#]*)", everything)
+    assert len(commands) > 15
+    for command in commands:
         if "--help" not in command:
             train_cifar.parse(re.sub(r"  .*", "", command).split())
 
