@@ -75,10 +75,11 @@ def all_reduce(array):
             stacked = jax.make_array_from_process_local_data(
                 NamedSharding(mesh, PartitionSpec("process")), np.asarray(array)[None])
             return np.array(_sum(mesh)(stacked).addressable_data(0))
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises now the one, now the other
             raise ConnectionError(
-                f"process {jax.process_index()} of {jax.process_count()}: another process is gone. Start "
-                f"all of them again: what is in --store is kept. ({str(error).splitlines()[0]})") from error
+                f"process {jax.process_index()} of {jax.process_count()}: another process is gone. "
+                "Start all of them again: what is in --store is kept. "
+                f"({str(error).splitlines()[0]})") from error
 
 
 @lru_cache

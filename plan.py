@@ -22,7 +22,7 @@ import data
 import tiles
 
 STEPS = 100  # of a solve, for want of a better guess
-NETWORK = 1e9  # bytes/s of the all-reduce between hosts: 10 Gbit/s Ethernet; faster where there is better
+NETWORK = 1e9  # bytes/s of the all-reduce between hosts: 10 Gbit/s Ethernet, faster elsewhere
 
 
 def rate(kernel_fn, shape, tile, devices):
@@ -121,24 +121,30 @@ def main(args, kernel_fn, shape, n):
     measured = rate(kernel_fn, shape, tile, devices)
     product = product_rate(tile, data.CLASSES)
     write, read = disk_rates(args.store) if args.store not in (None, "none") else (None, None)
-    out = estimate(n, args.n_test, tile, per_host, args.hosts, args.rank, measured / len(devices), product,
-                   read, write, int(np.prod(shape)), args.n_train, ridges, store=args.store)
+    out = estimate(n, args.n_test, tile, per_host, args.hosts, args.rank, measured / len(devices),
+                   product, read, write, int(np.prod(shape)), args.n_train, ridges, store=args.store)
     out.update(entries_per_second=measured, product_bytes_per_second=product,
                read_bytes_per_second=read, write_bytes_per_second=write)
     total = out["kernel_seconds"] + out["solve_seconds"]
     kept = {"none": "nowhere", None: "in memory"}.get(args.store, "on disk")
-    print(f"""{args.dataset} {args.kernel} {args.kind}: {n:,} rows ({args.n_train:,} images), {args.n_test:,} test, \
-{args.hosts} x {per_host} devices
-measured   {measured:,.0f} entries/s on {len(devices)} x {devices[0].device_kind}, {product / 1e9:.1f} GB/s of \
-tiles multiplied{f", disk written at {write / 1e9:.1f}, read at {read / 1e9:.1f} GB/s" if read else ""}
-kernel     {out["entries"]:.4g} entries in {out["tiles"]:,} tiles of {tile:,}: \
-{hours(out["kernel_seconds"])}
-tiles      {amount(out["bytes"])} {kept}, {amount(out["bytes_a_host"])} a host
-memory     {amount(out["host_bytes"])} a host, {amount(out["device_bytes"])} a device, without what the kernel needs
-CG step    {hours(out["step_seconds"])}, of it {hours(out["pass_seconds"])} for {amount(out["pass_bytes"])} of tiles; \
-{amount(out["reduce_bytes"])} summed over hosts (at {NETWORK / 1e9:g} GB/s)
-solve      {hours(out["solve_seconds"])}: {STEPS} steps assumed{f", {ridges} ridges at half that each" if ridges > 1 else ""}
-total      {hours(total)}, {hours(total * args.hosts)} of hosts""")
+    disk = f", disk written at {write / 1e9:.1f}, read at {read / 1e9:.1f} GB/s" if read else ""
+    search = f", {ridges} ridges at half that each" if ridges > 1 else ""
+    print(f"{args.dataset} {args.kernel} {args.kind}: {n:,} rows ({args.n_train:,} images), "
+          f"{args.n_test:,} test, {args.hosts} x {per_host} devices")
+    for what, text in {
+            "measured": f"{measured:,.0f} entries/s on {len(devices)} x {devices[0].device_kind}, "
+                        f"{product / 1e9:.1f} GB/s of tiles multiplied{disk}",
+            "kernel": f"{out['entries']:.4g} entries in {out['tiles']:,} tiles of {tile:,}: "
+                      + hours(out["kernel_seconds"]),
+            "tiles": f"{amount(out['bytes'])} {kept}, {amount(out['bytes_a_host'])} a host",
+            "memory": f"{amount(out['host_bytes'])} a host, {amount(out['device_bytes'])} a device, "
+                      "without what the kernel needs",
+            "CG step": f"{hours(out['step_seconds'])}, of it {hours(out['pass_seconds'])} for "
+                       f"{amount(out['pass_bytes'])} of tiles; {amount(out['reduce_bytes'])} summed over "
+                       f"hosts (at {NETWORK / 1e9:g} GB/s)",
+            "solve": f"{hours(out['solve_seconds'])}: {STEPS} steps assumed{search}",
+            "total": f"{hours(total)}, {hours(total * args.hosts)} of hosts"}.items():
+        print(f"{what:10} {text}")
     if out["tiles"] > 1e6 and args.store not in (None, "none"):
         print(f"note       {out['tiles']:,} files: a larger --tile makes fewer, 8192 is 268 MB each")
     return {**out, "total_seconds": total}

@@ -46,7 +46,8 @@ def row(runs):
     accuracy = [100 * run["test_accuracy"] for run in runs]
     spread = f" ± {statistics.stdev(accuracy):.2f}" if len(runs) > 1 else ""
     ridges = sorted({run["ridge"] for run in runs})
-    at_once = [run for run in runs if run.get("entries_computed", run.get("entries")) == run.get("entries")]
+    at_once = [run for run in runs
+               if run.get("entries_computed", run.get("entries")) == run.get("entries")]
     copies = config["crops"] * (1 + config["flips"])
 
     def median(value, runs=runs):

@@ -5,8 +5,8 @@ A store is a folder that holds one matrix. Nothing half-written is ever believed
   manifest.json   what K is: kernel, engine, tile side, dtype, number and checksum of its inputs
   rows.npy        a digest (8 bytes) of every input that belongs to a row of K; columns.npy likewise
   3-5.npy         tile (3, 5): written under another name, fsynced, then renamed
-  tiles-I.txt     the journal of process I: "3 5 1024 1024 89abcdef", tile, shape and CRC-32 of its
-                  file, a line added once the file has its name
+  tiles-I.txt     the journal of process I: "3 5 1024 1024 1 89abcdef", tile, shape, how often it was
+                  written, and the CRC-32 of its file; a line is added once the file has its name
 
 A file without a line is not finished and is computed again. A line without its file, or with a file
 of another size or checksum, is damage: it is named, and computed again by the next run. A process
@@ -42,7 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 FORMAT = 1
-LINE = re.compile(rb"(\d+) (\d+) (\d+) (\d+) ([0-9a-f]{8})")
+LINE = re.compile(rb"(\d+) (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{8})")
 INPUTS = ("rows", "columns")
 
 
@@ -109,13 +109,15 @@ class Store:
         self.dtype = np.dtype(self.about["dtype"])
         self.trusted, self.local = set(), threading.local()
         self.direct = False  # read past the page cache: twice as fast where that cannot hold the tiles
-        self.lines = {}  # (i, j): rows, columns, crc
+        self.lines, self.times = {}, {}  # (i, j): rows, columns, crc of the last line; times written
         for name in sorted(os.listdir(folder)):
             if re.fullmatch(r"tiles-\d+\.txt", name):
                 with open(os.path.join(folder, name), "rb") as file:
                     for found in filter(None, map(LINE.fullmatch, file.read().split(b"\n"))):
-                        i, j, rows, columns = map(int, found.groups()[:4])
-                        self.lines[i, j] = rows, columns, int(found[5], 16)
+                        i, j, rows, columns, times = map(int, found.groups()[:5])
+                        if times > self.times.get((i, j), 0):
+                            self.times[i, j] = times
+                            self.lines[i, j] = rows, columns, int(found[6], 16)
 
     @property
     def entries(self):
@@ -173,7 +175,11 @@ class Store:
         past_cache = getattr(os, "O_DIRECT", 0) if self.direct else 0
         try:
             with open(path, "rb", buffering=0, opener=lambda p, f: os.open(p, f | past_cache)) as file:
-                return file.readinto(self.local.buffer)
+                length = read = file.readinto(self.local.buffer)
+                while read and read % mmap.PAGESIZE == 0 and length < size:  # one call reads 2 GB at most
+                    read = file.readinto(memoryview(self.local.buffer)[length:])
+                    length += read
+                return length
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
         except OSError as error:
@@ -188,8 +194,10 @@ class Store:
         parts = header(self.dtype, tile.shape), np.ascontiguousarray(tile).data.cast("B")
         write(self.path(key), *parts)
         crc = zlib.crc32(parts[1], zlib.crc32(parts[0]))
+        self.times[key] = self.times.get(key, 0) + 1
         with said(self.journal), open(self.journal, "ab", buffering=0) as journal:
-            journal.write(b"\n%d %d %d %d %08x" % (*key, *tile.shape, crc))  # may follow a torn line
+            # starts a new line: that of a run killed before may be torn
+            journal.write(b"\n%d %d %d %d %d %08x" % (*key, *tile.shape, self.times[key], crc))
         self.lines[key] = *tile.shape, crc
         self.trusted.discard(key)
 
@@ -235,7 +243,7 @@ class Checkpoint:
 
 
 def digests(x, block=1024):
-    """A 64-bit BLAKE2b digest of each of the inputs x[rows], of their dtype and shape too: (n,) uint64."""
+    """A 64-bit BLAKE2b digest of each input x[rows], its dtype and shape: (n,) uint64."""
     out = []
     for start in range(0, len(x), block):
         rows = np.ascontiguousarray(x[np.arange(start, min(start + block, len(x)))])

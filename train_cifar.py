@@ -48,7 +48,7 @@ if fused:
     ENGINES = {"fused": fused.kernel_fn, **ENGINES}
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 HELD_OUT = 5000  # images of the validation split, at most
-NOT_WHAT = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process")  # not recorded: where
+WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process")  # not what: not recorded
 
 
 def parse(argv):
@@ -62,8 +62,8 @@ def parse(argv):
     images.add_argument("--n_test", type=int, help="test images; None is all")
     images.add_argument("--whiten", default="channel", choices=["zca", "channel", "none"],
                         help="fitted on the training images; none is pixels / 255")
-    images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on the first N training "
-                        "images, None is all: with N fixed, a larger n_train reuses the tiles of a store")
+    images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on the first N "
+                        "training images, None is all: with N fixed a larger n_train reuses a store's tiles")
     images.add_argument("--zca_eps", type=float, default=0.1,
                         help="regularisation of zca, relative to the mean eigenvalue")
     images.add_argument("--flips", action="store_true", help="add every image's mirror image")
@@ -78,8 +78,8 @@ def parse(argv):
     network.add_argument("--engine", default=next(iter(ENGINES)), choices=ENGINES,
                          help="what computes the kernel: fused.py, kernel.py or neural_tangents")
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
-    network.add_argument("--store", metavar="DIR", help="keep tiles and solver state there and go on from "
-                         "what is there; none: keep no tile, compute them for every product; None: in memory")
+    network.add_argument("--store", metavar="DIR", help="keep tiles and solver state there, and go on from "
+                         "what is there; none: keep no tile, compute all in every product; None: in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, "
                         "separated by commas, or auto (10 down to 1e-6): chosen on the last fifth of "
@@ -180,7 +180,8 @@ def kernels(args, kernel_fn, kinds, x, x_test, team):
                 [lazy.matrix(fn, x_test, x, args.tile, **where) for fn in fns])
     kept = None, None
     if on_disk(args):
-        depth = sum(layer[0] == "relu" for layer in kernel.network(*kernel_fn.args, **kernel_fn.keywords))
+        layers = kernel.network(*kernel_fn.args, **kernel_fn.keywords)
+        depth = sum(layer[0] == "relu" for layer in layers)
         about = {"kernel": args.kernel, "depth": depth, "engine": args.engine, "tile": args.tile}
         rows, test_rows = store.digests(x), store.digests(x_test)
         kept = [tuple(store.create(os.path.join(args.store, f"{part}-{kind}"), {**about, "kind": kind},
@@ -325,7 +326,7 @@ def record(args, kind, result, run):
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     result["config"] = {key: value for key, value in {**vars(args), "kind": kind}.items()
-                        if key not in NOT_WHAT}
+                        if key not in WHERE}
     result["one_pass"] = args.kind == "both"  # then the kernel's seconds are those of both kinds
     result.update(run)
     os.makedirs(args.out, exist_ok=True)
