@@ -302,7 +302,7 @@ def manifest(folder):
             raise ValueError(f"format {known['format']}, and this program reads {FORMAT}")
         np.dtype(known["dtype"]), known["rows"]["number"]
         return known
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or another program's: {error!r}. Remove {folder}") from error

@@ -1345,6 +1345,12 @@ def test_train_ridge_comes_from_validation(tmp_path, monkeypatch):
     assert train(tmp_path, *flags)["ridge"] == result["ridge"]
 
 
+def test_train_devices_that_are_not_there(tmp_path):
+    """More devices than JAX sees are refused."""
+    with pytest.raises(ValueError, match="--devices 5, but JAX sees 4 here"):
+        train(tmp_path, "--n_train", "20", "--ridge", "1", "--devices", "5")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--n_train", "2000"], "ValueError: n_train=2000, but digits has 1 to 1437 rows"),
     (["--kernel", "fc", "--depth", "-1"], "ValueError: depth=-1 does not fit fc"),
@@ -1354,6 +1360,10 @@ def test_train_ridge_comes_from_validation(tmp_path, monkeypatch):
     (["--ridge", "-1"], "expected numbers >= 0"),
     (["--tile", "0"], "ValueError: .* tile=0: each must be at least 1"),
     (["--crops", "10"], "ValueError: .*1 <= crops <= 9"),
+    (["--n_train", "20", "--fit_on", "30"], "ValueError: --fit_on 30, but there are 20 training images"),
+    (["--devices", "0"], "--devices 0: expected at least 1"),
+    (["--store", "README.md"], "OSError: the store README.md.* cannot be made: (File exists|Not a directory)"),
+    (["--coordinator", "h:1"], "ValueError: --coordinator h:1 .*give HOST:PORT of process 0"),
 ])
 def test_train_errors(flags, words, tmp_path):
     """At the command line, what is wrong is one line, without a traceback."""

@@ -108,6 +108,9 @@ def parse(argv):
         parser.error(f"--ridge {args.ridge}: expected a number, numbers separated by commas, or auto")
     if min(args.ridge) < 0:
         parser.error(f"--ridge {min(args.ridge)}: expected numbers >= 0")
+    for flag in ("devices", "hosts", "fit_on"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
     return args
 
 
@@ -133,6 +136,8 @@ def main(argv=None):
             args.dataset, args.data, args.n_train, args.n_test, args.seed)
         fit = {"zca": lambda x: data.zca(x, args.zca_eps), "channel": data.standardise,
                "none": lambda x: lambda z: z.astype(np.float32) / 255}[args.whiten]
+        if args.fit_on and args.fit_on > len(x_train):
+            raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x_train)} training images")
         whiten = fit(x_train[:args.fit_on])
         x_train, x_test = whiten(x_train), whiten(x_test)
         view = augment.expand(len(x_train), args.flips, args.crops, args.seed,
@@ -173,6 +178,8 @@ def on_disk(args):
 def kernels(args, kernel_fn, kinds, x, x_test, team):
     """A K and a K_test of each kind: ((K, ...), (K_test, ...))."""
     devices = jax.local_devices()[:args.devices]
+    if args.devices and len(devices) < args.devices:
+        raise ValueError(f"--devices {args.devices}, but JAX sees {len(devices)} here: {devices}")
     where = {"devices": devices, "quiet": args.quiet, "team": team}
     if args.store == "none":
         fns = [kernel_fn(kind) for kind in kinds]
