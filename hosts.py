@@ -49,7 +49,7 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
         return tiles.ALONE
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     if gpus is None and "CUDA_VISIBLE_DEVICES" in os.environ:
-        gpus = len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+        gpus = len([one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one])
     elif gpus is None:
         gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     jax.distributed.initialize(

@@ -25,11 +25,9 @@ def matrix(kernel_fn, x1, x2=None, tile=tiles.TILE, devices=None, quiet=False, t
 
     Arguments as for `tiles.gram` and `tiles.cross`, but kernel_fn returns one matrix.
     """
-    n, m = len(x1), len(x1 if x2 is None else x2)
-    if min(n, m, tile) < 1:
-        raise ValueError(f"got {n} and {m} inputs and tile={tile}: each must be at least 1")
-    form = tiles.TiledMatrix((n, m), (min(tile, n), min(tile, m)), x2 is None, {}, team)
-    return Lazy(form, kernel_fn, x1, x1 if x2 is None else x2, devices, quiet)
+    symmetric = x2 is None
+    x2 = x1 if symmetric else x2
+    return Lazy(tiles.empty(x1, x2, tile, symmetric, team), kernel_fn, x1, x2, devices, quiet)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Lazy:
 
     shape = property(lambda self: self.form.shape)
     entries = property(lambda self: self.form.entries)
-    found = property(lambda self: 0 if self.form.team.index else self.entries)  # none is computed ahead
 
     def leading(self, n):
         """The leading n x n block of a symmetric matrix."""

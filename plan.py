@@ -1,7 +1,7 @@
 """What a run will take, before it is begun: entries, bytes, hours, from a rate measured here.
 
-The kernel is computed for a moment on random images of the data set's shape, a tile is multiplied, a
-file is written to the disk and read back; the rest is arithmetic. Nothing else is touched.
+The kernel is computed for a moment on random images of the data set's shape, tiles are multiplied in
+memory, and with a store on its disk, in a folder that is removed again; the rest is arithmetic.
 
   n  rows of K, copies included   m  test rows   b  tile side   c  classes   r  rank
   P  hosts   D  devices a host; every one is taken to be as fast as those here
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 import data
+import store
 import tiles
 
 STEPS = 100  # of a solve, for want of a better guess
@@ -46,68 +47,61 @@ def rate(kernel_fn, shape, tile, devices):
     return len(keys) * times * tile**2 / (once(times) if times > 1 else seconds)
 
 
-def product_rate(tile, classes):
-    """Bytes of tiles a second in K v, on every core, from memory."""
-    keys = 4 * os.cpu_count()
-    tile = min(tile, 2048)
-    K = tiles.TiledMatrix((tile, keys * tile), (tile, tile), False,
-                          {(0, j): np.ones((tile, tile), np.float32) for j in range(keys)})
-    v = np.ones((keys * tile, classes))
-    K.matvec(v)
+def product_rate(kept, tile=1024, number=64):
+    """Bytes of tiles a second in K v of 10 columns, and put into `kept`: {} or a store.Store."""
+    K = tiles.TiledMatrix((tile, number * tile), (tile, tile), False, kept)
+    block = np.random.default_rng(0).random((tile, tile), np.float32)
     start = time.perf_counter()
-    K.matvec(v)
-    return 4 * keys * tile**2 / (time.perf_counter() - start)
+    for key in K.keys():
+        kept[key] = block.copy()
+    written = time.perf_counter()
+    for times in range(2):  # threads and caches are warm, or the tiles checked, the second time
+        read = time.perf_counter()
+        K.matvec(np.ones((K.shape[1], data.CLASSES)))
+    return block.nbytes * number / np.array([time.perf_counter() - read, written - start])
 
 
-def disk_rates(folder, size=2**28):
-    """Bytes a second written to `folder` and, out of the page cache, read back; or None, None."""
+def disk_rates(folder):
+    """The same of a store beside `folder`, read past the page cache; None, None where there can be none."""
     folder = os.path.abspath(folder)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    block = np.random.default_rng(0).bytes(size // 16)
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            start = time.perf_counter()
-            for _ in range(16):
-                file.write(block)
-            os.fsync(file.fileno())
-            written = time.perf_counter()
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            file.seek(0)
-            read = time.perf_counter()
-            while file.read(size // 16):
-                pass
-            return size / (written - start), size / (time.perf_counter() - read)
-    except (OSError, AttributeError):  # no room, no right, no such call: then it is not known
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            kept = store.create(place, {"tile": 1024}, np.zeros(1, "<u8"))
+            kept.direct = True
+            return product_rate(kept)
+    except OSError:  # no room, or no right
         return None, None
 
 
 def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None, write=None,
-             pixels=3072, images=None, ridges=1, classes=data.CLASSES, store=None):
+             pixels=3072, images=None, ridges=1, kinds=1, classes=data.CLASSES, kept="in memory"):
     """The plan as {name: number}; bytes and seconds of each host, all hosts working at once.
 
-    entries_rate: entries/s of one device.  product, read, write: bytes/s of a host.
+    entries_rate: entries/s of one device, of all kinds at once.  product, read: bytes/s of a host in K v
+    from memory and from disk.  write: to disk.  kept: "in memory", "on disk" or "nowhere".
     """
     rows, test_rows = -(-n // tile), -(-m // tile)
     square = tile * tile
-    entries = rows * (rows + 1) // 2 * square + test_rows * rows * square
-    size = 4 * entries / hosts
-    out = {"entries": entries, "tiles": entries // square, "bytes": 4 * entries, "bytes_a_host": size}
-    triangle = rows * (rows + 1) // 2 / (entries // square)  # what of them a product reads
-    out["kernel_seconds"] = entries / (entries_rate * devices * hosts)
-    out["pass_bytes"] = 0 if store == "none" else size * triangle
-    if store == "none":
-        out["pass_seconds"] = out["kernel_seconds"] * triangle
-        out["kernel_seconds"] = 0.0
+    triangle, rectangle = rows * (rows + 1) // 2, test_rows * rows
+    entries = (triangle + rectangle) * square
+    size = 0 if kept == "nowhere" else 4 * kinds * entries / hosts
+    out = {"entries": entries, "tiles": triangle + rectangle, "bytes": size * hosts, "bytes_a_host": size}
+    computing = square / (entries_rate * devices * hosts)  # seconds for a tile
+    if kept == "nowhere":
+        out["kernel_seconds"], out["pass_bytes"] = 0.0, 0
+        out["pass_seconds"] = triangle * computing
     else:
-        out["pass_seconds"] = out["pass_bytes"] / min(product, read or product)
-        out["kernel_seconds"] = max(out["kernel_seconds"], size / (write or np.inf))
+        out["kernel_seconds"] = max(out["tiles"] * computing, size / (write or np.inf))
+        out["pass_bytes"] = 4 * triangle * square / hosts
+        out["pass_seconds"] = out["pass_bytes"] / (read or product)
     out["reduce_bytes"] = 8 * n * classes if hosts > 1 else 0
     out["step_seconds"] = out["pass_seconds"] + 2 * out["reduce_bytes"] / NETWORK
-    out["solve_seconds"] = STEPS * out["step_seconds"] * (1 + (ridges if ridges > 1 else 0) / 2)
+    out["solve_seconds"] = kinds * STEPS * out["step_seconds"] * (1 + (ridges if ridges > 1 else 0) / 2)
     out["device_bytes"] = 4 * (2 * square + 2 * tile * pixels)
     out["host_bytes"] = (5 * (images or n) * pixels + 8 * n * (2 * rank + 7 * classes)
-                         + (0 if store else size))
+                         + (size if kept == "in memory" else 0))
     return out
 
 
@@ -119,21 +113,22 @@ def main(args, kernel_fn, shape, n):
     devices, tile = jax.local_devices()[:args.devices], min(args.tile, n)
     per_host, ridges = args.devices or len(devices), len(args.ridge)
     measured = rate(kernel_fn, shape, tile, devices)
-    product = product_rate(tile, data.CLASSES)
-    write, read = disk_rates(args.store) if args.store not in (None, "none") else (None, None)
+    kept = {"none": "nowhere", None: "in memory"}.get(args.store, "on disk")
+    product, _ = product_rate({})
+    read, write = disk_rates(args.store) if kept == "on disk" else (None, None)
     out = estimate(n, args.n_test, tile, per_host, args.hosts, args.rank, measured / len(devices),
-                   product, read, write, int(np.prod(shape)), args.n_train, ridges, store=args.store)
+                   product, read, write, int(np.prod(shape)), args.n_train, ridges,
+                   2 if args.kind == "both" else 1, kept=kept)
     out.update(entries_per_second=measured, product_bytes_per_second=product,
                read_bytes_per_second=read, write_bytes_per_second=write)
     total = out["kernel_seconds"] + out["solve_seconds"]
-    kept = {"none": "nowhere", None: "in memory"}.get(args.store, "on disk")
-    disk = f", disk written at {write / 1e9:.1f}, read at {read / 1e9:.1f} GB/s" if read else ""
+    disk = f", {read / 1e9:.1f} from disk, written at {write / 1e9:.1f}" if read else ""
     search = f", {ridges} ridges at half that each" if ridges > 1 else ""
     print(f"{args.dataset} {args.kernel} {args.kind}: {n:,} rows ({args.n_train:,} images), "
           f"{args.n_test:,} test, {args.hosts} x {per_host} devices")
     for what, text in {
             "measured": f"{measured:,.0f} entries/s on {len(devices)} x {devices[0].device_kind}, "
-                        f"{product / 1e9:.1f} GB/s of tiles multiplied{disk}",
+                        f"{product / 1e9:.1f} GB/s of tiles multiplied from memory{disk}",
             "kernel": f"{out['entries']:.4g} entries in {out['tiles']:,} tiles of {tile:,}: "
                       + hours(out["kernel_seconds"]),
             "tiles": f"{amount(out['bytes'])} {kept}, {amount(out['bytes_a_host'])} a host",
@@ -145,7 +140,7 @@ def main(args, kernel_fn, shape, n):
             "solve": f"{hours(out['solve_seconds'])}: {STEPS} steps assumed{search}",
             "total": f"{hours(total)}, {hours(total * args.hosts)} of hosts"}.items():
         print(f"{what:10} {text}")
-    if out["tiles"] > 1e6 and args.store not in (None, "none"):
+    if out["tiles"] > 1e6 and kept == "on disk":
         print(f"note       {out['tiles']:,} files: a larger --tile makes fewer, 8192 is 268 MB each")
     return {**out, "total_seconds": total}
 

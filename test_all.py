@@ -1499,19 +1499,21 @@ def test_plan_adds_up():
     """The plan of 10 rows, 3 test rows, tiles of 4, two hosts with two devices, counted by hand: 6 tiles
     of K and 3 of K_test; of sixteen entries each; 100 steps."""
     out = plan.estimate(10, 3, 4, 2, 2, 5, entries_rate=9.0, product=48.0, read=24.0, write=1e9, pixels=7,
-                        classes=10, store="DIR")
+                        classes=10, kept="on disk")
     assert out["tiles"] == 9 and out["entries"] == 144 and out["bytes"] == 576
     assert out["kernel_seconds"] == 144 / 36 and out["bytes_a_host"] == 288
     assert out["pass_bytes"] == 6 * 16 * 4 / 2 and out["pass_seconds"] == 192 / 24
     assert out["reduce_bytes"] == 800 and out["step_seconds"] == 8 + 1600 / plan.NETWORK
     assert out["solve_seconds"] == 100 * out["step_seconds"]
-    memory = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, store=None, ridges=4)
+    memory = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, ridges=4)
     assert memory["pass_seconds"] == 6 * 16 * 4 / 48 and memory["reduce_bytes"] == 0
     assert memory["solve_seconds"] == 300 * memory["step_seconds"]
-    lazily = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, store="none")
-    assert lazily["kernel_seconds"] == 0 and lazily["pass_seconds"] == 96 / 36
-    slow = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, 24.0, 2.0, store="DIR")
-    assert slow["kernel_seconds"] == 288 / 2
+    lazily = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, kept="nowhere")
+    assert lazily["kernel_seconds"] == lazily["bytes"] == 0 and lazily["pass_seconds"] == 96 / 36
+    both = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, 24.0, 2.0, kinds=2, kept="on disk")
+    assert both["kernel_seconds"] == 576 / 2  # the disk is slower than the kernel
+    assert both["bytes"] == 1152 and both["pass_bytes"] == 192
+    assert both["solve_seconds"] == 200 * both["step_seconds"]
 
 
 def test_plan_of_five_million(tmp_path, capsys):

@@ -13,9 +13,8 @@ for the rows that do not exist (real data, so finite whatever the kernel), and c
 Tile (i, j) belongs to process t mod P, t its number in column order: j (j + 1) / 2 + i where K is
 symmetric. t does not depend on n, so a larger K leaves every tile where it was.
 
-Where the tiles are kept is not said here: in memory, a dict; on disk, a `store.Store`; or nowhere,
-lazy.py, and every product
-computes them anew.
+Where the tiles are kept is not said here: in memory, in a dict; on disk, in a `store.Store`; or nowhere
+(lazy.py), and every product computes them anew.
 
     K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x_train);  K.matvec(v)
 
@@ -76,13 +75,10 @@ def cross(kernel_fn, x1, x2, tile=TILE, devices=None, quiet=False, store=None, t
 
 
 def _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
-    n, m = len(x1), len(x2)
-    if min(n, m, tile) < 1:
-        raise ValueError(f"got {n} and {m} inputs and tile={tile}: each must be at least 1")
-    K = TiledMatrix((n, m), (min(tile, n), min(tile, m)), symmetric, {}, team)
+    K = empty(x1, x2, tile, symmetric, team)
     keys = list(K.keys())
     if store is None:
-        check_memory(f"the {n} x {m} kernel", 4 * len(keys) * K.sides[0] * K.sides[1])
+        check_memory(f"the {len(x1)} x {len(x2)} kernel", 4 * len(keys) * K.sides[0] * K.sides[1])
         blocks = [jnp.asarray(x[np.zeros(1, int)]) for x in (x1, x2)]
         result = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side,) + block.shape[1:], block.dtype)
                                              for side, block in zip(K.sides, blocks)))
@@ -109,6 +105,14 @@ def _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
         while team.all_reduce(np.zeros(1))[0]:  # how many still compute
             pass
     return matrices if isinstance(store, tuple) else matrices[0]
+
+
+def empty(x1, x2, tile, symmetric, team):
+    """The TiledMatrix of these inputs before it has a tile: its shape and tiling."""
+    n, m = len(x1), len(x2)
+    if min(n, m, tile) < 1:
+        raise ValueError(f"got {n} and {m} inputs and tile={tile}: each must be at least 1")
+    return TiledMatrix((n, m), (min(tile, n), min(tile, m)), symmetric, {}, team)
 
 
 def walk(fn, inputs, sides, keys, devices=None):

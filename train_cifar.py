@@ -132,14 +132,7 @@ def main(argv=None):
     run, seconds = provenance(team), {}
 
     with phase("data", seconds):
-        x_train, labels, x_test, test_labels = data.load(
-            args.dataset, args.data, args.n_train, args.n_test, args.seed)
-        fit = {"zca": lambda x: data.zca(x, args.zca_eps), "channel": data.standardise,
-               "none": lambda x: lambda z: z.astype(np.float32) / 255}[args.whiten]
-        if args.fit_on and args.fit_on > len(x_train):
-            raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x_train)} training images")
-        whiten = fit(x_train[:args.fit_on])
-        x_train, x_test = whiten(x_train), whiten(x_test)
+        x_train, labels, x_test, test_labels = load(args)
         view = augment.expand(len(x_train), args.flips, args.crops, args.seed,
                               pad=x_train.shape[1] // 8)
         x, y = view.of(x_train), data.one_hot(labels)[view.original]
@@ -158,9 +151,8 @@ def main(argv=None):
         results[kind] = regress(args, K, K_test, y, labels, test_labels, view.copies, keep)
         results[kind]["seconds"] = {name: round(s, 3) for name, s in
                                     {**seconds, **results[kind]["seconds"]}.items()}
-        computed = results[kind]["entries"] - int(team.all_reduce(np.array([K.found + K_test.found]))[0])
-        if args.store == "none":
-            computed = None  # and in every product
+        computed = None if args.store == "none" else (  # None: in every product
+            results[kind]["entries"] - int(team.all_reduce(np.array([K.found + K_test.found]))[0]))
         results[kind].update(entries_computed=computed,
                              entries_per_second=(computed or 0) / seconds["kernel"])
         if team.index == 0:
@@ -169,6 +161,18 @@ def main(argv=None):
             if on_disk(args):
                 shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
     return results if args.kind == "both" else results[args.kind]
+
+
+def load(args):
+    """x_train, labels, x_test, test_labels, whitened."""
+    x_train, labels, x_test, test_labels = data.load(
+        args.dataset, args.data, args.n_train, args.n_test, args.seed)
+    if args.fit_on and args.fit_on > len(x_train):
+        raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x_train)} training images")
+    fit = {"zca": lambda x: data.zca(x, args.zca_eps), "channel": data.standardise,
+           "none": lambda x: lambda z: z.astype(np.float32) / 255}[args.whiten]
+    whiten = fit(x_train[:args.fit_on])
+    return whiten(x_train), labels, whiten(x_test), test_labels
 
 
 def on_disk(args):
