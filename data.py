@@ -21,6 +21,7 @@ import os
 import tarfile
 import urllib.request
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -265,41 +266,48 @@ def one_hot(y, classes=CLASSES):
     return np.eye(classes)[y] - 1 / classes
 
 
+class Whitening(NamedTuple):
+    """x -> (x - mean) / sd, and where there is a W its d features times W; float32, shaped as x."""
+    mean: np.ndarray  # (channels,) or (h, w, channels), as sd
+    sd: np.ndarray
+    W: np.ndarray  # (d, d), or (0, 0) for none
+
+    def __call__(self, x):
+        x = x.astype(np.float32)
+        x -= self.mean  # in place: millions of images are there once
+        x /= self.sd
+        return (x.reshape(len(x), -1) @ self.W).reshape(x.shape) if self.W.size else x
+
+
+def no_whitening(x_train):
+    """x -> x / 255."""
+    return Whitening(np.zeros(1, np.float32), np.full(1, 255, np.float32), np.zeros((0, 0), np.float32))
+
+
 def standardise(x_train):
-    """apply: x -> (x - mean) / sd, float32, mean and sd per channel of x_train (n, h, w, channels)."""
+    """The Whitening with mean and sd of each channel of x_train (n, h, w, channels), and no W."""
     mean = x_train.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
     sd = x_train.std(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
     sd[sd == 0] = 1  # a constant channel carries nothing
-
-    def apply(x):
-        x = x.astype(np.float32)
-        x -= mean  # in place: millions of images are there once
-        x /= sd
-        return x
-    return apply
+    return Whitening(mean, sd, np.zeros((0, 0), np.float32))
 
 
 def zca(x_train, eps=0.1):
-    """apply: x -> U (S + eps mean(S))^(-1/2) U^T (x - mean), float32, shaped as x.
+    """The Whitening with W = U (S + eps mean(S))^(-1/2) U^T and the mean image.
 
-    mean (d,) and covariance U S U^T (d, d) over the images of x_train, flattened to d features, and
-    over no others. eps: relative to the mean eigenvalue; at 0 the training covariance becomes I.
+    mean (d,) and covariance U S U^T (d, d) over the images of x_train / 255, flattened to d features,
+    and over no others. eps: relative to the mean eigenvalue; at 0 the training covariance becomes I.
     Cost: n d^2 for the covariance and 10 d^3 for its eigenvectors, d = 3,072: 6 s for 10,000
     images on two cores.
     Raises ValueError: eps = 0 where the covariance is singular.
     """
-    flat = x_train.reshape(len(x_train), -1).astype(np.float32) / 255
-    mean = flat.mean(axis=0, dtype=np.float64).astype(np.float32)
-    flat -= mean
+    mean = x_train.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centre = Whitening(mean, np.full(1, 255, np.float32), np.zeros((0, 0), np.float32))
+    flat = centre(x_train).reshape(len(x_train), -1)
     covariance = (flat.T @ flat).astype(np.float64) / len(flat)
     S, U = np.linalg.eigh(covariance)
     shifted = np.maximum(S, 0) + eps * S.mean()
     if shifted[0] <= 1e-7 * S.mean():  # eigenvalues of a float32 covariance are no better than that
         raise ValueError(f"eps={eps}: the covariance of {len(flat)} images is singular in float32; "
                          "whitening it needs eps > 0 (0.1 is usual)")
-    W = ((U / np.sqrt(shifted)) @ U.T).astype(np.float32)
-
-    def apply(x):
-        flat = x.reshape(len(x), -1).astype(np.float32) / 255
-        return ((flat - mean) @ W).reshape(x.shape)
-    return apply
+    return centre._replace(W=((U / np.sqrt(shifted)) @ U.T).astype(np.float32))

@@ -41,11 +41,16 @@ class Lazy:
     quiet: bool
 
     shape = property(lambda self: self.form.shape)
+    team = property(lambda self: self.form.team)
     entries = property(lambda self: self.form.entries)
+    slowness, reads_all, found = 70, False, None  # as of TiledMatrix: fc on a CPU; rows are computed alone
 
     def leading(self, n):
-        """The leading n x n block of a symmetric matrix."""
+        """The first n columns, and where it is symmetric rows."""
         return replace(self, form=self.form.leading(n))
+
+    def read_rate(self):
+        """There is nothing to read."""
 
     def diagonal(self):
         """K[i, i], (n,) float64, of a symmetric matrix. Cost: n b entries."""
@@ -65,6 +70,17 @@ class Lazy:
         for (i, _), (part,) in self._walk(self.kernel_fn, inputs, keys, (side, len(indices))):
             rows = slice(i * side, min(self.shape[0], (i + 1) * side))
             out[rows] = part[:rows.stop - rows.start]
+        return team.all_reduce(out)
+
+    def rows(self, start, stop):
+        """K[start:stop], (stop - start, m) float64."""
+        side, team = self.form.sides[1], self.form.team
+        out = np.zeros((stop - start, self.shape[1]))
+        keys = [(0, j) for j in range(team.index, -(-self.shape[1] // side), team.count)]
+        inputs = [(0, self.x1[np.arange(start, stop)]), (1, self.x2)]
+        for (_, j), (part,) in self._walk(self.kernel_fn, inputs, keys, (stop - start, side)):
+            columns = slice(j * side, min(self.shape[1], (j + 1) * side))
+            out[:, columns] = part[:, :columns.stop - columns.start]
         return team.all_reduce(out)
 
     def matvec(self, v):

@@ -1,9 +1,8 @@
 """Preconditioned conjugate gradients for (K + ridge I) X = Y, many right sides at once.
 
-K is only ever multiplied by (n, c) arrays, and for the preconditioner asked for its diagonal and a
-few of its columns. Every vector is float64, whatever the tiles are.
+K is only ever multiplied by (n, c) arrays. Every vector is float64, whatever the tiles are.
 
-  n  rows     c  right sides     r  rank     A = K + ridge I     P  preconditioner, P ~ A
+  n  rows     c  right sides     A = K + ridge I     P  preconditioner, P ~ A
   ridge here is absolute: a number lambda added to the diagonal
 
     X = 0,  R = Y,  Z = P^-1 R,  D = Z                 every column with its own alpha and beta
@@ -20,26 +19,25 @@ Differs from the textbook, and from jax.scipy.sparse.linalg.cg, in:
   2) the residual that decides is the true one, Y - A X: the recursive one drifts away from it. It
      replaces the recursive one only where that is lost: done every CHECK steps, it spoils the
      directions, and at condition 1e9 CG without a preconditioner never converged;
-  3) the Lanczos matrix behind the coefficients is kept: condition numbers for free;
-  4) negative curvature is an error, for then A is not positive definite and X means nothing.
+  3) a column that rounding keeps from the tolerance is noticed and left, with what it has reached;
+  4) the Lanczos matrix behind the coefficients is kept: condition numbers for free;
+  5) negative curvature is an error, for then A is not positive definite and X means nothing; a few
+     steps of Lanczos' method say how much ridge is missing.
 
-    X, info = pcg.solve(K.matvec, Y, ridge, pcg.low_rank(K, ridge, rank=500))
+    X, info = pcg.solve(K.matvec, Y, ridge, precondition.low_rank(K)(ridge))
 
-Cost: a step is one product with K and, for low_rank, two with F, 4 n r c operations.
-Proved by: test_all.py, section pcg
+Cost: a step is one product with K and one with P^-1.      Proved by: test_all.py, section pcg
 """
 
+import time
 import warnings
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import cholesky, eigvalsh_tridiagonal, solve_triangular
+from scipy.linalg import eigvalsh_tridiagonal
 from tqdm import tqdm
 
 CHECK = 20  # steps between true residuals: one product more in twenty
-BLOCK = 128  # pivots drawn at a time
-STATE = ("x", "r", "d", "rz", "active", "stepping", "restarted")  # of a solve between two steps
-TRACE = ("history", "alphas", "betas")  # what it has recorded
 
 
 class Info(NamedTuple):
@@ -49,6 +47,31 @@ class Info(NamedTuple):
     converged: bool  # every residual <= tol
     history: list  # largest residual over the columns, before the first step and after each
     condition: float  # of P^-1 A, largest over smallest Ritz value: a lower bound
+    seconds: float  # of this call, and in products with K
+    product_seconds: float
+    products: int  # with K, those for true residuals too
+
+
+class State(NamedTuple):
+    """A solve between two steps; all that `checkpoint` keeps."""
+    x: np.ndarray  # (n, c), as r and d
+    r: np.ndarray
+    d: np.ndarray
+    rz: np.ndarray  # (c,), as what follows
+    active: np.ndarray  # not yet done nor given up
+    stepping: np.ndarray  # and not waiting for its true residual
+    restarted: np.ndarray  # the true residual where the recursion was lost last
+    history: list
+    alphas: list
+    betas: list
+
+
+class Indefinite(ArithmeticError):
+    """K + ridge I has an eigenvalue <= 0.  cure: an absolute ridge with which it has none."""
+
+    def __init__(self, message, cure):
+        super().__init__(message)
+        self.cure = cure
 
 
 def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True,
@@ -60,19 +83,20 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     x0: where to start, shaped as y.   checkpoint: has load() -> {name: array} or None and
     save({name: array}, finished), as store.Checkpoint; a solve goes on from what it has.
     Returns X, float64, shaped as y, and Info.
-    Warns where max_iters steps did not reach tol. Raises ValueError: shapes, NaN in y, ridge < 0.
-    ArithmeticError: a direction with <d, A d> <= 0.
+    Warns where tol is not reached. Raises ValueError: shapes, NaN in y, ridge < 0.
+    Indefinite: a direction with <d, A d> <= 0.
     """
-    shape, y = np.shape(y), np.array(y, np.float64).reshape(len(y), -1)
+    begun, shape, y = time.perf_counter(), np.shape(y), np.array(y, np.float64).reshape(len(y), -1)
     if not np.isfinite(y).all() or ridge < 0:
         raise ValueError(f"y has {np.sum(~np.isfinite(y))} entries that are not finite, ridge is "
                          f"{ridge}: y must be finite and ridge >= 0")
+    spent = []
 
     def product(v):
-        return matvec(v) + ridge * v
-
-    def dot(a, b):
-        return np.einsum("nc,nc->c", a, b)
+        start = time.perf_counter()
+        out = matvec(v) + ridge * v
+        spent.append(time.perf_counter() - start)
+        return out
 
     def relative(residual):
         return np.linalg.norm(residual, axis=0) / scale
@@ -81,27 +105,18 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     scale = np.linalg.norm(y, axis=0)
     scale[scale == 0] = 1  # a zero column is solved by zero
     saved = checkpoint.load() if checkpoint else None
-    if saved:
-        x, r, d, rz, active, stepping, restarted = (saved[name] for name in STATE)
-        history, alphas, betas = (list(saved[name]) for name in TRACE)
-    else:
-        x = np.zeros_like(y) if x0 is None else np.array(x0, np.float64).reshape(y.shape)
-        r = y - product(x) if x.any() else y.copy()
-        active = stepping = relative(r) > tol
-        restarted = np.full(len(scale), np.inf)
-        history, alphas, betas = [float(relative(r).max())], [], []
-        z = precondition(r)
-        d, rz = z.copy(), dot(r, z)
+    state = (State(**{name: list(saved[name]) if kind is list else saved[name]
+                      for name, kind in State.__annotations__.items()}) if saved
+             else _begin(product, y, precondition, relative, tol, x0))
+    x, r, d, rz, active, stepping, restarted, history, alphas, betas = state
     bar = tqdm(total=max_iters, initial=len(alphas), unit="step", desc="solve", disable=quiet or None,
                leave=False)
     while active.any() and len(alphas) < max_iters:
         q = product(d)
-        curvature = dot(d, q)
+        curvature = _dot(d, q)
         if np.any(curvature[stepping] <= 0):
-            raise ArithmeticError(
-                f"K + ridge I is not positive definite: <d, A d> / <d, d> = "
-                f"{np.min((curvature / np.maximum(dot(d, d), 1e-300))[stepping]):.1e} at step "
-                f"{len(alphas) + 1} with ridge {ridge:.1e}. Raise the ridge by more than that.")
+            bar.close()
+            raise _indefinite(product, d[:, stepping], curvature[stepping], ridge, len(alphas) + 1)
         alpha = np.divide(rz, curvature, out=np.zeros_like(rz), where=stepping)
         x += alpha * d
         r -= alpha * q
@@ -116,28 +131,81 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
             r[:, lost] = true[:, lost]
             stepping = active
         z = precondition(r)
-        rz_before, rz = rz, dot(r, z)
+        rz_before, rz = rz, _dot(r, z)
         beta = np.divide(rz, rz_before, out=np.zeros_like(rz), where=stepping & ~lost)
         d = z + beta * d
         alphas.append(alpha)
         betas.append(beta)
         history.append(float(residual.max()))
         if checkpoint:
-            checkpoint.save(dict(zip(STATE + TRACE, (x, r, d, rz, active, stepping, restarted,
-                                                     history, alphas, betas))), not active.any())
+            checkpoint.save(State(x, r, d, rz, active, stepping, restarted, history, alphas,
+                                  betas)._asdict(), not active.any())
         bar.update()
         bar.set_postfix_str(f"residual {history[-1]:.1e} -> {tol:.0e}")
     bar.close()
 
     residual = relative(y - product(x))
     info = Info(len(alphas), residual, bool((residual <= tol).all()), history,
-                _condition(np.array(alphas), np.array(betas)))
+                _condition(np.array(alphas), np.array(betas)), time.perf_counter() - begun,
+                sum(spent), len(spent))
     if not info.converged:
-        cure = ("Raise --max_iters, --rank or --ridge" if active.any() else
-                "Rounding allows no more: raise --ridge")
-        warnings.warn(f"not converged: residual {residual.max():.1e} after {len(alphas)} steps, asked "
-                      f"for {tol:.0e}. {cure}, or ask for less with --tol.", stacklevel=2)
+        _warn(info, tol, active.any())
     return x.reshape(shape), info
+
+
+def _dot(a, b):
+    return np.einsum("nc,nc->c", a, b)
+
+
+def _begin(product, y, precondition, relative, tol, x0):
+    """The state before the first step."""
+    x = np.zeros_like(y) if x0 is None else np.array(x0, np.float64).reshape(y.shape)
+    r = y - product(x) if x.any() else y.copy()
+    residual = relative(r)
+    z = precondition(r)
+    return State(x, r, z.copy(), _dot(r, z), residual > tol, residual > tol,
+                 np.full(y.shape[1], np.inf), [float(residual.max())], [], [])
+
+
+def _warn(info, tol, unfinished):
+    reached, steps = info.residual.max(), info.iterations
+    why = ("Raise --max_iters, --rank or --ridge" if unfinished else
+           f"{np.sum(info.residual > tol)} of {len(info.residual)} columns stopped falling: in float64, at "
+           f"condition {info.condition:.0e}, rounding allows no more. Raise --ridge or --rank")
+    warnings.warn(f"not converged: residual {reached:.1e} after {steps} steps, asked for {tol:.0e}. {why}, "
+                  "or ask for less with --tol.", stacklevel=3)
+
+
+def _indefinite(product, d, curvature, ridge, step):
+    """The error for directions d with <d, A d> = curvature <= 0, with a ridge that would have done.
+
+    Lanczos' method from the worst of them finds the lowest eigenvalue of A, or nearly: half of it is
+    added on top, and a millionth of the largest where it is zero.
+    """
+    quotient = curvature / np.maximum(_dot(d, d), 1e-300)
+    lowest, highest = _extremes(product, d[:, quotient.argmin()])
+    lowest = min(lowest, quotient.min())
+    cure = ridge + max(-1.5 * lowest, 1e-6 * highest)
+    return Indefinite(
+        f"K + ridge I is not positive definite: with an absolute ridge of {ridge:.2e} it has an eigenvalue "
+        f"of {lowest:.1e} (found at step {step}). Rows that are alike make K singular, and rounding of its "
+        f"entries less than that. Raise the ridge to {cure:.1e} or more", cure)
+
+
+def _extremes(product, start, steps=40):
+    """The lowest and the highest eigenvalue of A projected on {start, A start, ...}: Lanczos' method."""
+    basis, main, beside = [start / np.linalg.norm(start)], [], []
+    for _ in range(min(steps, len(start))):
+        w = product(basis[-1][:, None])[:, 0]
+        main.append(w @ basis[-1])
+        for _ in range(2):  # once leaves what rounding has left
+            w -= np.stack(basis, 1) @ (np.stack(basis) @ w)
+        beside.append(np.linalg.norm(w))
+        if beside[-1] <= 1e-12 * np.abs(main).max():
+            break
+        basis.append(w / beside[-1])
+    ritz = eigvalsh_tridiagonal(np.array(main), np.array(beside[:len(main) - 1]))
+    return ritz[0], ritz[-1]
 
 
 def _condition(alphas, betas):
@@ -156,81 +224,15 @@ def _condition(alphas, betas):
     return float(ritz[-1] / ritz[0]) if ritz[0] > 0 else float("inf")
 
 
-def jacobi(matrix, ridge):
-    """P = diag(K) + ridge I. Nearly a multiple of I where images are normalised, and then no help.
-
-    matrix: has diagonal() -> (n,).   Returns precondition: (n, c) -> (n, c).
-    """
-    scale = matrix.diagonal()[:, None] + ridge
-    return lambda r: r / scale
-
-
-def partial_cholesky(matrix, rank, seed=0, quiet=True):
-    """F (n, k), k <= rank, with F F^T ~ K: randomly pivoted Cholesky.
-
-    The next pivot is drawn in proportion to what is left of the diagonal, diag(K - F F^T); no other
-    entry of K decides, and yet F is close to the best of its rank (Chen, Epperly, Tropp, Webber 2022).
-    BLOCK pivots are proposed at a time from one distribution and thinned by rejection on the small
-    block between them, so that they are distributed as if drawn one by one while K and F are only
-    touched by matrix products (Epperly, Tropp, Webber 2024).
-    matrix: has shape, diagonal() -> (n,) and columns(indices) -> (n, k), float64.
-    Stops early where what is left is rounding: below 1e-7 of the trace, for tiles are float32.
-    Cost: n k kernel entries, read; 2 n k^2 operations.
-    """
-    rng = np.random.default_rng(seed)
-    n = matrix.shape[0]
-    rank = min(rank, n)
-    left = matrix.diagonal()
-    trace = left.sum()
-    F = np.zeros((n, rank))
-    k = 0
-    bar = tqdm(total=rank, unit="pivot", desc="preconditioner", disable=quiet or None, leave=False)
-    while k < rank and left.sum() > 1e-7 * trace:
-        proposed = rng.choice(n, size=min(BLOCK, rank - k), p=left / left.sum())
-        columns = matrix.columns(proposed) - F[:, :k] @ F[proposed, :k].T
-        pivots = _thin(columns[proposed], left[proposed], rng)
-        if not pivots:  # what is left is rounding
-            break
-        block = columns[np.ix_(proposed[pivots], pivots)]
-        lower = cholesky((block + block.T) / 2, lower=True)
-        F[:, k:k + len(pivots)] = solve_triangular(lower, columns[:, pivots].T, lower=True).T
-        left = np.maximum(left - np.einsum("nk,nk->n", *2 * [F[:, k:k + len(pivots)]]), 0)
-        left[proposed[pivots]] = 0
-        k += len(pivots)
-        bar.update(len(pivots))
-    bar.close()
-    return F[:, :k]
-
-
-def _thin(block, left, rng):
-    """Which of the proposed pivots to keep, in order: proposal i with probability (what is left of
-    its diagonal entry now) / (what was left when it was proposed).  block: (b, b) of K - F F^T."""
-    block, kept = block.copy(), []
-    for i in range(len(block)):
-        if block[i, i] > max(rng.random(), 1e-6) * left[i]:
-            kept.append(i)
-            block -= np.outer(block[:, i], block[i]) / block[i, i]
-    return kept
-
-
-def eigenpairs(F):
-    """U (n, k) orthonormal and S^2 (k,) ascending with F F^T = U diag(S^2) U^T, from the k x k matrix
-    F^T F; that squares the condition of F, which `partial_cholesky` bounds. Cost: 4 n k^2."""
-    S2, V = np.linalg.eigh(F.T @ F)
-    return F @ (V / np.sqrt(S2)), S2
-
-
-def low_rank(matrix, ridge, rank=None, seed=0, factor=None):
-    """P = U (S^2 + ridge) U^T + (s^2 + ridge) (I - U U^T), where F = U S V^T and s = min S.
-
-    F is `partial_cholesky(matrix, rank, seed)`; factor: its `eigenpairs`, where one F serves many
-    ridges and the other arguments are not needed. Inside the span of F, P is F F^T + ridge I, inverted
-    on its eigenvalues (Woodbury's formula, where nothing cancels). Outside, F F^T + ridge I is only
-    ridge, far below K; the smallest eigenvalue found is a better guess (Frangella, Tropp, Udell 2021):
-    on CIFAR-10 kernels a condition number up to four orders lower.
-    Returns precondition: (n, c) -> (n, c).   For kernels: Diaz, Epperly, Frangella, Tropp, Webber 2023.
-    """
-    U, S2 = eigenpairs(partial_cholesky(matrix, rank, seed)) if factor is None else factor
-    outside = S2[0] + ridge
-    shrink = (1 - outside / (S2 + ridge))[:, None]
-    return lambda r: (r - U @ (shrink * (U.T @ r))) / outside
+def plot(infos, path, title=""):
+    """Residual against step, a line for each of {name: Info}, as an image: .png, .svg or .pdf."""
+    from matplotlib.figure import Figure  # no window, no global state
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="steps (products with K)", yscale="log",
+                              ylabel="largest |y - A x| / |y| over columns")
+    for name, info in infos.items():
+        axes.plot(info.history, label=f"{name}: {info.iterations} steps, {info.seconds:.2g} s")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return figure

@@ -22,7 +22,7 @@ import data
 import store
 import tiles
 
-STEPS = 100  # of a solve, for want of a better guess
+STEPS, RANK = 100, 1000  # of a solve and its preconditioner, for want of a better guess
 NETWORK = 1e9  # bytes/s of the all-reduce between hosts: 10 Gbit/s Ethernet, faster elsewhere
 
 
@@ -100,7 +100,7 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
     out["step_seconds"] = out["pass_seconds"] + 2 * out["reduce_bytes"] / NETWORK
     out["solve_seconds"] = kinds * STEPS * out["step_seconds"] * (1 + (ridges if ridges > 1 else 0) / 2)
     out["device_bytes"] = 4 * (2 * square + 2 * tile * pixels)
-    out["host_bytes"] = (5 * (images or n) * pixels + 8 * n * (2 * rank + 7 * classes)
+    out["host_bytes"] = (5 * (images or n) * pixels + 8 * n * (rank / hosts + 7 * classes)
                          + (size if kept == "in memory" else 0))
     return out
 
@@ -116,7 +116,7 @@ def main(args, kernel_fn, shape, n):
     kept = {"none": "nowhere", None: "in memory"}.get(args.store, "on disk")
     product, _ = product_rate({})
     read, write = disk_rates(args.store) if kept == "on disk" else (None, None)
-    out = estimate(n, args.n_test, tile, per_host, args.hosts, args.rank, measured / len(devices),
+    out = estimate(n, args.n_test, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
                    product, read, write, int(np.prod(shape)), args.n_train, ridges,
                    2 if args.kind == "both" else 1, kept=kept)
     out.update(entries_per_second=measured, product_bytes_per_second=product,

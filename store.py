@@ -234,10 +234,9 @@ class Checkpoint:
         """Write the state, where that costs less than a twentieth of the time since the last one."""
         if self.team.index == 0 and (finished or time.monotonic() > self.saved + 20 * self.took):
             start = time.monotonic()
-            content = io.BytesIO()
-            np.savez(content, about=self.about, **state)
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            write(self.path, content.getbuffer())
+            with replacing(self.path) as file:
+                np.savez(file, about=self.about, **state)
             self.saved = time.monotonic()
             self.took = self.saved - start
 
@@ -275,21 +274,28 @@ def said(path):
                       "command again") from error
 
 
-def write(path, *parts):
-    """The bytes of `parts` as the file `path`: all of them or nothing, also if killed on the way."""
+@contextmanager
+def replacing(path):
+    """A file to write that becomes `path` at the end: all of it or nothing, also if killed on the way."""
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     with said(path):
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                for part in map(memoryview, parts):
-                    while len(part):  # one call writes 2 GB at most, and less on a disk almost full
-                        part = part[file.write(part):]
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             if os.path.exists(temporary):
                 os.remove(temporary)
             raise
+
+
+def write(path, *parts):
+    """The bytes of `parts` as the file `path`."""
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
 
 
 def manifest(folder):

@@ -2,7 +2,7 @@
 
   pytest -q --benchmark-disable test_all.py                 all of it, a few minutes on two cores
   pytest -q --benchmark-disable test_all.py -k kernel       one section: kernel, fused, tiles, pcg,
-                                                            augment, data, train, docs, benchmark
+                                                            precondition, regression, model, augment, ...
   pytest --benchmark-only --benchmark-sort=name test_all.py time per kernel entry, 32 x 32 images
 
 Oracles: neural_tangents, finite wide networks, dense float64 formulas, scikit-learn, plain loops.
@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import timeit
 import tracemalloc
@@ -30,6 +31,7 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal, norm
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512"  # as train_cifar.py does
 jax.config.update("jax_num_cpu_devices", 4)
@@ -45,8 +47,11 @@ import fused  # noqa: E402
 import hosts  # noqa: E402
 import kernel  # noqa: E402
 import lazy  # noqa: E402
+import model  # noqa: E402
 import pcg  # noqa: E402
 import plan  # noqa: E402
+import precondition  # noqa: E402
+import regression  # noqa: E402
 import scaling  # noqa: E402
 import store  # noqa: E402
 import tiles  # noqa: E402
@@ -722,6 +727,12 @@ def test_lazy_is_kept(devices):
             assert np.allclose(K.matvec(v), kept.matvec(v), rtol=1e-5, atol=1e-5)
             indices = np.array([n - 1, 0])
             assert np.allclose(K.columns(indices), kept.columns(indices), rtol=1e-5, atol=1e-5)
+            if not kept.symmetric:
+                assert np.allclose(K.rows(3, 9), kept.rows(3, 9), rtol=1e-5, atol=1e-5)
+                assert np.allclose(kept.rows(3, 9), linear(x_test, x)[3:9], rtol=1e-5, atol=1e-5)
+                half = -(-n // 2)
+                assert np.allclose(K.leading(half).matvec(v[:half]), kept.rows(0, 11)[:, :half] @ v[:half],
+                                   rtol=1e-5, atol=1e-5)
         K, kept, k = lazy.matrix(linear, x, **where), tiles.gram(linear, x, **where), -(-n // 2)
         assert np.allclose(K.diagonal(), kept.diagonal(), rtol=1e-5, atol=1e-5)
         assert np.allclose(K.leading(k).matvec(v[:k]), kept.leading(k).matvec(v[:k]), rtol=1e-5, atol=1e-5)
@@ -758,8 +769,8 @@ def test_pcg_is_cholesky(condition, name):
     n = 200
     K, y = spectrum(n, condition), np.random.default_rng(1).normal(size=(n, 4))
     ridge = 1 / condition
-    P = {"none": None, "jacobi": pcg.jacobi(Dense(K), ridge),
-         "lowrank": pcg.low_rank(Dense(K), ridge, rank=100)}[name]
+    P = {"none": precondition.none, "jacobi": precondition.jacobi,
+         "lowrank": lambda K: precondition.low_rank(K, rank=100)}[name](Dense(K))(ridge)
     x, info = pcg.solve(Dense(K).matvec, y, ridge, P, tol=2e-7, max_iters=50000)
     L = np.linalg.cholesky(K + ridge * np.eye(n))
     exact = np.linalg.solve(L.T, np.linalg.solve(L, y))
@@ -772,7 +783,7 @@ def test_pcg_is_scikit_learn():
     x, labels = digits(400)
     K, y = tiles.gram(kernel.kernel_fn("fc", "ntk"), x, tile=128), data.one_hot(labels)
     ridge = 1e-3 * K.diagonal().mean()
-    alpha, _ = pcg.solve(K.matvec, y, ridge, pcg.low_rank(K, ridge, 40), tol=1e-10)
+    alpha, _ = pcg.solve(K.matvec, y, ridge, precondition.low_rank(K, 40)(ridge), tol=1e-10)
     model = KernelRidge(alpha=ridge, kernel="precomputed").fit(K.dense().astype(np.float64), y)
     assert np.allclose(alpha, model.dual_coef_, rtol=1e-6, atol=1e-8 * np.abs(alpha).max())
 
@@ -801,31 +812,8 @@ def test_pcg_low_rank_cuts_iterations(source):
     K, y = tiles.gram(kernel.kernel_fn("fc", "nngp"), x, tile=512), data.one_hot(labels)
     ridge = 1e-4 * K.diagonal().mean()
     counts = [pcg.solve(K.matvec, y, ridge, P, max_iters=5000)[1].iterations
-              for P in (None, pcg.jacobi(K, ridge), pcg.low_rank(K, ridge, len(x) // 5))]
+              for P in (None, precondition.jacobi(K)(ridge), precondition.low_rank(K, len(x) // 5)(ridge))]
     assert counts[0] >= 4 * counts[2] and counts[1] > 0.5 * counts[0]
-
-
-def test_pcg_partial_cholesky():
-    """Exact on a matrix of its rank; on a real kernel within twice the best error at half its rank."""
-    G = np.random.default_rng(0).normal(size=(200, 30))
-    F = pcg.partial_cholesky(Dense(G @ G.T), 100)
-    assert F.shape[1] == 30 and np.allclose(F @ F.T, G @ G.T)
-    K = np.asarray(kernel.kernel_fn("fc", "nngp")(digits(500)[0]), np.float64)
-    for rank in (20, 100, 300):  # within and beyond one block of pivots
-        F = pcg.partial_cholesky(Dense(K), rank)
-        left = np.diag(K) - np.sum(F**2, axis=1)
-        assert F.shape[1] == rank and left.min() > -1e-6 * K.max()
-        assert left.sum() < 2 * np.linalg.eigvalsh(K)[:-rank // 2].sum()
-
-
-def test_pcg_low_rank_formula():
-    """P^-1 is the inverse of U (S^2 + ridge) U^T + (s^2 + ridge)(I - U U^T), made densely."""
-    K = spectrum(60, 1e5)
-    F = pcg.partial_cholesky(Dense(K), 20)
-    U, S, _ = np.linalg.svd(F, full_matrices=False)
-    P = (U * (S**2 + 1e-3)) @ U.T + (S[-1] ** 2 + 1e-3) * (np.eye(60) - U @ U.T)
-    inverse = pcg.low_rank(None, 1e-3, factor=pcg.eigenpairs(F))(np.eye(60))
-    assert np.allclose(inverse @ P, np.eye(60), atol=1e-8)
 
 
 def test_pcg_condition():
@@ -843,11 +831,9 @@ def test_pcg_says_so():
     K, y = spectrum(200, 1e8), np.random.default_rng(0).normal(size=(200, 2))
     with pytest.warns(UserWarning, match="not converged: residual .* after 5 steps, .*--max_iters"):
         assert not pcg.solve(lambda v: K @ v, y, 1e-8, max_iters=5)[1].converged
-    with pytest.warns(UserWarning, match="Rounding allows no more: raise --ridge"):
+    with pytest.warns(UserWarning, match="2 of 2 columns stopped falling: .* rounding allows no more. Raise"):
         info = pcg.solve(lambda v: K @ v, y, 1e-3, tol=1e-17, max_iters=5000)[1]
     assert info.iterations < 1000 and info.residual.max() < 1e-10
-    with pytest.raises(ArithmeticError, match="not positive definite.*Raise the ridge"):
-        pcg.solve(lambda v: -v, y, 0.5)
     with pytest.raises(ValueError, match="y has 1 entries that are not finite"):
         pcg.solve(lambda v: v, np.array([1.0, np.nan]))
 
@@ -856,7 +842,7 @@ def test_pcg_edges():
     """n = 1, more columns than rows, vectors, exact duplicates, a start at the solution: all right."""
     for K, y in ((np.full((1, 1), 3.0), np.ones((1, 1))), (np.eye(3), np.ones((3, 7))),
                  (np.ones((4, 4)), np.arange(4.0)), (np.eye(3), np.zeros((3, 2)))):
-        for P in (None, pcg.jacobi(Dense(K), 0.1), pcg.low_rank(Dense(K), 0.1, 10)):
+        for P in (None, precondition.jacobi(Dense(K))(0.1), precondition.low_rank(Dense(K), 10)(0.1)):
             x, info = pcg.solve(lambda v: K @ v, y, 0.1, P, tol=1e-10)
             assert info.converged and x.shape == y.shape
             assert np.allclose(x, np.linalg.solve(K + 0.1 * np.eye(len(K)), y))
@@ -884,12 +870,12 @@ def test_pcg_resumes(source):
     """From the state after any step a solve goes on as if it had not been broken off: same solution to
     the last bit, same steps, same condition; from its last state it has nothing to do."""
     A, y = spectrum(60, 1e6), np.random.default_rng(1).normal(size=(60, 3))
-    precondition = pcg.low_rank(Dense(A), 1e-5, 20) if source == "lowrank" else None
+    P = precondition.low_rank(Dense(A), 20)(1e-5) if source == "lowrank" else None
     trace = Memory()
-    x, info = pcg.solve(lambda v: A @ v, y, 1e-5, precondition, 1e-9, checkpoint=trace)
+    x, info = pcg.solve(lambda v: A @ v, y, 1e-5, P, 1e-9, checkpoint=trace)
     assert info.iterations == len(trace.states) > 20
     for state in trace.states[::7] + trace.states[-1:]:
-        again = pcg.solve(lambda v: A @ v, y, 1e-5, precondition, 1e-9, checkpoint=Memory(state))
+        again = pcg.solve(lambda v: A @ v, y, 1e-5, P, 1e-9, checkpoint=Memory(state))
         assert (again[0] == x).all() and again[1].history == info.history
         assert again[1].condition == info.condition and again[1].iterations == info.iterations
 
@@ -909,6 +895,247 @@ def test_pcg_checkpoint(tmp_path, capsys):
     assert store.Checkpoint(path, {**about, "ridge": 1.0}, tiles.ALONE).load() is None
     flip(tmp_path / "solve" / "a.npz")
     assert kept.load() is None and "damaged: this solve starts anew" in capsys.readouterr().out
+
+
+def test_pcg_indefinite():
+    """A kernel that rounding has made indefinite, and rows that are alike without a ridge, are named, and
+    the ridge suggested cures them, though not by a hundred times what it must."""
+    rng = np.random.default_rng(0)
+    K, y = spectrum(300, 1e9), rng.normal(size=(300, 3))
+    K = K.astype(np.float16).astype(np.float64)  # eigenvalues down to -1e-3 of the mean
+    lowest = np.linalg.eigvalsh(K)[0]
+    G = rng.normal(size=(40, 30))
+    for K, lowest, y in ((K, lowest, y), (G @ G.T, 0.0, y[:40])):
+        with pytest.raises(pcg.Indefinite, match="not positive definite.* eigenvalue of .*Raise the ridge") as error:
+            pcg.solve(lambda v: K @ v, y, 0.0, max_iters=5000)
+        cure = error.value.cure
+        assert -lowest < cure < -3 * lowest + 1e-5 * np.linalg.norm(K, 2)
+        assert pcg.solve(lambda v: K @ v, y, cure, max_iters=5000)[1].converged
+    with pytest.raises(pcg.Indefinite):
+        pcg.solve(lambda v: -v, y, 0.5)
+
+
+def test_pcg_plot(tmp_path):
+    """The figure shows the histories it was given, under their names, and is written."""
+    K, y = spectrum(50, 1e4), np.random.default_rng(0).normal(size=(50, 2))
+    infos = {name: pcg.solve(lambda v: K @ v, y, 1e-4, P)[1]
+             for name, P in (("none", None), ("half", precondition.low_rank(Dense(K), 25)(1e-4)))}
+    axes, = pcg.plot(infos, tmp_path / "p.svg", "a title").axes
+    for line, (name, info) in zip(axes.lines, infos.items(), strict=True):
+        assert list(line.get_ydata()) == info.history and line.get_label().startswith(f"{name}: ")
+    assert (tmp_path / "p.svg").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------------- precondition
+
+def test_precondition_partial_cholesky():
+    """Exact on a matrix of its rank; on a real kernel within twice the best error at half its rank."""
+    G = np.random.default_rng(0).normal(size=(200, 30))
+    F = precondition.partial_cholesky(Dense(G @ G.T), 100)
+    assert F.shape[1] == 30 and np.allclose(F @ F.T, G @ G.T)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp")(digits(500)[0]), np.float64)
+    for rank in (20, 100, 300):  # within and beyond one block of pivots
+        F = precondition.partial_cholesky(Dense(K), rank)
+        left = np.diag(K) - np.sum(F**2, axis=1)
+        assert F.shape[1] == rank and left.min() > -1e-6 * K.max()
+        assert left.sum() < 2 * np.linalg.eigvalsh(K)[:-rank // 2].sum()
+
+
+def test_precondition_low_rank_formula():
+    """P^-1 is the inverse of U (S^2 + ridge) U^T + (s^2 + ridge)(I - U U^T), made densely; for a leading
+    block, of the first rows of F, also where they are fewer than its columns."""
+    K = spectrum(60, 1e5)
+    low = precondition.low_rank(Dense(K), 20)
+    for n in (60, 45, 11):
+        U, S, _ = np.linalg.svd(low.F[:n], full_matrices=False)
+        P = (U * (S**2 + 1e-3)) @ U.T + (S[-1] ** 2 + 1e-3) * (np.eye(n) - U @ U.T)
+        inverse = (low if n == 60 else low.leading(n))(1e-3)(np.eye(n))
+        assert np.allclose(inverse @ P, np.eye(n), atol=1e-7) and low.leading(n).rank == min(n, 20)
+    assert np.allclose(precondition.low_rank(Dense(np.zeros((3, 3))))(0.5)(np.eye(3)), 2 * np.eye(3))
+
+
+def threads(count, work):
+    """[work(team)] of `count` threads that sum as processes do."""
+    barrier, parts, out = threading.Barrier(count), {}, [None] * count
+
+    def run(index):
+        def all_reduce(array):
+            parts[index] = np.array(array)
+            barrier.wait()
+            total = sum(parts[i] for i in range(count))
+            barrier.wait()
+            return total
+        out[index] = work(tiles.Team(index, count, all_reduce))
+    running = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    [one.start() for one in running], [one.join() for one in running]
+    return out
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_precondition_rows_by_process(count):
+    """Processes that hold their rows of F only, some of them none, have the pivots, the spectrum and the
+    P^-1 of one that holds all, also for a leading block."""
+    K, r = spectrum(4 if count == 5 else 61, 1e4), np.random.default_rng(0).normal(size=(61, 3))
+    def work(team):
+        low = precondition.low_rank(Shared(K, team), 20, size=7)
+        return low.F, low.S2, low(1e-3)(r[:len(K)]), low.leading(len(K) // 2)(1e-3)(r[:len(K) // 2])
+    alone, = threads(1, work)
+    for index, (F, *shared) in enumerate(threads(count, work)):
+        assert np.allclose(F, alone[0][index::count], atol=1e-10)
+        assert all(np.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(shared, alone[1:]))
+
+
+class Shared(Dense):
+    """Dense, with a team."""
+    def __init__(self, K, team):
+        super().__init__(K)
+        self.team = team
+
+
+@pytest.mark.parametrize("source, ridge", [("power", 1e-6), ("power", 1e-2), ("digits", 1e-4)])
+def test_precondition_rank_is_worth_it(source, ridge):
+    """The rank chosen while F grows is one whose cost, with the steps really taken, is at most a fifth
+    above that of the best of six ranks; a product that costs more is worth a larger rank."""
+    n = 600
+    K = spectrum(n, 1e4) if source == "power" else np.asarray(
+        kernel.kernel_fn("fc", "nngp")(digits(n)[0]), np.float64)
+    y, product = np.random.default_rng(0).normal(size=(n, 10)), 2 * n * n * 10 * 8
+    ridge *= np.diag(K).mean()
+    worth = precondition.Worth(n, [(ridge, 1e-6)], product)
+    chosen = precondition.low_rank(Dense(K), None, worth=worth, size=16)
+
+    def cost(low):
+        k = low.F.shape[1]
+        steps = pcg.solve(Dense(K).matvec, y, ridge, low(ridge), max_iters=3000)[1].iterations
+        return steps * (product + 4 * n * k * 10) + 3 * n * k**2 + 10 * k**3
+    best = min(cost(precondition.low_rank(Dense(K), k)) for k in (20, 40, 80, 120, 160, 240))
+    assert 16 < chosen.rank < n // 2 and cost(chosen) < 1.2 * best
+    dearer = precondition.Worth(n, [(ridge, 1e-6)], 10 * product)
+    assert precondition.low_rank(Dense(K), None, worth=dearer, size=16).rank > chosen.rank
+
+
+# ------------------------------------------------------------------------------------ regression
+
+def problem(n=150, m=40, outputs=3):
+    """x, K, K_test as matrices in tiles, y, and dense float64 k(X, X), k(x, X), k(x, x)."""
+    x, fn = inputs(n + m), kernel.kernel_fn("fc", "nngp")
+    x, x_test = x[:n].reshape(n, -1), x[n:].reshape(m, -1)
+    where = dict(tile=64, quiet=True)
+    y = np.random.default_rng(5).normal(size=(n, outputs))
+    K, K_test = tiles.gram(fn, x, **where), tiles.cross(fn, x_test, x, **where)
+    prior = np.diag(np.asarray(fn(x_test), np.float64)).copy()
+    return K, K_test, y, K.dense().astype(np.float64), K_test.dense().astype(np.float64), prior
+
+
+def test_regression_variance():
+    """Variance and scale are those of the dense formulas: of the posterior, and of the likelihood's maximum."""
+    K, K_test, y, A, k, prior = problem()
+    lam = 0.05 * np.diag(A).mean()
+    A += lam * np.eye(len(A))
+    solver = regression.Solver(K, rank=50)
+    variance = regression.variance(solver, K_test, prior, 0.05, block=16)
+    expected = prior + lam - np.einsum("mn,nm->m", k, np.linalg.solve(A, k.T))
+    assert np.allclose(variance, expected, rtol=1e-4)
+    alpha, _ = solver(y, 0.05, 1e-10)
+    s2 = regression.scale(y, alpha)
+
+    def log_likelihood(s2):
+        return sum(multivariate_normal(cov=s2 * A).logpdf(column) for column in y.T)
+    assert log_likelihood(s2) > max(log_likelihood(0.99 * s2), log_likelihood(1.01 * s2))
+
+
+def test_regression_probabilities():
+    """Class probabilities are the shares of draws in which each output is the largest."""
+    rng = np.random.default_rng(0)
+    f, sd = rng.normal(size=(5, 4)), np.array([0.1, 0.3, 1.0, 3.0, 10.0])
+    p = regression.class_probabilities(f, sd)
+    draws = f + sd[:, None] * rng.normal(size=(200_000, 5, 4))
+    share = np.stack([np.bincount(winner, minlength=4) for winner in draws.argmax(axis=2).T]) / 200_000
+    assert np.abs(p - share).max() < 5 * 0.5 / 200_000**0.5 and np.allclose(p.sum(axis=1), 1)
+    assert np.allclose(regression.class_probabilities(np.zeros((1, 4)), np.ones(1)), 0.25)
+
+
+def test_regression_calibration():
+    """nll, ece and the Gaussian nll are what plain loops make; labels drawn from P have an ece near 0,
+    and twice or half the sd is worse in all three."""
+    rng = np.random.default_rng(0)
+    f, sd = rng.normal(size=(4000, 3)), np.full(4000, 1.0)
+    y = f + rng.normal(size=f.shape)
+    labels = y.argmax(axis=1)
+    got, p = regression.calibration(f, sd, labels, y), regression.class_probabilities(f, sd)
+    ece = 0.0
+    for low in np.arange(15) / 15:
+        inside = [i for i in range(4000) if low <= p[i].max() < low + 1 / 15]
+        if inside:
+            ece += abs(sum(float(p[i].argmax() == labels[i]) - p[i].max() for i in inside)) / 4000
+    assert np.isclose(got["test_ece"], ece) and ece < 0.03
+    assert np.isclose(got["test_nll"], np.mean([-np.log(p[i, labels[i]]) for i in range(4000)]))
+    assert np.isclose(got["test_gaussian_nll"], -norm(f, sd[:, None]).logpdf(y).mean())
+    for other in (0.5, 2.0):
+        worse = regression.calibration(f, other * sd, labels, y)
+        assert all(worse[name] > got[name] for name in got)
+
+
+def test_regression_rounding():
+    """The residual that the exact kernel leaves of a solution with float32 tiles is the predicted one, to a
+    factor of ten; and no more steps make it smaller."""
+    x, fn = digits(300)[0].astype(np.float64), kernel.kernel_fn("fc", "ntk")
+    exact = np.asarray(fn(x))
+    K = tiles.TiledMatrix(exact.shape, exact.shape, True, {(0, 0): exact.astype(np.float32)})
+    y, solver = data.one_hot(digits(300)[1]), regression.Solver(K, rank=60)
+    for tol in (1e-9, 1e-12):
+        alpha, _ = solver(y, 1e-4, tol)
+        residual = y - exact @ alpha - 1e-4 * solver.diagonal * alpha
+        reached = (np.linalg.norm(residual, axis=0) / np.linalg.norm(y, axis=0)).max()
+        assert 0.1 < reached / regression.rounding(solver, y, alpha) < 10 and reached > 10 * tol
+
+
+def test_regression_ridges_that_are_too_small(capsys):
+    """A ridge with which K is not positive definite is no candidate, nor is a smaller one; alone, it is an
+    error that names a ridge, in the user's terms, that will do."""
+    K = spectrum(100, 1e6).astype(np.float16).astype(np.float64)
+    K = tiles.TiledMatrix(K.shape, K.shape, True, {(0, 0): K})
+    y = np.random.default_rng(0).normal(size=(100, 2))
+    lowest = np.linalg.eigvalsh(K.dense())[0] / K.diagonal().mean()
+    solver = regression.Solver(K, "none", quiet=False)
+    _, table = regression.choose_ridge(solver, y, 80, np.arange(80, 100), [1.0, 0.1, 1e-9, 1e-10], np.mean)
+    assert [row[0] for row in table] == [1.0, 0.1] and "not positive definite" in capsys.readouterr().out
+    with pytest.raises(pcg.Indefinite, match=r"--ridge \d") as error:
+        solver(y, 1e-9)
+    assert -lowest < error.value.cure < -4 * lowest and solver(y, error.value.cure)[1].converged
+
+
+# ----------------------------------------------------------------------------------------- model
+
+def test_model_predicts(tmp_path, capsys):
+    """A saved model, loaded where the training set is not, gives the scores of the run that saved it."""
+    flags = ["--n_train", "60", "--n_test", "50", "--kernel", "cnn_vec", "--depth", "2", "--kind", "ntk", "--flips",
+             "--crops", "2", "--ridge", "0.1", "--whiten", "zca", "--tol", "1e-9"]
+    result = train(tmp_path, *flags, "--save", str(tmp_path / "m.npz"))
+    x_test, labels = data.load("digits", n_train=60, n_test=50)[2:]
+    np.save(tmp_path / "x.npy", x_test)
+    done = train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
+    scores = np.load(tmp_path / "predictions.npy")
+    assert (done["scores"] == scores).all() and f"classes {scores[0].argmax()} " in capsys.readouterr().out
+    assert abs(np.mean((scores - data.one_hot(labels)) ** 2) / result["test_mse"] - 1) < 1e-6
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda m, x: flip(m), "m.npz is not a model that --save has written, or damaged"),
+    (lambda m, x: m.write_bytes(m.read_bytes()[:900]), "m.npz is not a model"),
+    (lambda m, x: np.savez(m, alpha=np.ones(3)), "m.npz is not a model .*format"),
+    (lambda m, x: np.save(x, np.zeros((2, 8, 8, 1))), r"holds float64 \(2, 8, 8, 1\); .* uint8 \(m, 8, 8, 1\)"),
+    (lambda m, x: np.save(x, np.zeros((2, 9, 8, 1), np.uint8)), r"holds uint8 \(2, 9, 8, 1\)"),
+    (lambda m, x: np.save(x, np.array([{}])), "x.npy is not a complete .npy array without pickle"),
+    (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "holds an archive"),
+])
+def test_model_damaged(tmp_path, spoil, words):
+    """A model or a file of images that is damaged, pickled or of another shape: one sentence."""
+    train(tmp_path, "--n_train", "30", "--n_test", "5", "--ridge", "1", "--save", str(tmp_path / "m.npz"))
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 1), np.uint8))
+    spoil(tmp_path / "m.npz", tmp_path / "x.npy")
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
 
 
 # --------------------------------------------------------------------------------------- augment
@@ -1277,7 +1504,8 @@ def test_train_without_fused(tmp_path):
 def test_train_store(tmp_path):
     """With a store the answers are those without; a second run computes no entry; with --fit_on a larger
     n_train takes up the tiles of the smaller; --kind both takes up what one kind has left."""
-    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "60"]
+    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "60", "--rank",
+             "9"]  # for rank is chosen by what a product costs, another on a disk
     keep = ["--store", str(tmp_path / "K")]
     for n, computed in ((60, 60 * 80 // 2 + 60 * 50), (60, 0), (100, 100 * 120 // 2 - 2400 + 2000)):
         result = train(tmp_path, "--n_train", str(n), *flags, *keep)
@@ -1292,6 +1520,46 @@ def test_train_store(tmp_path):
         train(tmp_path, "--n_train", "60", *flags, *keep, "--depth", "2")
     with pytest.raises(ValueError, match="60 of the 60 rows .* differ.*--fit_on"):
         train(tmp_path, "--n_train", "60", *flags, *keep, "--fit_on", "59")
+
+
+def test_train_sizes(tmp_path):
+    """--sizes are the runs of these sizes, on leading blocks of one kernel: each has the ridge, the answer
+    and the line in runs.jsonl of a run alone, whose whitening is fitted on the same images."""
+    flags = ["--n_test", "50", "--ridge", "1,0.1", "--flips", "--tile", "30", "--tol", "1e-9"]
+    whole = train(tmp_path, *flags, "--sizes", "80,20,50")
+    assert list(whole) == [20, 50, 80] and [whole[n]["rows"] for n in whole] == [40, 100, 160]
+    for n in (20, 50, 80):
+        alone = train(tmp_path, *flags, "--n_train", str(n))  # the same images; whitened on n of them
+        assert whole[n]["config"]["n_train"] == n and whole[n]["entries"] == alone["entries"] == (
+            alone["entries_computed"])
+        assert whole[n]["config"]["fit_on"] == (None if n == 80 else 80)
+        assert whole[n]["entries_computed"] == (alone["entries"] if n == 80 else 0)
+    assert abs(whole[80]["test_mse"] / alone["test_mse"] - 1) < 1e-6 and whole[80]["ridge"] == alone["ridge"]
+    both = train(tmp_path, *flags, "--n_train", "80", "--sizes", "50", "--kind", "both", "--whiten", "none",
+                 "--store", str(tmp_path / "K"))
+    unwhitened = train(tmp_path, *flags, "--n_train", "50", "--whiten", "none", "--kind", "ntk")
+    assert abs(both["ntk"][50]["test_mse"] / unwhitened["test_mse"] - 1) < 1e-5
+    assert both["ntk"][50]["ridge"] == unwhitened["ridge"] and set(both["nngp"]) == {50, 80}
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3 + 3 + 4 + 1
+
+
+def test_train_evidence(tmp_path, capsys):
+    """A run says what its solve has done and how fast, with a residual for each class; --variance gives
+    calibration; --plot a figure of all preconditioners; both leave the answer as it is."""
+    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1e-2", "--out", str(tmp_path)]
+    result = train_cifar.main(flags)
+    said = capsys.readouterr().out
+    assert re.search(r"solve: \d+ steps of .* rank \d+, residuals .* GB/s, \d+ % of the rate", said)
+    assert len(result["cg_residuals"]) == 10 and max(result["cg_residuals"]) == result["cg_residual"] <= 1e-6
+    assert len(result["cg_history"]) == result["cg_iterations"] + 1 and result["rank"] > 0
+    assert result["read_bytes_per_second"] > 0 and result["product_bytes_per_second"] > 0
+    train_cifar.main([*flags, "--tol", "1e-11"])
+    assert "note: rounding K to float32 alone makes a residual of about" in capsys.readouterr().out
+    for store_flag in ([], ["--store", "none"]):
+        more = train(tmp_path, *flags[:-2], *store_flag, "--variance", "--plot", str(tmp_path / "p.png"))
+        assert abs(more["test_mse"] / result["test_mse"] - 1) < 1e-6
+        assert 0 < more["test_nll"] < np.log(10) and 0 < more["test_ece"] < 0.3
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_train_survives_kills(tmp_path):
@@ -1362,6 +1630,13 @@ def test_train_devices_that_are_not_there(tmp_path):
     (["--crops", "10"], "ValueError: .*1 <= crops <= 9"),
     (["--n_train", "20", "--fit_on", "30"], "ValueError: --fit_on 30, but there are 20 training images"),
     (["--devices", "0"], "--devices 0: expected at least 1"),
+    (["--sizes", "10,x"], "--sizes 10,x: expected whole numbers separated by commas"),
+    (["--sizes", "10,30", "--n_train", "20"], r"--sizes \[10, 30\]: expected 1 to n_train=20"),
+    (["--rank", "0"], "--rank 0: expected at least 1"),
+    (["--load", "m.npz"], "--load FILE and --predict FILE go together"),
+    (["--load", "m.npz", "--predict", "x.npy"], "FileNotFoundError: .*m.npz"),
+    (["--kind", "ntk", "--variance"], "--variance with --kind ntk: .*use --kind nngp"),
+    (["--kind", "both", "--save", "m.npz"], "--save with --kind both: a file holds one model"),
     (["--store", "README.md"], "OSError: the store README.md.* cannot be made: (File exists|Not a directory)"),
     (["--coordinator", "h:1"], "ValueError: --coordinator h:1 .*give HOST:PORT of process 0"),
 ])

@@ -225,6 +225,27 @@ class TiledMatrix:
         rows, cols = self.slices(key)
         return rows, cols, self.tiles[key][:rows.stop - rows.start, :cols.stop - cols.start]
 
+    def _read(self, key):
+        """Read a tile and forget it; its bytes."""
+        *_, tile = self._block(key)
+        tile.sum()
+        return tile.nbytes
+
+    @property
+    def _threads(self):
+        """A thread for each core, and from a disk two more, so that some read while others multiply."""
+        return os.cpu_count() + (0 if isinstance(self.tiles, dict) else 2)
+
+    @property
+    def slowness(self):
+        """Time of an operation in a product with K over that in a product of float64 matrices, roughly."""
+        return 2 if isinstance(self.tiles, dict) else 4
+
+    @property
+    def reads_all(self):
+        """Whether a few columns cost as much as a product: on a disk, where tiles are read whole."""
+        return not isinstance(self.tiles, dict)
+
     @property
     def entries(self):
         """Kernel entries kept, by all processes: about half of n^2 where it is symmetric."""
@@ -234,11 +255,11 @@ class TiledMatrix:
         return (n * n + n // b * b * b + (n % b) ** 2) // 2  # the squares on the diagonal are whole
 
     def leading(self, n):
-        """The leading n x n block of a symmetric matrix; shares the tiles, copies nothing."""
-        if not (self.symmetric and 1 <= n <= self.shape[0]):
-            raise ValueError(f"leading({n}) of a {self.shape[0]} x {self.shape[1]} matrix: needs a "
-                             f"symmetric matrix and 1 <= n <= {self.shape[0]}")
-        return replace(self, shape=(n, n))
+        """The first n columns, and where it is symmetric rows; shares the tiles, copies nothing."""
+        if not 1 <= n <= self.shape[1]:
+            raise ValueError(f"leading({n}) of a {self.shape[0]} x {self.shape[1]} matrix: needs 1 <= n <= "
+                             f"{self.shape[1]}")
+        return replace(self, shape=(n if self.symmetric else self.shape[0], n))
 
     def diagonal(self):
         """K[i, i], (n,) float64, of a symmetric matrix."""
@@ -265,12 +286,23 @@ class TiledMatrix:
                     out[cols, below] = tile[indices[below] - rows.start].T
         return self.team.all_reduce(out)
 
+    def rows(self, start, stop):
+        """K[start:stop], (stop - start, m) float64, of a matrix that is not symmetric."""
+        out = np.zeros((stop - start, self.shape[1]))
+        for key in self.keys():
+            rows, cols = self.slices(key)
+            first, last = max(start, rows.start), min(stop, rows.stop)
+            if first < last:
+                *_, tile = self._block(key)
+                out[first - start:last - start, cols] = tile[first - rows.start:last - rows.start]
+        return self.team.all_reduce(out)
+
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64; tiles as stored, sums in float64.
 
-        One pass over the tiles, a tile and a thread for each core, and from a disk two more, so that
-        some read while others multiply. PART x PART entries are turned to float64 and used for both
-        products while they are in cache. BLAS's own threads would wait for each other: 40 times slower.
+        One pass over the tiles, one to a thread. PART x PART entries are turned to float64 and used for
+        both products while they are in cache. BLAS's own threads would wait for each other: 40 times
+        slower.
         """
         check_vectors(v, self.shape)
 
@@ -287,13 +319,21 @@ class TiledMatrix:
             return rows, y_i, cols, y_j if both else None
 
         y = np.zeros((self.shape[0], v.shape[1]))
-        threads = os.cpu_count() + (0 if isinstance(self.tiles, dict) else 2)
-        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(self._threads) as pool:
             for rows, y_i, cols, y_j in pool.map(product, self.keys()):
                 y[rows] += y_i
                 if y_j is not None:
                     y[cols] += y_j
         return self.team.all_reduce(y)
+
+    def read_rate(self, limit=2**31):
+        """Bytes/s at which this process can read its tiles, by the threads of `matvec`, `limit` bytes at
+        most and only a sum made of them: what a product would reach if it cost no arithmetic."""
+        keys = list(itertools.islice(self.keys(), max(1, limit // (4 * self.sides[0] * self.sides[1]))))
+        start = time.perf_counter()
+        with ThreadPoolExecutor(self._threads) as pool:
+            size = sum(pool.map(self._read, keys))
+        return size / (time.perf_counter() - start)
 
     def dense(self):
         """The whole matrix as one array of the tiles' dtype, for small n.  MemoryError: it is not."""

@@ -9,20 +9,15 @@ the answer. ridge and nothing else is tuned, on the last fifth of the training s
   python train_cifar.py --dataset cifar10 --n_train 10000          downloads CIFAR-10 into ./data
   python train_cifar.py --dataset cifar10 --data DIR --kernel cnn_vec --kind ntk --n_train 1000
   python train_cifar.py --dataset cifar10 --data DIR --flips --crops 10 --n_train 1000
+  python train_cifar.py --dataset cifar10 --data DIR --sizes 1000,2000,4000,8000
+  python train_cifar.py --save digits.npz; python train_cifar.py --load digits.npz --predict images.npy
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
-import time
 import zlib
-from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -33,8 +28,11 @@ import data
 import hosts
 import kernel
 import lazy
+import model
 import pcg
 import plan
+import regression
+import runs
 import store
 import tiles
 
@@ -48,7 +46,8 @@ if fused:
     ENGINES = {"fused": fused.kernel_fn, **ENGINES}
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 HELD_OUT = 5000  # images of the validation split, at most
-WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process")  # not what: not recorded
+WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
+         "predict", "plot")  # not what was computed: not recorded
 
 
 def parse(argv):
@@ -59,6 +58,9 @@ def parse(argv):
     images.add_argument("--dataset", default="digits", choices=data.DATASETS)
     images.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
     images.add_argument("--n_train", type=int, help="training images; None is all")
+    images.add_argument("--sizes", metavar="N,N,...", help="solve for these many training images too, the "
+                        "first ones of n_train, on blocks of the same kernel; n_train is then the largest, "
+                        "unless given")
     images.add_argument("--n_test", type=int, help="test images; None is all")
     images.add_argument("--whiten", default="channel", choices=["zca", "channel", "none"],
                         help="fitted on the training images; none is pixels / 255")
@@ -86,8 +88,18 @@ def parse(argv):
                         "the training set")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
-    solver.add_argument("--precondition", default="lowrank", choices=["none", "jacobi", "lowrank"])
-    solver.add_argument("--rank", type=int, help="of lowrank; None is rows / 10, 1000 at most")
+    solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS)
+    solver.add_argument("--rank", type=int, help="of lowrank; None is as large as saves time, by a model of "
+                        "what steps and rank cost")
+    solver.add_argument("--plot", metavar="FILE", help="solve with every preconditioner, and draw residual "
+                        "against step: .png, .svg or .pdf")
+    solver.add_argument("--variance", action="store_true", help="predictive variance too, a solve for each "
+                        "test image, and its calibration (nll, ece); nngp only")
+    fitted = parser.add_argument_group("fitted model")
+    fitted.add_argument("--save", metavar="FILE", help="keep what predictions need, as .npz")
+    fitted.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with this model")
+    fitted.add_argument("--predict", metavar="FILE", help="uint8 images (m, h, w, channels), .npy; their scores "
+                        "(m, classes) go to predictions.npy in --out")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")
     run.add_argument("--out", default="results", metavar="DIR", help="runs.jsonl in it gets a line")
@@ -108,16 +120,33 @@ def parse(argv):
         parser.error(f"--ridge {args.ridge}: expected a number, numbers separated by commas, or auto")
     if min(args.ridge) < 0:
         parser.error(f"--ridge {min(args.ridge)}: expected numbers >= 0")
-    for flag in ("devices", "hosts", "fit_on"):
+    try:
+        sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
+    except ValueError:
+        parser.error(f"--sizes {args.sizes}: expected whole numbers separated by commas")
+    args.n_train = args.n_train or max(sizes, default=None)
+    args.sizes = sorted({*sizes, *([args.n_train] if args.n_train else [])})
+    if args.sizes and not 1 <= args.sizes[0] <= args.sizes[-1] <= args.n_train:
+        parser.error(f"--sizes {sizes}: expected 1 to n_train={args.n_train}")
+    for flag in ("devices", "hosts", "fit_on", "rank", "max_iters"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    if (args.load is None) != (args.predict is None):
+        parser.error("--load FILE and --predict FILE go together")
+    if args.kind != "nngp" and args.variance:
+        parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that "
+                     "the network samples; use --kind nngp")
+    if args.kind == "both" and args.save:
+        parser.error("--save with --kind both: a file holds one model; choose nngp or ntk")
     return args
 
 
 def main(argv=None):
-    """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both, the
-    dicts of the two runs by kind."""
+    """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of
+    these by kind, with --sizes by size; with --load, what `predict` returns."""
     args = parse(argv)
+    if args.load:
+        return predict(args)
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     options = {} if args.depth is None else {"depth": args.depth}
     kernel_fn = partial(ENGINES[args.engine], args.kernel, **options)
@@ -129,10 +158,12 @@ def main(argv=None):
         return plan.main(args, kernel_fn(kinds), shape, rows)
     team = hosts.start(args.coordinator, args.processes, args.process, args.devices)
     args.quiet = args.quiet or team.index > 0
-    run, seconds = provenance(team), {}
+    run, seconds = runs.provenance(team.count), {}
 
-    with phase("data", seconds):
-        x_train, labels, x_test, test_labels = load(args)
+    with runs.phase("data", seconds):
+        (x_train, labels, x_test, test_labels), whiten = load(args)
+        support = x_train if args.save else None
+        x_train, x_test = whiten(x_train), whiten(x_test)
         view = augment.expand(len(x_train), args.flips, args.crops, args.seed,
                               pad=x_train.shape[1] // 8)
         x, y = view.of(x_train), data.one_hot(labels)[view.original]
@@ -142,37 +173,63 @@ def main(argv=None):
         print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
               + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
 
-    with phase("kernel", seconds):
+    with runs.phase("kernel", seconds):
         matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
 
-    results = {}
+    results = {kind: {} for kind in kinds}
     for kind, K, K_test in zip(kinds, *matrices):
-        keep = partial(checkpoint, args, team, kind)
-        results[kind] = regress(args, K, K_test, y, labels, test_labels, view.copies, keep)
-        results[kind]["seconds"] = {name: round(s, 3) for name, s in
-                                    {**seconds, **results[kind]["seconds"]}.items()}
-        computed = None if args.store == "none" else (  # None: in every product
-            results[kind]["entries"] - int(team.all_reduce(np.array([K.found + K_test.found]))[0]))
-        results[kind].update(entries_computed=computed,
-                             entries_per_second=(computed or 0) / seconds["kernel"])
-        if team.index == 0:
-            record(args, kind, results[kind], run)
-            print(describe(results[kind]), flush=True)
-            if on_disk(args):
-                shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
+        for n in args.sizes:
+            here = K.leading(n * view.copies), K_test.leading(n * view.copies)
+            targets = y[:n * view.copies]
+            alpha, f, result = regress(args, *here, targets, labels[:n], test_labels,
+                                       partial(checkpoint, args, team, kind, n))
+            if args.variance:
+                result.update(uncertainty(args, *here, kernel_fn(kind), targets, alpha, f, result["ridge"],
+                                          x_test, test_labels))
+            result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
+            result["one_pass"] = args.kind == "both"  # then the kernel's seconds are those of both kinds
+            result.update(computed(args, n, K, K_test, team, seconds["kernel"]))
+            results[kind][n] = result
+            if team.index == 0:
+                runs.record(args.out, config(args, kind, n), result, run)
+                print(describe(result), flush=True)
+        if args.plot:
+            draw(args, kind, *here[:1], targets, result["ridge"])
+        if team.index == 0 and on_disk(args):
+            shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
+    if args.save and team.index == 0:
+        about = {name: getattr(args, name) for name in ("kernel", "kind", "depth", "tile")}
+        model.save(args.save, model.Model(alpha, support, view, whiten, {**about, **run}))
+    results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
 
 
 def load(args):
-    """x_train, labels, x_test, test_labels, whitened."""
-    x_train, labels, x_test, test_labels = data.load(
-        args.dataset, args.data, args.n_train, args.n_test, args.seed)
-    if args.fit_on and args.fit_on > len(x_train):
-        raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x_train)} training images")
-    fit = {"zca": lambda x: data.zca(x, args.zca_eps), "channel": data.standardise,
-           "none": lambda x: lambda z: z.astype(np.float32) / 255}[args.whiten]
-    whiten = fit(x_train[:args.fit_on])
-    return whiten(x_train), labels, whiten(x_test), test_labels
+    """(x_train, labels, x_test, test_labels) as they are in the files, and the whitening for them."""
+    arrays = data.load(args.dataset, args.data, args.n_train, args.n_test, args.seed)
+    if args.fit_on and args.fit_on > len(arrays[0]):
+        raise ValueError(f"--fit_on {args.fit_on}, but there are {len(arrays[0])} training images")
+    fit = {"zca": partial(data.zca, eps=args.zca_eps), "channel": data.standardise,
+           "none": data.no_whitening}[args.whiten]
+    return arrays, fit(arrays[0][:args.fit_on])
+
+
+def predict(args):
+    """Scores of the images in a file by the model in another: {"scores": (m, classes), "path": where}."""
+    fitted = model.load(args.load)
+    x = fitted.whiten(model.images(args.predict, fitted.support.shape[1:]))
+    about = fitted.about
+    options = {} if about["depth"] is None else {"depth": about["depth"]}
+    K = lazy.matrix(ENGINES[args.engine](about["kernel"], about["kind"], **options), x,
+                    fitted.view.of(fitted.whiten(fitted.support)), about["tile"], quiet=args.quiet)
+    scores, path = K.matvec(fitted.alpha), os.path.join(args.out, "predictions.npy")
+    os.makedirs(args.out, exist_ok=True)
+    with store.replacing(path) as file:
+        np.save(file, scores)
+    classes = scores.argmax(axis=1)
+    print(f"{len(x)} images, classes {' '.join(map(str, classes[:10]))}{' ...' if len(x) > 10 else ''}; "
+          f"their scores {scores.shape} are in {path}")
+    return {"scores": scores, "path": path}
 
 
 def on_disk(args):
@@ -203,37 +260,75 @@ def kernels(args, kernel_fn, kinds, x, x_test, team):
             tiles.cross(fn, x_test, x, args.tile, store=kept[1], **where))
 
 
-def checkpoint(args, team, kind, **about):
-    """Where the solve that `about` describes keeps its state, in the store if there is one."""
+def checkpoint(args, team, kind, n, ridge, tol, y):
+    """Where this solve keeps its state, in the store if there is one."""
     if not on_disk(args):
         return None
-    about = {**about, **{name: getattr(args, name) for name in ("precondition", "rank", "seed")}}
+    about = {"n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()), **{name: getattr(args, name) for name in ("precondition", "rank", "seed")}}
     name = zlib.crc32(json.dumps(about).encode())
     return store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team)
 
 
-@contextmanager
-def phase(name, seconds):
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
+def regress(args, K, K_test, y, labels, test_labels, keep):
+    """Choose the ridge, solve, predict: alpha, and what came of it, as a dict.
+
+    The ridge is chosen on the last fifth of the training images, HELD_OUT at most, unaugmented.
+    """
+    n, copies = len(labels), len(y) // len(labels)
+    n_fit = n - min(n // 5, HELD_OUT)
+    if n_fit == n and len(args.ridge) > 1:
+        raise ValueError(f"n_train={n}: choosing among {len(args.ridge)} ridges needs at least 5 images "
+                         "for a validation split; give one number with --ridge")
+    alpha, f, result = regression.fit(
+        K, K_test, y, args.ridge, n_fit * copies, np.arange(n_fit, n) * copies,
+        lambda f: float(np.mean(f.argmax(axis=1) == labels[n_fit:])), args.tol,
+        name=args.precondition, rank=args.rank, seed=args.seed, max_iters=args.max_iters, quiet=args.quiet,
+        keep=keep)
+    return alpha, f, {"test_accuracy": float(np.mean(f.argmax(axis=1) == test_labels)),
+                      "test_mse": float(np.mean((f - data.one_hot(test_labels)) ** 2)), **result}
 
 
-def regress(args, K, K_test, y, labels, test_labels, copies, keep):
-    """Choose the ridge, solve, predict; what came of it, as a dict.  keep: of `solve`."""
+def uncertainty(args, K, K_test, kernel_fn, y, alpha, f, ridge, x_test, test_labels):
+    """The predictive variance of every test image, and how well it is calibrated."""
     seconds = {}
-    with phase("ridge", seconds):
-        ridge, validation = choose_ridge(args, K, y, labels, copies, keep)
-    with phase("solve", seconds):
-        alpha, info = next(solve(args, K, y, [ridge], args.tol, keep))
-    with phase("predict", seconds):
-        f = K_test.matvec(alpha)
-    return {"test_accuracy": float(np.mean(f.argmax(axis=1) == test_labels)),
-            "test_mse": float(np.mean((f - data.one_hot(test_labels)) ** 2)),
-            "ridge": ridge, "validation": validation, "rows": len(y),
-            "cg_iterations": info.iterations, "cg_residual": float(info.residual.max()),
-            "cg_converged": info.converged, "condition": info.condition,
-            "entries": K.entries + K_test.entries, "seconds": seconds}
+    with runs.phase("variance", seconds):
+        prior = lazy.matrix(kernel_fn, x_test, None, 16, quiet=args.quiet, team=K.team).diagonal()
+        solver = regression.Solver(K, args.precondition, args.rank, ridge, 1e-3, regression.COLUMNS, args.seed,
+                                   args.max_iters, args.quiet)
+        likeliest = regression.scale(y, alpha)
+        variance = likeliest * regression.variance(solver, K_test, prior, ridge)
+    return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
+            "variance_seconds": round(seconds["variance"], 3),
+            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
+
+
+def draw(args, kind, K, y, ridge):
+    """--plot: the same system by every preconditioner."""
+    infos = {}
+    for name in regression.PRECONDITIONERS:
+        solver = regression.Solver(K, name, args.rank, ridge, args.tol, y.shape[1], args.seed, args.max_iters,
+                                   args.quiet)
+        infos[name] = solver(y, ridge, args.tol)[1]
+    if K.team.index == 0:
+        path = args.plot if args.kind != "both" else f"-{kind}".join(os.path.splitext(args.plot))
+        pcg.plot(infos, path, f"{args.dataset} {args.kernel} {kind}, {len(y):,} rows, ridge {ridge:.2g}")
+
+
+def config(args, kind, n):
+    """What decides the result of this run, as it would be asked for alone."""
+    fitted_on = args.fit_on or (args.n_train if n != args.n_train else None)
+    return {key: value for key, value in {**vars(args), "kind": kind, "n_train": n, "fit_on": fitted_on}.items()
+            if key not in WHERE}
+
+
+def computed(args, n, K, K_test, team, seconds):
+    """How many entries were computed for the run of n images; None where every product computes them, 0
+    where they were found, or counted with the largest n."""
+    if args.store == "none":
+        return {"entries_computed": None, "entries_per_second": None}
+    found = int(team.all_reduce(np.array([K.found + K_test.found]))[0])
+    count = K.entries + K_test.entries - found if n == args.n_train else 0
+    return {"entries_computed": count, "entries_per_second": count / seconds}
 
 
 def describe(result):
@@ -244,15 +339,17 @@ def describe(result):
             f"{f' x {copies}' if copies > 1 else ''} n_test={config['n_test']}: "
             f"test accuracy {100 * result['test_accuracy']:.2f} %, ridge {result['ridge']:.2g}, "
             f"CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
-            + {0: "every entry found in the store, ", None: "K computed in every product, "}.get(
-                result["entries_computed"], f"{result['entries_per_second']:.3g} entries/s, ")
+            + {0: "no entry computed, ", None: "K computed in every product, "}.get(
+                result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s, ")
+            + (f"nll {result['test_nll']:.3f}, ece {result['test_ece']:.3f}, " if "test_nll" in result else "")
             + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
             + f", peak memory {result['peak_memory_gb']:.1f} GB")
 
 
 def derive(args, shape, n_test, rows):
-    """Fill in what was not asked for: sizes, tile side and rank, all from the size of the problem."""
+    """Fill in what was not asked for: sizes and tile side, from the size of the problem."""
     args.n_train, args.n_test = shape[0], n_test
+    args.sizes = args.sizes or [args.n_train]
     for kind in kernel.KINDS if args.tile is None and on_disk(args) else ():
         known = store.manifest(os.path.join(args.store, f"train-{kind}"))
         if known and args.kind in (kind, "both"):
@@ -264,85 +361,6 @@ def derive(args, shape, n_test, rows):
             side = 32 * 1024 // (shape[1] * shape[2]) if args.engine == "fused" else 16
         side *= 8 if jax.default_backend() == "gpu" else 1
         args.tile = max(1, min(side, -(-rows // 4)))
-    if args.rank is None:
-        args.rank = max(1, min(1000, rows // 10))
-
-
-def solve(args, K, y, ridges, tol, keep):
-    """Yields (alpha, info) of (K + lambda I) alpha = y for each ridge, from the solution before it.
-
-    keep: {what decides a solve} -> its checkpoint or None."""
-    diagonal = K.diagonal().mean()
-    factor = (pcg.eigenpairs(pcg.partial_cholesky(K, args.rank, args.seed, args.quiet))
-              if args.precondition == "lowrank" else None)
-    alpha = None
-    for ridge in ridges:
-        precondition = {"none": lambda: None, "jacobi": lambda: pcg.jacobi(K, ridge * diagonal),
-                        "lowrank": lambda: pcg.low_rank(K, ridge * diagonal, factor=factor),
-                        }[args.precondition]()
-        alpha, info = pcg.solve(K.matvec, y, ridge * diagonal, precondition, tol, args.max_iters,
-                                x0=alpha, quiet=args.quiet, checkpoint=keep(
-                                    ridge=ridge, tol=tol, rows=len(y), y=zlib.crc32(y.tobytes())))
-        yield alpha, info
-
-
-def choose_ridge(args, K, y, labels, copies, keep):
-    """The ridge with the least mse on the last fifth of the training images (HELD_OUT at most), and
-    the table [[ridge, accuracy, mse], ...]. Not the best accuracy: that is noise on a few hundred
-    images: on subsets of CIFAR-10 it picked 0.01 to 1 where mse picked 0.3 or 1.
-
-    Nothing is computed anew: the kernel of the images fitted is a leading block of K, and the
-    predictions on the others are K times alpha padded with zeros, at rows of unaugmented images.
-    To 1e-3 in the residual, from the largest ridge down, the easy direction; all of them, for the mse
-    of pooled kernels rises before it falls. One ridge needs no choice.
-    """
-    ridges = sorted(args.ridge, reverse=True)
-    if len(ridges) == 1:
-        return ridges[0], []
-    n = len(labels)
-    n_fit = n - min(n // 5, HELD_OUT)
-    if n_fit == n:
-        raise ValueError(f"n_train={n}: choosing among {len(ridges)} ridges needs at least 5 images "
-                         "for a validation split; give one number with --ridge")
-    fit, held_out = n_fit * copies, np.arange(n_fit, n) * copies
-    table = []
-    for ridge, (alpha, _) in zip(ridges, solve(args, K.leading(fit), y[:fit], ridges, 1e-3, keep)):
-        f = K.matvec(np.concatenate([alpha, np.zeros((len(y) - fit, alpha.shape[1]))]))[held_out]
-        table.append([ridge, float(np.mean(f.argmax(axis=1) == labels[n_fit:])),
-                      float(np.mean((f - y[held_out]) ** 2))])
-        if not args.quiet:
-            print(f"ridge {ridge:.2g}: validation accuracy {100 * table[-1][1]:.2f} %, "
-                  f"mse {table[-1][2]:.5f}")
-    return min(table, key=lambda row: row[2])[0], table
-
-
-def provenance(team):
-    """Machine, versions and code of a run, taken at its start, for the files may change under it."""
-    def git(*command):
-        done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command],
-                              capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    return {"device": jax.local_devices()[0].device_kind, "devices": jax.local_device_count(),
-            "processes": team.count,
-            "cores": os.cpu_count(), "jax": jax.__version__,
-            "neural_tangents": importlib.metadata.version("neural-tangents"),
-            "commit": git("rev-parse", "--short", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--", "*.py", "requirements.txt")),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-
-
-def record(args, kind, result, run):
-    """Append the result, with its configuration and `provenance`, to runs.jsonl as one line."""
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    result["config"] = {key: value for key, value in {**vars(args), "kind": kind}.items()
-                        if key not in WHERE}
-    result["one_pass"] = args.kind == "both"  # then the kernel's seconds are those of both kinds
-    result.update(run)
-    os.makedirs(args.out, exist_ok=True)
-    with open(os.path.join(args.out, "runs.jsonl"), "a") as lines:
-        lines.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""Preconditioners for K + ridge I: nothing, its diagonal, a low-rank approximation.
+
+A preconditioner P ~ K + ridge I is cheap to invert; CG then meets the condition of P^-1 (K + ridge I)
+in place of K's. Each function here looks at K once and gives ridge -> P^-1: one look, many ridges.
+
+    low = precondition.low_rank(K)
+    x, info = pcg.solve(K.matvec, y, ridge, low(ridge))
+
+  n  rows of K     k  rank     c  columns of r     P^-1: (n, c) -> (n, c), float64     ridge: absolute
+  team, if K has one: the processes that share it, (index, count, all_reduce), as tiles.Team. Process
+  index holds the rows index, index + count, ... of F; vectors are whole in all of them.
+
+Low rank. The largest part of K that k of its columns give, F F^T ~ K with F (n, k):
+
+    left = diag K                                             the diagonal of K - F F^T
+    repeat:  draw pivots S, i with probability left_i / sum(left)
+             C = K[:, S] - F F[S]^T                           the columns S of K - F F^T
+             L L^T = C[S];   F = [F, C L^-T];   left -= the squares of the new columns, row by row
+
+(randomly pivoted Cholesky: Chen, Epperly, Tropp, Webber 2022; as a preconditioner of kernel matrices:
+Diaz, Epperly, Frangella, Tropp, Webber 2023). With F = U S V^T and s = min S,
+
+    P = U (S^2 + ridge) U^T + (s^2 + ridge) (I - U U^T)
+
+Differs from the textbook's P = F F^T + ridge I, inverted by Woodbury's formula, in:
+  1) outside the span of F, F F^T + ridge I is only ridge, far below K; the smallest eigenvalue found
+     is a better guess (Frangella, Tropp, Udell 2021): on CIFAR-10 a condition up to four orders lower;
+  2) the formula runs on the eigenvalues of F^T F, (k, k), so that nothing cancels, nothing is inverted,
+     and another ridge costs nothing. U = F V / S is never formed: F is the only large array;
+  3) k can be chosen while F grows: `Worth`.
+
+Cost: n k entries of K; 3 n k^2 + 10 k^3 operations, 8 n k / count bytes; P^-1 4 n k c operations and
+two sums over the processes, of (k, c) and (n, c).      Proved by: test_all.py, section precondition
+"""
+
+import numpy as np
+from scipy.linalg import blas, cholesky, solve_triangular
+from tqdm import tqdm
+
+BLOCK = 128  # pivots drawn at a time
+MOST = 4096  # rank, where it is not given
+
+
+def none(matrix):
+    """P = I."""
+    return lambda ridge: None
+
+
+def jacobi(matrix):
+    """P = diag(K) + ridge I. Nearly a multiple of I where images are normalised, and then no help."""
+    diagonal = matrix.diagonal()[:, None]
+    return lambda ridge: lambda r: r / (diagonal + ridge)
+
+
+def low_rank(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=True):
+    """The `LowRank` of K; arguments as for `partial_cholesky`."""
+    F = partial_cholesky(matrix, rank, seed, worth, size, quiet)
+    return LowRank(F, getattr(matrix, "team", None))
+
+
+class LowRank:
+    """ridge -> P^-1, as above, from F: (n, k), or this process's rows of it."""
+
+    def __init__(self, F, team=None):
+        self.F, self.team = F, team
+        FTF = blas.dsyrk(1.0, F, trans=1) if F.size else np.zeros(2 * F.shape[1:])  # upper half
+        S2, V = np.linalg.eigh(_sum(team, FTF), UPLO="U")
+        real = S2 > 1e-13 * S2[-1:]  # the others are rounding: fewer rows than k, or a K of rank below k
+        self.S2, self.V = S2[real], V[:, real]
+
+    rank = property(lambda self: len(self.S2))
+
+    def leading(self, n):
+        """The same of the leading n x n block of K: the first rows of F, which it shares."""
+        return LowRank(self.F[:len(range(n)[_rows(self.team)])], self.team)
+
+    def __call__(self, ridge):
+        outside = (self.S2[0] if self.rank else 0) + ridge
+        inside = ((1 - outside / (self.S2 + ridge)) / self.S2)[:, None]
+
+        def apply(r):
+            rows = _rows(self.team)
+            within = self.V.T @ _sum(self.team, self.F.T @ r[rows])
+            z = np.zeros_like(r)
+            z[rows] = (r[rows] - self.F @ (self.V @ (inside * within))) / outside
+            return _sum(self.team, z)
+        return apply
+
+
+class Worth:
+    """Is one more block of pivots worth its cost?  worth(k, left) -> bool, asked while F grows.
+
+    left, the diagonal of K - F F^T, falls by tr(E^2) / tr(E) a pivot, E = K - F F^T: three quarters of
+    E's largest eigenvalue on the kernels we measured. So its fall is the spectrum of K, for free; a line
+    through its last three quarters, log against log, says how that goes on: e(k) = e k^-a. Then
+
+      condition(k) = (e(k) + ridge) / (e(n) / 4 + ridge),   steps = log(2 / tol) / 2 sqrt(condition)
+      cost(k) = sum over the solves of steps (product + 4 n k c) + 3 n k^2 + 10 k^3 + k look
+
+    in operations, and k is large enough where a block more no longer lowers the cost. A model: steps are
+    right to a factor of two (1/4 is fitted), and the minimum is flat.
+    n: rows.   solves: [(ridge, tol), ...] to come.   product: operations of K v, times how much slower
+    they run than those of a matrix product.   look: likewise for a column of K.   c: columns of v.
+    """
+
+    def __init__(self, n, solves, product, look=0.0, c=10):
+        self.n, self.solves, self.product, self.look, self.c = n, solves, product, look, c
+        self.trace = []  # (k, sum of left)
+
+    def __call__(self, k, left):
+        self.trace.append((k, left.sum()))
+        if len(self.trace) < 6:
+            return True
+        ranks, sums = np.array(self.trace).T
+        fall = np.maximum(-np.diff(sums) / np.diff(ranks), 1e-12 * sums[0]) / 0.75
+        middle = (ranks[1:] + ranks[:-1]) / 2
+        late = middle >= k / 4
+        slope, level = np.polyfit(np.log(middle[late]), np.log(fall[late]), 1)
+        slope = min(slope, 0.0)
+        self.eigenvalue = lambda i: np.exp(level) * i**slope
+        more = k + ranks[-1] - ranks[-2]
+        return more < self.n and self.cost(more) < self.cost(k)
+
+    def steps(self, k):
+        """Steps of each solve with rank k."""
+        ridge, tol = np.array(self.solves).T
+        lowest = self.eigenvalue(self.n) / 4
+        return np.log(2 / tol) / 2 * np.sqrt((self.eigenvalue(k) + ridge) / (lowest + ridge))
+
+    def cost(self, k):
+        step = self.product + 4 * self.n * k * self.c
+        return self.steps(k).sum() * step + 3 * self.n * k**2 + 10 * k**3 + k * self.look
+
+
+def block(n):
+    """Pivots to draw at a time where a look at K is cheap: few for a small K, for Worth wants to choose."""
+    return int(np.clip(n // 64, 16, BLOCK))
+
+
+def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=True):
+    """F (n, k), k <= rank, with F F^T ~ K, float64: randomly pivoted Cholesky; this process's rows of it.
+
+    No entry of K decides on a pivot but what is left of the diagonal, and yet F is close to the best of
+    its rank. `size` pivots are proposed at a time from one distribution and thinned by rejection on the
+    small block between them, so that they are distributed as if drawn one by one while K and F are
+    touched by matrix products only (Epperly, Tropp, Webber 2024).
+    matrix: has shape, diagonal() -> (n,), columns(indices) -> (n, len(indices)) float64, perhaps team.
+    rank: None is n / 2 or MOST at most.   worth: a `Worth`, asked before each block whether it pays.
+    Stops early where what is left is rounding: below 1e-7 of the trace, for tiles are float32.
+    """
+    rng = np.random.default_rng(seed)
+    n, team = matrix.shape[0], getattr(matrix, "team", None)
+    rank = min(MOST, max(1, n // 2)) if rank is None else min(rank, n)
+    left = matrix.diagonal()
+    trace = left.sum()
+    mine = np.arange(n)[_rows(team)]
+    F = np.zeros((len(mine), rank), order="F")  # columns beyond k are not touched, and take no memory
+    k = 0
+    bar = tqdm(total=rank, unit="pivot", desc="preconditioner", disable=quiet or None, leave=False)
+    while k < rank and left.sum() > 1e-7 * trace and (worth is None or worth(k, left)):
+        proposed = rng.choice(n, size=min(size, rank - k), p=left / left.sum())
+        columns = matrix.columns(proposed)
+        F_S = np.zeros((len(proposed), k))
+        at = np.searchsorted(mine, proposed)
+        here = mine[np.minimum(at, len(mine) - 1)] == proposed if len(mine) else np.zeros(len(at), bool)
+        F_S[here] = F[at[here], :k]
+        F_S = _sum(team, F_S)
+        small, columns = columns[proposed] - F_S @ F_S.T, columns[mine] - F[:, :k] @ F_S.T
+        pivots = _thin(small, left[proposed], rng)
+        if not pivots:  # what is left is rounding
+            break
+        small = small[np.ix_(pivots, pivots)]
+        lower = cholesky((small + small.T) / 2, lower=True)
+        F[:, k:k + len(pivots)] = new = solve_triangular(lower, columns[:, pivots].T, lower=True).T
+        squares = np.zeros(n)
+        squares[mine] = np.einsum("nk,nk->n", new, new)
+        left = np.maximum(left - _sum(team, squares), 0)
+        left[proposed[pivots]] = 0
+        k += len(pivots)
+        bar.update(len(pivots))
+    bar.close()
+    return F[:, :k]
+
+
+def _thin(block, left, rng):
+    """Which of the proposed pivots to keep, in order: proposal i with probability (what is left of
+    its diagonal entry now) / (what was left when it was proposed).  block: (b, b) of K - F F^T."""
+    block, kept = block.copy(), []
+    for i in range(len(block)):
+        if block[i, i] > max(rng.random(), 1e-6) * left[i]:
+            kept.append(i)
+            block -= np.outer(block[:, i], block[i]) / block[i, i]
+    return kept
+
+
+def _rows(team):
+    """Which rows of F a process holds."""
+    return slice(None) if team is None else slice(team.index, None, team.count)
+
+
+def _sum(team, array):
+    return array if team is None else team.all_reduce(array)

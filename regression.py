@@ -1,0 +1,213 @@
+"""Kernel regression on a kernel matrix: which ridge, what prediction, how sure.
+
+  f(x) = k(x, X) alpha,     alpha = A^-1 Y,     A = K + lambda I,     lambda = ridge * mean(diag K)
+
+is also the posterior mean of a Gaussian process with prior covariance s^2 k and noise s^2 lambda. Its
+variance, the same for every output, and the s^2 under which Y is likeliest are
+
+  var(x) = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)),     s^2 = mean over outputs of <Y, alpha> / n
+
+(Rasmussen and Williams 2006, equations 2.25, 2.26 and 5.8, there with s^2 in k). The process of the
+infinitely wide network itself is that of its NNGP kernel.
+
+  n  training rows   m  test rows   c  outputs   ridge  relative: one number means the same for every kernel
+
+Nothing is computed anew for another ridge: K, the preconditioner's look at it, and the solution before,
+from which the next one starts. A validation split is a leading block of K. Predictions for its other
+rows are K times alpha padded with zeros.
+
+    alpha, f, result = regression.fit(K, K_test, y, [0.01, 0.1, 1.0], fit, held_out, score)
+
+Proved by: test_all.py, section regression
+"""
+
+import numpy as np
+from scipy.special import ndtr
+from tqdm import tqdm
+
+import pcg
+import precondition
+import runs
+
+SEARCH = 1e-3  # residual to which ridges are compared
+COLUMNS = 256  # right sides solved at once for a variance
+ROUNDING = 2.0**-24  # of a float32 entry of K, relative
+PRECONDITIONERS = {"lowrank": precondition.low_rank, "jacobi": precondition.jacobi,
+                   "none": precondition.none}
+
+
+class Solver:
+    """(y, ridge, tol) -> alpha, info, for one K and one preconditioner of it."""
+
+    def __init__(self, K, name="lowrank", rank=None, ridges=(), tol=1e-6, c=1, seed=0, max_iters=1000,
+                 quiet=True, keep=None, look=None):
+        """name: of PRECONDITIONERS.   rank, seed: of low_rank; rank None is what is worth its cost where
+        `ridges` are to be compared and then one is to be solved to `tol`, for c columns.
+        keep: (ridge, tol, y) -> its checkpoint or None.   look: what the preconditioner has seen of K.
+        """
+        self.K, self.name, self.look, self.diagonal = K, name, look, K.diagonal().mean()
+        self.max_iters, self.quiet, self.keep = max_iters, quiet, keep
+        if look is None and name == "lowrank":
+            n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.diagonal
+            solves = [(ridge, SEARCH) for ridge in ridges if len(ridges) > 1]
+            product = 2 * n * n * c * K.slowness
+            block = 4 * precondition.BLOCK if K.reads_all else precondition.block(n)
+            worth = None if rank else precondition.Worth(
+                n, solves + [(ridges[len(ridges) // 2], tol)], product, K.reads_all * product / block, c)
+            self.look = precondition.low_rank(K, rank, seed, worth, block, quiet)
+        elif look is None:
+            self.look = PRECONDITIONERS[name](K)
+        self.rank = getattr(self.look, "rank", None)
+
+    def leading(self, n):
+        """The same for the leading n x n block of K."""
+        look = self.look.leading(n) if hasattr(self.look, "leading") else None
+        return Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet,
+                      keep=self.keep, look=look)
+
+    def __call__(self, y, ridge, tol=1e-6, x0=None):
+        """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, in terms of this ridge."""
+        absolute = ridge * self.diagonal
+        keep = self.keep and self.keep(ridge=ridge, tol=tol, y=y)
+        try:
+            return pcg.solve(self.K.matvec, y, absolute, self.look(absolute), tol, self.max_iters, x0,
+                             self.quiet, keep)
+        except pcg.Indefinite as error:
+            cure = error.cure / self.diagonal
+            raise pcg.Indefinite(f"{error}: --ridge {cure:.1e}", cure) from error
+
+
+def fit(K, K_test, y, ridges, n_fit, held_out, score, tol=1e-6, **options):
+    """Choose the ridge, solve, predict: alpha (n, c), f (m, c), and the evidence as {name: value}.
+
+    ridges, n_fit, held_out, score: of `choose_ridge`; one ridge needs no choice.   tol: of the solve.
+    options: of `Solver`.
+    """
+    seconds, quiet = {}, options.get("quiet", True)
+    with runs.phase("precondition", seconds):
+        solver = Solver(K, ridges=ridges, tol=tol, c=y.shape[1], **options)
+    with runs.phase("ridge", seconds):
+        ridge, table = (choose_ridge(solver, y, n_fit, held_out, ridges, score) if len(ridges) > 1
+                        else (ridges[0], []))
+    with runs.phase("solve", seconds):
+        alpha, info = solver(y, ridge, tol)
+    with runs.phase("predict", seconds):
+        f = K_test.matvec(alpha)
+    read = K.read_rate()
+    result = {
+        "ridge": ridge, "validation": table, "rows": len(y), "rank": solver.rank,
+        "cg_iterations": info.iterations, "cg_converged": info.converged, "condition": info.condition,
+        "cg_residual": float(info.residual.max()), "cg_residuals": info.residual.tolist(),
+        "cg_history": [float(f"{r:.3g}") for r in info.history], "rounding": rounding(solver, y, alpha),
+        "step_seconds": info.seconds / max(1, info.iterations),
+        "product_bytes_per_second": read and 4 * K.entries * info.products / info.product_seconds,
+        "read_bytes_per_second": read and read * K.team.count,
+        "entries": K.entries + K_test.entries, "seconds": seconds}
+    if not quiet:
+        print(evidence(result, tol))
+    return alpha, f, result
+
+
+def evidence(result, tol):
+    """What a solve can show for itself, in words."""
+    residuals, rounds = result["cg_residuals"], result["rounding"]
+    moved, read = result["product_bytes_per_second"], result["read_bytes_per_second"]
+    return (f"solve: {result['cg_iterations']} steps of {result['step_seconds']:.2g} s"
+            + (f", rank {result['rank']}" if result["rank"] else "")
+            + f", residuals {min(residuals):.1e} to {max(residuals):.1e}, condition {result['condition']:.3g}"
+            + (f", product {moved / 1e9:.2f} GB/s, {100 * moved / read:.0f} % of the rate at which its tiles "
+               "can be read" if read else "")
+            + (f"\nnote: rounding K to float32 alone makes a residual of about {rounds:.0e}; steps from "
+               f"there to {tol:.0e} fit that rounding" if tol < rounds / 100 else ""))
+
+
+def choose_ridge(solver, y, n_fit, held_out, ridges, score):
+    """The ridge with the least mean squared error on rows held out, and [[ridge, score, mse], ...].
+
+    Not that with the best accuracy, which is noise on a few hundred images: on subsets of CIFAR-10 it
+    picked 0.01 to 1 where mse picked 0.3 or 1.
+    n_fit: how many rows are fitted, the first.   held_out: numbers of rows after them.
+    score: f (len(held_out), c) -> what to show beside the mse.
+    To SEARCH in the residual, from the largest ridge down, the easy direction; all of them, for the mse
+    of pooled kernels rises before it falls, but none below one with which A is not positive definite.
+    """
+    part, table, alpha = solver.leading(n_fit), [], None
+    for ridge in sorted(ridges, reverse=True):
+        try:
+            alpha, info = part(y[:n_fit], ridge, SEARCH, alpha)
+        except pcg.Indefinite as error:
+            if not table:
+                raise
+            if not solver.quiet:
+                print(f"ridge {ridge:.2g}: {error}")
+            break
+        f = solver.K.matvec(np.concatenate([alpha, np.zeros((len(y) - n_fit, y.shape[1]))]))[held_out]
+        table.append([ridge, score(f), float(np.mean((f - y[held_out]) ** 2))])
+        if not solver.quiet:
+            print(f"ridge {ridge:8.2g}: validation score {table[-1][1]:.4f}, mse {table[-1][2]:.5f}, "
+                  f"{info.iterations} steps")
+    return min(table, key=lambda row: row[2])[0], table
+
+
+def rounding(solver, y, alpha):
+    """What rounding K to float32 does to a residual, |dK alpha| / |y|, of the worst column, roughly.
+
+    Entries are at most the diagonal, and each is off by up to ROUNDING times itself, anyhow:
+    |dK alpha| ~ ROUNDING mean(diag K) sqrt(n / 3) |alpha|. Steps beyond it fit that noise.
+    """
+    size = np.linalg.norm(alpha, axis=0) / np.maximum(np.linalg.norm(y, axis=0), 1e-300)
+    return float(ROUNDING * solver.diagonal * np.sqrt(len(y) / 3) * size.max())
+
+
+def variance(solver, K_test, prior, ridge, block=COLUMNS):
+    """(k(x, x) + lambda - k(x, X) A^-1 k(X, x)) of each test row, (m,), without the factor s^2.
+
+    prior: k(x, x), (m,).   K_test: (m, n).   block: right sides solved at once.
+    A solve for each test row, to a residual of SEARCH / 10; what is left of it counts squared.
+    """
+    m, out = K_test.shape[0], np.empty(K_test.shape[0])
+    with tqdm(total=m, unit=" rows", desc="variance", disable=solver.quiet or None,
+              leave=False) as bar:
+        for start in range(0, m, block):
+            stop = min(m, start + block)
+            k = K_test.rows(start, stop).T
+            explained = np.einsum("nm,nm->m", k, solver(k, ridge, SEARCH / 10)[0])
+            out[start:stop] = prior[start:stop] + ridge * solver.diagonal - explained
+            bar.update(stop - start)
+    return out
+
+
+def scale(y, alpha):
+    """s^2, the likeliest scale of the prior: mean over outputs of <y, alpha> / n."""
+    return float(np.mean(np.einsum("nc,nc->c", y, alpha)) / len(y))
+
+
+def class_probabilities(f, sd, nodes=64):
+    """P(output c is the largest), (m, c), for independent outputs with means f (m, c) and sd (m,).
+
+    The integral over z of phi(z) prod over j != c of Phi(z + (f_c - f_j) / sd), by Gauss-Hermite
+    quadrature; rows are then divided by their sum, which is 1 but for that.
+    """
+    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    out = np.empty(f.shape)
+    for c in range(f.shape[1]):
+        others = np.delete(f, c, axis=1)
+        ahead = z[:, None, None] + ((f[:, c, None] - others) / sd[:, None])[None]
+        out[:, c] = weights @ ndtr(ahead).prod(axis=2)
+    return out / out.sum(axis=1, keepdims=True)
+
+
+def calibration(f, sd, labels, y, bins=15):
+    """How well the uncertainty is sized, on test rows: {name: number}.
+
+    nll: -log P(label), mean.   ece: sum over bins of confidence, weighted by their share of the rows, of
+    |accuracy - mean confidence|, confidence the largest P (Guo et al. 2017).   gaussian_nll: -log density
+    of the targets y (m, c) under N(f, sd^2), mean over rows and outputs.
+    """
+    p = class_probabilities(f, sd)
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
+    where = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(where, right - confidence, bins)
+    gaussian = np.log(2 * np.pi * sd**2)[:, None] / 2 + (f - y) ** 2 / (2 * sd**2)[:, None]
+    return {"test_nll": float(-np.log(np.maximum(p[np.arange(len(f)), labels], 1e-300)).mean()),
+            "test_ece": float(np.abs(gaps).sum() / len(f)), "test_gaussian_nll": float(gaussian.mean())}
