@@ -10,7 +10,8 @@ the answer. ridge and nothing else is tuned, on the last fifth of the training s
   python train_cifar.py --dataset cifar10 --data DIR --kernel cnn_vec --kind ntk --n_train 1000
   python train_cifar.py --dataset cifar10 --data DIR --flips --crops 10 --n_train 1000
   python train_cifar.py --dataset cifar10 --data DIR --sizes 1000,2000,4000,8000
-  python train_cifar.py --save digits.npz; python train_cifar.py --load digits.npz --predict images.npy
+  python train_cifar.py --save digits.npz
+  python train_cifar.py --load digits.npz --predict images.npy
 """
 
 import argparse

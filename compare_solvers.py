@@ -1,0 +1,159 @@
+"""(K + ridge I) X = Y by this repository and by others, to the same true residual: steps and seconds.
+
+  none, jacobi, rank k    pcg.py with the preconditioners of precondition.py; k automatic or given;
+                          K in float32 tiles, the upper half; seconds include the preconditioner
+  Cholesky                scipy.linalg.cho_factor and cho_solve, K dense in float64
+  jax cg                  jax.scipy.sparse.linalg.cg under jit, K dense in float64; compiled before
+  linear_operator         its linear_cg, rank 15 (its default) and larger ones of its pivoted Cholesky, K
+                          dense in float64; GPyTorch's solver. Left out where it is not installed:
+                          pip install linear_operator
+
+Y is one-hot, ten columns. The stopping rules of the last two are over all columns together: they are
+called with ever smaller tolerances, and the first with which |y - A x| <= tol |y| holds in every column
+counts, not the search for it. Medians of --repeats calls, after a first one.
+
+    python compare_solvers.py --data DIR --n 10000                      fc, NTK
+    python compare_solvers.py --data DIR --n 2048 --kernel myrtle5 --kind nngp --store STORE
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+
+import jax
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+import data
+import hosts
+import kernel
+import plan
+import regression
+import store
+import tiles
+
+MOST = 5000  # steps allowed
+
+
+def ours(name, rank=None):
+    def run(K, A, y, ridge, tol):
+        solver = regression.Solver(K, name, rank, [ridge / K.diagonal().mean()], tol, y.shape[1], max_iters=MOST)
+        alpha, info = solver(y, ridge / solver.diagonal, tol)
+        return alpha, info.iterations, solver.rank
+    return run
+
+
+def cholesky(K, A, y, ridge, tol):
+    A = A.copy()
+    A[np.diag_indices(len(A))] += ridge
+    return cho_solve(cho_factor(A, lower=True, overwrite_a=True, check_finite=False), y), None, None
+
+
+def jax_cg(K, A, y, ridge, tol):
+    return np.asarray(_jax_cg(jax.numpy.asarray(A), y, ridge, tol)), None, None
+
+
+@jax.jit
+def _jax_cg(A, y, ridge, tol):
+    return jax.scipy.sparse.linalg.cg(lambda v: A @ v + ridge * v, y, tol=tol, maxiter=MOST)[0]
+
+
+def linear_operator_cg(rank):
+    def run(K, A, y, ridge, tol):
+        import torch
+        from linear_operator import operators, settings
+        from linear_operator.utils.linear_cg import linear_cg
+        A, steps = torch.from_numpy(A), []
+
+        def product(v):
+            steps.append(v)
+            return A @ v + ridge * v
+        with settings.max_preconditioner_size(rank), settings.min_preconditioning_size(1):
+            P = operators.AddedDiagLinearOperator(
+                operators.DenseLinearOperator(A),
+                operators.ConstantDiagLinearOperator(torch.tensor([ridge], dtype=A.dtype), len(A)))._preconditioner()[0]
+            alpha = linear_cg(product, torch.from_numpy(y), tolerance=tol, max_iter=MOST, preconditioner=P)
+        return alpha.numpy(), len(steps) - 1, None  # the first product is for the start
+    return run
+
+
+def methods(n, ranks):
+    """{name: function}, those that can be run here."""
+    out = {"Cholesky": cholesky, "jax cg": jax_cg, "none": ours("none"), "jacobi": ours("jacobi")}
+    out.update({f"rank {k}": ours("lowrank", k) for k in ranks if k < n}, **{"rank chosen": ours("lowrank")})
+    try:
+        import linear_operator  # noqa: F401
+        out.update({f"linear_operator, rank {k}": linear_operator_cg(k) for k in (15, *ranks[:2]) if k < n})
+    except ModuleNotFoundError:
+        print("linear_operator is not installed: its rows are left out", file=sys.stderr)
+    return out
+
+
+def measure(run, K, A, y, ridge, tol, repeats):
+    """Median seconds, steps, rank; seconds is None where no tolerance reaches tol in every column."""
+    for asked in tol * 10.0 ** -np.arange(0, 4.5, 0.5):
+        taken = []
+        for _ in range(repeats + 1):  # the first compiles, and says whether this tolerance will do
+            start = time.perf_counter()
+            alpha, steps, rank = run(K, A, y, ridge, float(asked))
+            taken.append(time.perf_counter() - start)
+            residual = np.linalg.norm(y - A @ alpha - ridge * alpha, axis=0) / np.linalg.norm(y, axis=0)
+            if not residual.max() <= tol or (len(taken) == 1 and taken[0] > 200):
+                break
+        if residual.max() <= tol:
+            return statistics.median(taken[1:] or taken), steps, rank
+    return None, None, None
+
+
+def main(argv=None):
+    """Print the table, and return {(method, ridge): (seconds, steps, rank)}."""
+    parser = argparse.ArgumentParser(description="Solvers compared on the kernel of CIFAR-10 or digits.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", metavar="DIR", help="CIFAR-10's folder; None is scikit-learn's digits")
+    parser.add_argument("--n", type=int, default=1000, help="images")
+    parser.add_argument("--kernel", default="fc", choices=kernel.NETWORKS)
+    parser.add_argument("--kind", default="ntk", choices=kernel.KINDS)
+    parser.add_argument("--store", metavar="DIR", help="tiles of this K that train_cifar.py has made")
+    parser.add_argument("--ranks", default="100,300,1000", help="to compare with the rank chosen")
+    parser.add_argument("--ridges", default="1e-6,1e-4,1e-2", help="relative to mean(diag K)")
+    parser.add_argument("--tol", type=float, default=1e-6, help="true residual of every column")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", metavar="NAME,...", help="these methods only")
+    args = parser.parse_args(argv)
+
+    from train_cifar import ENGINES  # fused where it is there
+    x, labels, _, _ = data.load("cifar10" if args.data else "digits", args.data, args.n, 1)
+    x, y = data.standardise(x)(x), data.one_hot(labels)
+    if args.store:
+        kept = store.Store(args.store)
+        sides = (kept.about["tile"],) * 2
+        K = tiles.TiledMatrix((args.n, args.n), sides, True, {key: kept[key].copy() for key in kept.lines})
+    else:
+        K = tiles.gram(ENGINES[next(iter(ENGINES))](args.kernel, args.kind), x)
+    A, ranks = K.dense().astype(np.float64), [int(k) for k in args.ranks.split(",")]
+    ridges, results = [float(r) for r in args.ridges.split(",")], {}
+    print(f"{args.kernel} {args.kind}, n = {args.n:,}, residual {args.tol:g}, median of {args.repeats}, "
+          f"{os.cpu_count()} cores, {jax.local_devices()[0].device_kind}\n")
+    print("| method | " + " | ".join(f"ridge {ridge:g}: steps, seconds" for ridge in ridges) + " |")
+    print("| --- |" + " ---: |" * len(ridges), flush=True)
+    for name, run in methods(args.n, ranks).items():
+        if args.only and name not in args.only.split(","):
+            continue
+        cells = []
+        for ridge in ridges:
+            seconds, steps, rank = results[name, ridge] = measure(run, K, A, y, ridge * K.diagonal().mean(),
+                                                                  args.tol, args.repeats)
+            cells.append("not reached" if seconds is None else
+                         ("" if steps is None else f"{steps}, ") + plan.hours(seconds)
+                         + (f" (rank {rank})" if name == "rank chosen" else ""))
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError):
+        main()
