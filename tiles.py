@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 TILE = 1024  # 4 MB in float32: small in memory, large enough that a call to a device is not felt
 MEET = 300  # seconds between two meetings while tiles are computed; a collective waits for half an hour
-PART = 256  # side of what is turned to float64 at a time: it stays in cache between its two uses
+PART = 64, 1024  # rows and columns turned to float64 at a time: they stay in cache between their two uses
 
 
 class Team(NamedTuple):
@@ -300,7 +300,7 @@ class TiledMatrix:
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64; tiles as stored, sums in float64.
 
-        One pass over the tiles, one to a thread. PART x PART entries are turned to float64 and used for
+        One pass over the tiles, one to a thread. PART entries at a time are turned to float64 and used for
         both products while they are in cache. BLAS's own threads would wait for each other: 40 times
         slower.
         """
@@ -311,11 +311,14 @@ class TiledMatrix:
             both = self.symmetric and key[0] != key[1]
             v_i, v_j = v[rows] if both else None, v[cols]
             y_i, y_j = np.zeros((tile.shape[0], v.shape[1])), np.zeros((tile.shape[1], v.shape[1]))
-            for r, s in itertools.product(range(0, len(tile), PART), range(0, len(v_j), PART)):
-                part = tile[r:r + PART, s:s + PART].astype(np.float64)
-                y_i[r:r + PART] += part @ v_j[s:s + PART]
+            space = np.empty(PART)
+            for r, s in itertools.product(range(0, len(tile), PART[0]), range(0, len(v_j), PART[1])):
+                part = tile[r:r + PART[0], s:s + PART[1]]
+                part64 = space[:len(part), :part.shape[1]]
+                np.copyto(part64, part)
+                y_i[r:r + PART[0]] += part64 @ v_j[s:s + PART[1]]
                 if both:
-                    y_j[s:s + PART] += part.T @ v_i[r:r + PART]
+                    y_j[s:s + PART[1]] += part64.T @ v_i[r:r + PART[0]]
             return rows, y_i, cols, y_j if both else None
 
         y = np.zeros((self.shape[0], v.shape[1]))
