@@ -46,7 +46,7 @@ def ours(name, rank=None):
 
 
 def cholesky(K, A, y, ridge, tol):
-    A = A.copy()
+    A = A.copy().T  # LAPACK's order; A is symmetric
     A[np.diag_indices(len(A))] += ridge
     return cho_solve(cho_factor(A, lower=True, overwrite_a=True, check_finite=False), y), None, None
 
@@ -85,7 +85,7 @@ def methods(n, ranks):
     out.update({f"rank {k}": ours("lowrank", k) for k in ranks if k < n}, **{"rank chosen": ours("lowrank")})
     try:
         import linear_operator  # noqa: F401
-        out.update({f"linear_operator, rank {k}": linear_operator_cg(k) for k in (15, *ranks[:2]) if k < n})
+        out.update({f"linear_operator rank {k}": linear_operator_cg(k) for k in (15, *ranks[:2]) if k < n})
     except ModuleNotFoundError:
         print("linear_operator is not installed: its rows are left out", file=sys.stderr)
     return out
@@ -129,7 +129,7 @@ def main(argv=None):
     if args.store:
         kept = store.Store(args.store)
         sides = (kept.about["tile"],) * 2
-        K = tiles.TiledMatrix((args.n, args.n), sides, True, {key: kept[key].copy() for key in kept.lines})
+        K = tiles.TiledMatrix((args.n, args.n), sides, True, {key: kept[key].copy() for key in kept.lines}).merged()
     else:
         K = tiles.gram(ENGINES[next(iter(ENGINES))](args.kernel, args.kind), x)
     A, ranks = K.dense().astype(np.float64), [int(k) for k in args.ranks.split(",")]

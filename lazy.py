@@ -49,6 +49,10 @@ class Lazy:
         """The first n columns, and where it is symmetric rows."""
         return replace(self, form=self.form.leading(n))
 
+    def merged(self):
+        """Itself: the tiles are what the devices like."""
+        return self
+
     def read_rate(self):
         """There is nothing to read."""
 

@@ -188,19 +188,17 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
     rank = min(MOST, max(1, n // 2)) if rank is None else min(rank, n)
     left = matrix.diagonal()
     trace = left.sum()
-    mine = np.arange(n)[_rows(team)]
-    F = np.zeros((len(mine), rank), order="F")  # columns beyond k are not touched, and take no memory
+    rows, count = _rows(team), team.count if team else 1
+    F = np.zeros((len(range(n)[rows]), rank), order="F")  # columns beyond k, not touched, take no memory
     k = 0
     bar = tqdm(total=rank, unit="pivot", desc="preconditioner", disable=quiet or None, leave=False)
     while k < rank and left.sum() > 1e-7 * trace and (worth is None or worth(k, left)):
         proposed = rng.choice(n, size=min(size, rank - k), p=left / left.sum())
         columns = matrix.columns(proposed)
-        F_S = np.zeros((len(proposed), k))
-        at = np.searchsorted(mine, proposed)
-        here = mine[np.minimum(at, len(mine) - 1)] == proposed if len(mine) else np.zeros(len(at), bool)
-        F_S[here] = F[at[here], :k]
+        F_S, here = np.zeros((len(proposed), k)), proposed % count == (team.index if team else 0)
+        F_S[here] = F[proposed[here] // count, :k]
         F_S = _sum(team, F_S)
-        small, columns = columns[proposed] - F_S @ F_S.T, columns[mine] - F[:, :k] @ F_S.T
+        small, columns = columns[proposed] - F_S @ F_S.T, columns[rows] - F[:, :k] @ F_S.T
         pivots = _thin(small, left[proposed], rng)
         if not pivots:  # what is left is rounding
             break
@@ -208,7 +206,7 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
         lower = cholesky((small + small.T) / 2, lower=True)
         F[:, k:k + len(pivots)] = new = solve_triangular(lower, columns[:, pivots].T, lower=True).T
         squares = np.zeros(n)
-        squares[mine] = np.einsum("nk,nk->n", new, new)
+        squares[rows] = np.einsum("nk,nk->n", new, new)
         left = np.maximum(left - _sum(team, squares), 0)
         left[proposed[pivots]] = 0
         k += len(pivots)

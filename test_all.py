@@ -713,6 +713,20 @@ def test_store_on_a_full_and_on_a_read_only_disk(tmp_path):
     assert 0 < int(first[0]) < int(first[1]) == int(second[0]) and first[2] == second[2]
 
 
+def test_tiles_merged(tmp_path):
+    """A matrix in larger tiles has the entries it had, for any n, also a leading block, and from a disk."""
+    for n, side in ((37, 12), (40, 10), (9, 100), (64, 8)):
+        x, x_test = inputs(n), inputs(200)[150:167]
+        for K in (tiles.gram(linear, x, 3, quiet=True), tiles.cross(linear, x_test, x, 3, quiet=True),
+                  tiles.gram(linear, x, 3, quiet=True).leading(n - 2)):
+            large = K.merged(side)
+            assert large.sides[0] > 3 and (large.dense() == K.dense()).all() and large.entries >= K.entries
+            assert (large.rows(1, 6) == K.dense()[1:6]).all() or K.symmetric
+    kept = stored(tmp_path, inputs(40))
+    assert isinstance(kept.merged(32).tiles, dict) and (kept.merged(32).dense() == kept.dense()).all()
+    assert kept.merged(16) is kept
+
+
 # ------------------------------------------------------------------------------------------ lazy
 
 @pytest.mark.parametrize("devices", [1, 3])

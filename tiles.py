@@ -165,12 +165,17 @@ def _mapped(fn, devices):
     return jax.pmap(fn, devices=devices)
 
 
+def free_memory():
+    """Bytes of memory that this host has free; infinite where it does not say."""
+    if not os.path.exists("/proc/meminfo"):  # only Linux does
+        return math.inf
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
 def check_memory(what, need):
     """Refuse, before it is begun, what this host's memory cannot hold."""
-    if not os.path.exists("/proc/meminfo"):  # only Linux says what is free
-        return
-    with open("/proc/meminfo") as lines:
-        have = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    have = free_memory()
     if need > have:
         raise MemoryError(f"{what} needs {need / 1e9:.1f} GB of memory; this host has {have / 1e9:.1f} GB "
                           "free. Keep tiles on disk with --store DIR, compute them for every product with "
@@ -260,6 +265,26 @@ class TiledMatrix:
             raise ValueError(f"leading({n}) of a {self.shape[0]} x {self.shape[1]} matrix: needs 1 <= n <= "
                              f"{self.shape[1]}")
         return replace(self, shape=(n if self.symmetric else self.shape[0], n))
+
+    def merged(self, side=TILE):
+        """The same matrix in memory, in tiles of up to `side`; itself where they are large, shared by
+        processes, or would take a third of the memory. A product with tiles of 32 is a hundred times more
+        Python than arithmetic."""
+        times = side // max(self.sides)
+        if times < 2 or self.team.count > 1 or 4 * self.entries > free_memory() / 3:
+            return self
+        out = replace(self, sides=tuple(times * side for side in self.sides), tiles={})
+        for key in self.keys():
+            rows, cols, tile = self._block(key)
+            into = key[0] // times, key[1] // times
+            (top, bottom), (first, last) = ((s.start, s.stop) for s in out.slices(into))
+            if into not in out.tiles:
+                out.tiles[into] = np.zeros((bottom - top, last - first), tile.dtype)
+            whole = out.tiles[into]
+            whole[rows.start - top:rows.stop - top, cols.start - first:cols.stop - first] = tile
+            if self.symmetric and into[0] == into[1]:
+                whole[cols.start - first:cols.stop - first, rows.start - top:rows.stop - top] = tile.T
+        return out
 
     def diagonal(self):
         """K[i, i], (n,) float64, of a symmetric matrix."""
