@@ -25,13 +25,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import tiles
+import matrix
 
 TIMEOUT = 60  # seconds until a silent process counts as dead
 
 
 def start(coordinator=None, processes=None, process=None, gpus=None):
-    """The Team of all processes; tiles.ALONE where there is one. Call before JAX touches a device.
+    """The Team of all processes; matrix.ALONE where there is one. Call before JAX touches a device.
 
     coordinator: "HOST:PORT" of process 0.   processes, process: how many, and which is this one.
     Without them Slurm is asked, if it runs more than one task.   gpus: how many this process takes;
@@ -41,12 +41,12 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
     given = [value is not None for value in (coordinator, processes, process)]
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1  # srun
     if not any(given) and slurm == 1:
-        return tiles.ALONE
+        return matrix.ALONE
     if any(given) and not (all(given) and 0 <= process < processes):
         raise ValueError(f"--coordinator {coordinator} --processes {processes} --process {process}: give "
                          "HOST:PORT of process 0, their number P, and 0 to P - 1, the same but for the last")
     if any(given) and processes == 1:
-        return tiles.ALONE
+        return matrix.ALONE
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     if gpus is None and "CUDA_VISIBLE_DEVICES" in os.environ:
         gpus = len([one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one])
@@ -57,7 +57,7 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
         local_device_ids=range(gpus) if gpus and (all(given) or tasks == 1) else None,
         heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
     all_reduce(np.zeros(1))  # connects: gloo waits 30 s for that, and as long as it takes later
-    return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
+    return matrix.Team(jax.process_index(), jax.process_count(), all_reduce)
 
 
 def all_reduce(array):

@@ -18,22 +18,23 @@ import numpy as np
 from tqdm import tqdm
 
 import tiles
+from matrix import ALONE, TILE, TiledMatrix, check_vectors, empty
 
 
-def matrix(kernel_fn, x1, x2=None, tile=tiles.TILE, devices=None, quiet=False, team=tiles.ALONE):
+def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=ALONE):
     """kernel_fn(x1, x1), or with x2 kernel_fn(x1, x2), as a Lazy matrix.
 
     Arguments as for `tiles.gram` and `tiles.cross`, but kernel_fn returns one matrix.
     """
     symmetric = x2 is None
     x2 = x1 if symmetric else x2
-    return Lazy(tiles.empty(x1, x2, tile, symmetric, team), kernel_fn, x1, x2, devices, quiet)
+    return Lazy(empty(len(x1), len(x2), tile, symmetric, team), kernel_fn, x1, x2, devices, quiet)
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """What `matrix` makes; methods as in tiles.TiledMatrix."""
-    form: tiles.TiledMatrix  # its shape and tiling; it holds no tile
+    """What `matrix` makes; methods as in matrix.TiledMatrix."""
+    form: TiledMatrix  # its shape and tiling; it holds no tile
     kernel_fn: object
     x1: object
     x2: object
@@ -89,7 +90,7 @@ class Lazy:
 
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64, on every device."""
-        tiles.check_vectors(v, self.shape)
+        check_vectors(v, self.shape)
         v = np.pad(v, ((0, -len(v) % self.form.sides[1]), (0, 0)))  # rows that do not exist add nothing
         inputs = [(0, self.x1), (1, self.x2), (1, v)] + [(0, v)] * self.form.symmetric
         y = np.zeros((self.shape[0], v.shape[1]))

@@ -37,6 +37,7 @@ import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
 from tqdm import tqdm
 
+PLOTS = ".png", ".svg", ".pdf"
 CHECK = 20  # steps between true residuals: one product more in twenty
 
 
@@ -228,7 +229,7 @@ def _condition(alphas, betas):
 
 
 def plot(infos, path, title=""):
-    """Residual against step, a line for each of {name: Info}, as an image: .png, .svg or .pdf."""
+    """Residual against step, a line for each of {name: Info}, as an image, one of PLOTS."""
     from matplotlib.figure import Figure  # no window, no global state
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="steps (products with K)", yscale="log",

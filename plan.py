@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 import data
+import matrix
 import store
 import tiles
 
@@ -49,7 +50,7 @@ def rate(kernel_fn, shape, tile, devices):
 
 def product_rate(kept, tile=1024, number=64):
     """Bytes of tiles a second in K v of 10 columns, and put into `kept`: {} or a store.Store."""
-    K = tiles.TiledMatrix((tile, number * tile), (tile, tile), False, kept)
+    K = matrix.TiledMatrix((tile, number * tile), (tile, tile), False, kept)
     block = np.random.default_rng(0).random((tile, tile), np.float32)
     start = time.perf_counter()
     for key in K.keys():

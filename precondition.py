@@ -7,7 +7,7 @@ in place of K's. Each function here looks at K once and gives ridge -> P^-1: one
     x, info = pcg.solve(K.matvec, y, ridge, low(ridge))
 
   n  rows of K     k  rank     c  columns of r     P^-1: (n, c) -> (n, c), float64     ridge: absolute
-  team, if K has one: the processes that share it, (index, count, all_reduce), as tiles.Team. Process
+  team, if K has one: the processes that share it, (index, count, all_reduce), as matrix.Team. Process
   index holds the rows index, index + count, ... of F; vectors are whole in all of them.
 
 Low rank. The largest part of K that k of its columns give, F F^T ~ K with F (n, k):
@@ -32,7 +32,8 @@ Differs from the textbook's P = F F^T + ridge I in:
   3) k can be chosen while F grows: `Worth`.
 No n x n matrix, no explicit inverse, and F is the only large array.
 
-Cost: n k entries of K; 2 n k^2 + k^3 operations and n k^2 for each ridge; 8 n k / count bytes. P^-1: 4 n k c
+Cost: n k entries of K; 2 n k^2 + k^3 operations and n k^2 for each ridge; 4 n k / count bytes, for F is kept
+in float32 (any F makes a P; sums with it are in float64), twice that when it is finished. P^-1: 4 n k c
 operations and two sums over the processes, of (k, c) and (n, c).
 Proved by: test_all.py, section precondition
 """
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 BLOCK = 128  # pivots drawn at a time
 MOST = 4096  # rank, where it is not given
-ROWS = 2048  # of F that a thread takes at a time
+ROWS = 256  # of F turned to float64 at a time: they stay in cache
 
 
 def none(matrix):
@@ -69,7 +70,7 @@ def low_rank(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=True):
 
 
 class LowRank:
-    """ridge -> P^-1, as above, from F: (n, k), or this process's rows of it; diagonal: of K, (n,)."""
+    """ridge -> P^-1, as above, from F: (n, k) float32, or this process's rows of it; diagonal: of K, (n,)."""
 
     def __init__(self, F, diagonal, team=None):
         self.F, self.diagonal, self.team = F, diagonal, team
@@ -93,12 +94,12 @@ class LowRank:
             # comes next, on all cores, took twice as long for it: threads are ours here
             with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
                 t = r[rows] / D[:, None]
-                parts = pool.map(lambda part: self.F[part].T @ t[part], self._parts())
+                parts = pool.map(lambda part: self._F(part).T @ t[part], self._parts())
                 within = _sum(self.team, sum(parts, np.zeros((len(middle[0]), r.shape[1]))))
                 within = cho_solve(middle, within)
 
                 def finish(part):
-                    t[part] -= self.F[part] @ within / D[part, None]
+                    t[part] -= self._F(part) @ within / D[part, None]
                 list(pool.map(finish, self._parts()))
             z = np.zeros((n, r.shape[1]))
             z[rows] = t
@@ -107,14 +108,18 @@ class LowRank:
 
     def _gram(self, D):
         """F^T D^-1 F, its upper half."""
-        out = np.zeros(2 * self.F.shape[1:])
-        for part in self._parts():
-            scaled = self.F[part] / np.sqrt(D[part, None])
-            out += blas.dsyrk(1.0, np.asfortranarray(scaled), trans=1) if scaled.size else 0
+        out = np.zeros(2 * self.F.shape[1:], order="F")
+        for part in self._parts(8 * ROWS):  # few, for a pass over `out` each
+            scaled = self._F(part) * (1 / np.sqrt(D[part, None]))
+            out = blas.dsyrk(1.0, scaled.T, beta=1.0, c=out, overwrite_c=True) if scaled.size else out
         return _sum(self.team, out)
 
-    def _parts(self):
-        return [slice(start, start + ROWS) for start in range(0, len(self.F), ROWS)]
+    def _F(self, part):
+        """These rows of F in float64."""
+        return self.F[part].astype(np.float64)
+
+    def _parts(self, rows=ROWS):
+        return [slice(start, start + rows) for start in range(0, len(self.F), rows)]
 
 
 @lru_cache
@@ -173,7 +178,7 @@ def block(n):
 
 
 def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=True):
-    """F (n, k), k <= rank, with F F^T ~ K, float64: randomly pivoted Cholesky; this process's rows of it.
+    """F (n, k), k <= rank, with F F^T ~ K, float32: randomly pivoted Cholesky; this process's rows of it.
 
     No entry of K decides on a pivot but what is left of the diagonal, and yet F is close to the best of
     its rank. `size` pivots are proposed at a time from one distribution and thinned by rejection on the
@@ -189,7 +194,7 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
     left = matrix.diagonal()
     trace = left.sum()
     rows, count = _rows(team), team.count if team else 1
-    F = np.zeros((len(range(n)[rows]), rank), order="F")  # columns beyond k, not touched, take no memory
+    F = np.zeros((rank, len(range(n)[rows])), np.float32).T  # columns beyond k, not touched, take no memory
     k = 0
     bar = tqdm(total=rank, unit="pivot", desc="preconditioner", disable=quiet or None, leave=False)
     while k < rank and left.sum() > 1e-7 * trace and (worth is None or worth(k, left)):
@@ -198,7 +203,8 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
         F_S, here = np.zeros((len(proposed), k)), proposed % count == (team.index if team else 0)
         F_S[here] = F[proposed[here] // count, :k]
         F_S = _sum(team, F_S)
-        small, columns = columns[proposed] - F_S @ F_S.T, columns[rows] - F[:, :k] @ F_S.T
+        small = columns[proposed] - F_S @ F_S.T
+        columns = columns[rows] - F[:, :k] @ F_S.T.astype(np.float32)
         pivots = _thin(small, left[proposed], rng)
         if not pivots:  # what is left is rounding
             break
@@ -212,7 +218,7 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
         k += len(pivots)
         bar.update(len(pivots))
     bar.close()
-    return F[:, :k]
+    return np.ascontiguousarray(F[:, :k])
 
 
 def _thin(block, left, rng):

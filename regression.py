@@ -16,7 +16,7 @@ Nothing is computed anew for another ridge: K, the preconditioner's look at it, 
 from which the next one starts. A validation split is a leading block of K. Predictions for its other
 rows are K times alpha padded with zeros.
 
-    alpha, f, result = regression.fit(K, K_test, y, [0.01, 0.1, 1.0], fit, held_out, score)
+    alpha, f, result, solver = regression.fit(K, K_test, y, [0.01, 0.1, 1.0], fit, held_out, score)
 
 Proved by: test_all.py, section regression
 """
@@ -42,7 +42,7 @@ class Solver:
     def __init__(self, K, name="lowrank", rank=None, ridges=(), tol=1e-6, c=1, seed=0, max_iters=1000,
                  quiet=True, keep=None, look=None):
         """name: of PRECONDITIONERS.   rank, seed: of low_rank; rank None is what is worth its cost where
-        `ridges` are to be compared and then one is to be solved to `tol`, for c columns.
+        `ridges`, one at least, are to be compared and then one is to be solved to `tol`, for c columns.
         keep: (ridge, tol, y) -> its checkpoint or None.   look: what the preconditioner has seen of K.
         """
         self.K, self.name, self.look, self.diagonal = K, name, look, K.diagonal().mean()
@@ -78,7 +78,7 @@ class Solver:
 
 
 def fit(K, K_test, y, ridges, n_fit, held_out, score, tol=1e-6, **options):
-    """Choose the ridge, solve, predict: alpha (n, c), f (m, c), and the evidence as {name: value}.
+    """Choose the ridge, solve, predict: alpha (n, c), f (m, c), the evidence as {name: value}, and the Solver.
 
     ridges, n_fit, held_out, score: of `choose_ridge`; one ridge needs no choice.   tol: of the solve.
     options: of `Solver`.
@@ -102,10 +102,10 @@ def fit(K, K_test, y, ridges, n_fit, held_out, score, tol=1e-6, **options):
         "step_seconds": info.seconds / max(1, info.iterations),
         "product_bytes_per_second": read and 4 * K.entries * info.products / info.product_seconds,
         "read_bytes_per_second": read and read * K.team.count,
-        "entries": K.entries + K_test.entries, "seconds": seconds}
+        "seconds": seconds}
     if not quiet:
         print(evidence(result, tol))
-    return alpha, f, result
+    return alpha, f, result, solver
 
 
 def evidence(result, tol):

@@ -48,6 +48,7 @@ import fused  # noqa: E402
 import hosts  # noqa: E402
 import kernel  # noqa: E402
 import lazy  # noqa: E402
+import matrix  # noqa: E402
 import model  # noqa: E402
 import pcg  # noqa: E402
 import plan  # noqa: E402
@@ -486,8 +487,8 @@ def test_tiles_belong_to_one_process(symmetric):
     """Every tile is some process's and of no other, shares differ by one tile at most, and a larger
     matrix leaves every tile with the process that had it."""
     def owners(columns, count):
-        teams = [tiles.Team(index, count) for index in range(count)]
-        shares = [list(tiles.TiledMatrix((3, columns), (1, 1), symmetric, {}, team).keys()) for team in teams]
+        teams = [matrix.Team(index, count) for index in range(count)]
+        shares = [list(matrix.TiledMatrix((3, columns), (1, 1), symmetric, {}, team).keys()) for team in teams]
         assert max(map(len, shares)) <= min(map(len, shares)) + 1
         keys = sum(shares, [])
         assert sorted(keys) == sorted((i, j) for j in range(columns) for i in range(
@@ -900,15 +901,15 @@ def test_pcg_checkpoint(tmp_path, capsys):
     """A checkpoint gives back what it was given, to one that asks about the same solve; it is not
     written at every step; a damaged one is said and not used."""
     path, about = str(tmp_path / "solve" / "a.npz"), {"ridge": 0.1, "rows": 5}
-    kept = store.Checkpoint(path, about, tiles.ALONE)
+    kept = store.Checkpoint(path, about, matrix.ALONE)
     assert kept.load() is None
     for step in range(100):
         kept.save({"x": np.full(3, step)}, False)
-    assert store.Checkpoint(path, about, tiles.ALONE).load()["x"][0] < 99
+    assert store.Checkpoint(path, about, matrix.ALONE).load()["x"][0] < 99
     kept.save({"x": np.full(3, 7.5), "history": [1.0]}, True)
-    state = store.Checkpoint(path, about, tiles.ALONE).load()
+    state = store.Checkpoint(path, about, matrix.ALONE).load()
     assert set(state) == {"x", "history"} and (state["x"] == 7.5).all()
-    assert store.Checkpoint(path, {**about, "ridge": 1.0}, tiles.ALONE).load() is None
+    assert store.Checkpoint(path, {**about, "ridge": 1.0}, matrix.ALONE).load() is None
     flip(tmp_path / "solve" / "a.npz")
     assert kept.load() is None and "damaged: this solve starts anew" in capsys.readouterr().out
 
@@ -945,15 +946,16 @@ def test_pcg_plot(tmp_path):
 # ---------------------------------------------------------------------------------- precondition
 
 def test_precondition_partial_cholesky():
-    """Exact on a matrix of its rank; on a real kernel within twice the best error at half its rank."""
+    """On a matrix of its rank right to 1e-5, for F is float32; on a real kernel within twice the best
+    error at half its rank."""
     G = np.random.default_rng(0).normal(size=(200, 30))
-    F = precondition.partial_cholesky(Dense(G @ G.T), 100)
-    assert F.shape[1] == 30 and np.allclose(F @ F.T, G @ G.T)
+    F = precondition.partial_cholesky(Dense(G @ G.T), 100).astype(np.float64)
+    assert F.shape[1] == 30 and np.allclose(F @ F.T, G @ G.T, atol=1e-5 * (G @ G.T).max())
     K = np.asarray(kernel.kernel_fn("fc", "nngp")(digits(500)[0]), np.float64)
     for rank in (20, 100, 300):  # within and beyond one block of pivots
-        F = precondition.partial_cholesky(Dense(K), rank)
+        F = precondition.partial_cholesky(Dense(K), rank).astype(np.float64)
         left = np.diag(K) - np.sum(F**2, axis=1)
-        assert F.shape[1] == rank and left.min() > -1e-6 * K.max()
+        assert F.shape[1] == rank and left.min() > -1e-5 * K.max()
         assert left.sum() < 2 * np.linalg.eigvalsh(K)[:-rank // 2].sum()
 
 
@@ -963,14 +965,14 @@ def test_precondition_low_rank_formula():
     K = spectrum(60, 1e5) * np.outer(*2 * [np.linspace(1, 3, 60)])
     low = precondition.low_rank(Dense(K), 20)
     for n in (60, 45, 11):
-        F, d = low.F[:n], np.diag(K)[:n]
+        F, d = low.F[:n].astype(np.float64), np.diag(K)[:n]
         s2 = np.linalg.svd(F, compute_uv=False)[:20].min() ** 2
         P = F @ F.T + np.diag(s2 * np.sqrt(d / d.mean()) + 1e-3)
         inverse = (low if n == 60 else low.leading(n))(1e-3)(np.eye(n))
         assert np.allclose(inverse @ P, np.eye(n), atol=1e-7) and low.leading(n).rank == min(n, 20)
     assert np.allclose(precondition.low_rank(Dense(np.zeros((3, 3))))(0.5)(np.eye(3)), 2 * np.eye(3))
     F, r = np.random.default_rng(0).normal(size=(5000, 3)), np.random.default_rng(1).normal(size=(5000, 2))
-    z = precondition.LowRank(np.asfortranarray(F), np.ones(5000))(1.0)(r)
+    z = precondition.LowRank(F, np.ones(5000))(1.0)(r)
     s2 = np.linalg.eigvalsh(F.T @ F)[0]
     assert np.allclose(F @ (F.T @ z) + (1 + s2) * z, r)
 
@@ -986,7 +988,7 @@ def threads(count, work):
             total = sum(parts[i] for i in range(count))
             barrier.wait()
             return total
-        out[index] = work(tiles.Team(index, count, all_reduce))
+        out[index] = work(matrix.Team(index, count, all_reduce))
     running = [threading.Thread(target=run, args=(index,)) for index in range(count)]
     [one.start() for one in running], [one.join() for one in running]
     return out
@@ -995,15 +997,15 @@ def threads(count, work):
 @pytest.mark.parametrize("count", [2, 5])
 def test_precondition_rows_by_process(count):
     """Processes that hold their rows of F only, some of them none, have the pivots, the spectrum and the
-    P^-1 of one that holds all, also for a leading block."""
+    P^-1 of one that holds all, also for a leading block, as far as F is: to float32."""
     K, r = spectrum(4 if count == 5 else 61, 1e4), np.random.default_rng(0).normal(size=(61, 3))
     def work(team):
         low = precondition.low_rank(Shared(K, team), 20, size=7)
         return low.F, low.outside, low(1e-3)(r[:len(K)]), low.leading(len(K) // 2)(1e-3)(r[:len(K) // 2])
     alone, = threads(1, work)
     for index, (F, *shared) in enumerate(threads(count, work)):
-        assert np.allclose(F, alone[0][index::count], atol=1e-10)
-        assert all(np.allclose(a, b, rtol=1e-8, atol=1e-10) for a, b in zip(shared, alone[1:]))
+        assert np.allclose(F, alone[0][index::count], atol=1e-6 * np.abs(alone[0]).max())
+        assert all(np.allclose(a, b, atol=1e-5 * np.abs(b).max()) for a, b in zip(shared, alone[1:]))
 
 
 class Shared(Dense):
@@ -1102,7 +1104,7 @@ def test_regression_rounding():
     factor of ten; and no more steps make it smaller."""
     x, fn = digits(300)[0].astype(np.float64), kernel.kernel_fn("fc", "ntk")
     exact = np.asarray(fn(x))
-    K = tiles.TiledMatrix(exact.shape, exact.shape, True, {(0, 0): exact.astype(np.float32)})
+    K = matrix.TiledMatrix(exact.shape, exact.shape, True, {(0, 0): exact.astype(np.float32)})
     y, solver = data.one_hot(digits(300)[1]), regression.Solver(K, rank=60)
     for tol in (1e-9, 1e-12):
         alpha, _ = solver(y, 1e-4, tol)
@@ -1115,7 +1117,7 @@ def test_regression_ridges_that_are_too_small(capsys):
     """A ridge with which K is not positive definite is no candidate, nor is a smaller one; alone, it is an
     error that names a ridge, in the user's terms, that will do."""
     K = spectrum(100, 1e6).astype(np.float16).astype(np.float64)
-    K = tiles.TiledMatrix(K.shape, K.shape, True, {(0, 0): K})
+    K = matrix.TiledMatrix(K.shape, K.shape, True, {(0, 0): K})
     y = np.random.default_rng(0).normal(size=(100, 2))
     lowest = np.linalg.eigvalsh(K.dense())[0] / K.diagonal().mean()
     solver = regression.Solver(K, "none", quiet=False)
@@ -1777,7 +1779,7 @@ def test_hosts_errors():
     for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
         with pytest.raises(ValueError, match="give HOST:PORT of process 0, their number P, and 0 to P - 1"):
             hosts.start(*given)
-    assert hosts.start() == hosts.start("h:1", 1, 0) == tiles.ALONE
+    assert hosts.start() == hosts.start("h:1", 1, 0) == matrix.ALONE
 
 
 def test_hosts_error_in_one_ends_all(tmp_path):

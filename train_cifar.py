@@ -51,7 +51,8 @@ WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "proce
          "predict", "plot")  # not what was computed: not recorded
 
 
-def parse(argv):
+def flags():
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Exact kernel regression with infinitely wide networks on images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -114,6 +115,12 @@ def parse(argv):
     many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; under Slurm, leave out")
     many.add_argument("--processes", type=int, metavar="P", help="how many there are")
     many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")
+    return parser
+
+
+def parse(argv):
+    """The flags, checked against each other; ridge and sizes as lists of numbers."""
+    parser = flags()
     args = parser.parse_args(argv)
     try:
         args.ridge = RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
@@ -139,6 +146,11 @@ def parse(argv):
                      "the network samples; use --kind nngp")
     if args.kind == "both" and args.save:
         parser.error("--save with --kind both: a file holds one model; choose nngp or ntk")
+    if args.plot and os.path.splitext(args.plot)[1] not in pcg.PLOTS:
+        parser.error(f"--plot {args.plot}: expected a name that ends in {', '.join(pcg.PLOTS)}")
+    for path in (args.save, args.plot):
+        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            parser.error(f"{path}: there is no folder {os.path.dirname(os.path.abspath(path))} to write it to")
     return args
 
 
@@ -181,24 +193,19 @@ def main(argv=None):
     results = {kind: {} for kind in kinds}
     for kind, K, K_test in zip(kinds, *matrices):
         for n in args.sizes:
-            blocks = K.leading(n * view.copies), K_test.leading(n * view.copies)
-            here = [block.merged() for block in blocks]
-            targets = y[:n * view.copies]
-            alpha, f, result = regress(args, *here, targets, labels[:n], test_labels,
-                                       partial(checkpoint, args, team, kind, n))
-            if args.variance:
-                result.update(uncertainty(args, *here, kernel_fn(kind), targets, alpha, f, result["ridge"],
-                                          x_test, test_labels))
-            result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
+            blocks = [block.leading(n * view.copies) for block in (K, K_test)]
+            merged, targets = [block.merged() for block in blocks], y[:n * view.copies]
+            alpha, result = experiment(args, kind, merged, targets, (labels[:n], x_test, test_labels),
+                                       kernel_fn(kind))
             result["entries"] = sum(block.entries for block in blocks)
-            result["one_pass"] = args.kind == "both"  # then the kernel's seconds are those of both kinds
+            result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
             result.update(computed(args, n, K, K_test, team, seconds["kernel"]))
             results[kind][n] = result
             if team.index == 0:
                 runs.record(args.out, config(args, kind, n), result, run)
                 print(describe(result), flush=True)
         if args.plot:
-            draw(args, kind, *here[:1], targets, result["ridge"])
+            draw(args, kind, merged[0], targets, result["ridge"])
         if team.index == 0 and on_disk(args):
             shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
     if args.save and team.index == 0:
@@ -268,37 +275,42 @@ def checkpoint(args, team, kind, n, ridge, tol, y):
     """Where this solve keeps its state, in the store if there is one."""
     if not on_disk(args):
         return None
-    about = {"n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()), **{name: getattr(args, name) for name in ("precondition", "rank", "seed")}}
+    about = {"n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()),
+             "precondition": args.precondition, "rank": args.rank, "seed": args.seed}
     name = zlib.crc32(json.dumps(about).encode())
     return store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team)
 
 
-def regress(args, K, K_test, y, labels, test_labels, keep):
-    """Choose the ridge, solve, predict: alpha, and what came of it, as a dict.
+def experiment(args, kind, blocks, y, images, kernel_fn):
+    """Choose the ridge, solve, predict, for one size: alpha, and what came of it, as a dict.
 
+    blocks: K and K_test.   images: (labels, x_test, test_labels).
     The ridge is chosen on the last fifth of the training images, HELD_OUT at most, unaugmented.
     """
+    (K, K_test), (labels, x_test, test_labels) = blocks, images
     n, copies = len(labels), len(y) // len(labels)
     n_fit = n - min(n // 5, HELD_OUT)
     if n_fit == n and len(args.ridge) > 1:
         raise ValueError(f"n_train={n}: choosing among {len(args.ridge)} ridges needs at least 5 images "
                          "for a validation split; give one number with --ridge")
-    alpha, f, result = regression.fit(
+    alpha, f, result, solver = regression.fit(
         K, K_test, y, args.ridge, n_fit * copies, np.arange(n_fit, n) * copies,
         lambda f: float(np.mean(f.argmax(axis=1) == labels[n_fit:])), args.tol,
         name=args.precondition, rank=args.rank, seed=args.seed, max_iters=args.max_iters, quiet=args.quiet,
-        keep=keep)
-    return alpha, f, {"test_accuracy": float(np.mean(f.argmax(axis=1) == test_labels)),
-                      "test_mse": float(np.mean((f - data.one_hot(test_labels)) ** 2)), **result}
-
-
-def uncertainty(args, K, K_test, kernel_fn, y, alpha, f, ridge, x_test, test_labels):
-    """The predictive variance of every test image, and how well it is calibrated."""
-    seconds = {}
-    with runs.phase("variance", seconds):
+        keep=partial(checkpoint, args, K.team, kind, n))
+    result = {"test_accuracy": float(np.mean(f.argmax(axis=1) == test_labels)),
+              "test_mse": float(np.mean((f - data.one_hot(test_labels)) ** 2)), **result,
+              "one_pass": args.kind == "both"}  # then the kernel's seconds are those of both kinds
+    if args.variance:
         prior = lazy.matrix(kernel_fn, x_test, None, 16, quiet=args.quiet, team=K.team).diagonal()
-        solver = regression.Solver(K, args.precondition, args.rank, ridge, 1e-3, regression.COLUMNS, args.seed,
-                                   args.max_iters, args.quiet)
+        result.update(uncertainty(solver, K_test, prior, y, alpha, f, result["ridge"], test_labels))
+    return alpha, result
+
+
+def uncertainty(solver, K_test, prior, y, alpha, f, ridge, test_labels):
+    """The predictive variance of every test image, and how well it is calibrated."""
+    seconds, solver.keep = {}, None  # hundreds of right sides: too much to write after every step
+    with runs.phase("variance", seconds):
         likeliest = regression.scale(y, alpha)
         variance = likeliest * regression.variance(solver, K_test, prior, ridge)
     return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
