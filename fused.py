@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import augment
 import kernel
 
 SHEET = {"cpu": 2**18, "gpu": 2**24}  # elements of a sheet, all pairs: 1 MB stays in cache; 64 MB
@@ -253,9 +254,10 @@ def empty(stages, h, w, step, pairs, states, dtype):
     return [(jnp.zeros(shape, dtype),) * 2 for shape in shapes]
 
 
-def images(stages, ending, full, states, x1, x2):
-    """K or (K, T) at the ending, (n1, n2), and if `full` k(x, x) of the rows and of the columns.
-    Where x2 is None: of x1 with itself, right on and above the diagonal.
+def images(stages, ending, full, states, mirrors, x1, x2):
+    """K or (K, T) at the ending, (n1, mirrors n2), and if `full` k(x, x) of the rows and of the columns.
+    Where x2 is None: of x1 with itself, right on and above the diagonal. mirrors: 1, or 2 for the mirror
+    images of x2 as n2 more columns: what is prepared for them is that of x2, mirrored.
 
     Column blocks of `pairs` images, every row against them, one after the other.
     """
@@ -263,21 +265,22 @@ def images(stages, ending, full, states, x1, x2):
     (n1, h, w, _), n2 = x1.shape, len(x2)
     one_column = len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
     fit = SHEET.get(jax.default_backend(), SHEET["gpu"]) // (h * w * (8 if one_column else w))
-    pairs = 8 * min(max(fit // 8, 1), -(-n2 // 8))
-    step = 0 if one_column else pairs
+    pairs = 8 * min(max(fit // 8, 1), -(-n2 * mirrors // 8))
+    wide = pairs // mirrors  # images of x2 in a block
 
     def prepared(x):
-        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % pairs, *x.shape[1:]))])
-        return lax.map(lambda block: prepare(stages, ending, full, step, block),
-                       x.reshape(-1, pairs, *x.shape[1:]))
-    blocks = prepared(x2)
-    by_image = jax.tree.map(  # (blocks, ..., pairs) -> (images, ..., 1)
-        lambda y: jnp.moveaxis(y, -1, 1).reshape(len(y) * pairs, *y.shape[1:-1], 1),
+        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % wide, *x.shape[1:]))])
+        return lax.map(lambda block: prepare(stages, ending, full, 0 if one_column else wide, block),
+                       x.reshape(-1, wide, *x.shape[1:]))
+    step, blocks = 0 if one_column else pairs, prepared(x2)
+    by_image = jax.tree.map(  # (blocks, ..., wide) -> (images, ..., 1)
+        lambda y: jnp.moveaxis(y, -1, 1).reshape(len(y) * wide, *y.shape[1:-1], 1),
         blocks if symmetric else prepared(x1))
 
     def columns(job):
         block, (x2, stds2, _) = job
-        x2, stds2 = jax.tree.map(lambda y: as_second(y, step), (x2, stds2))
+        x2, stds2 = jax.tree.map(lambda y: as_second(jnp.concatenate([y, y[..., ::-1, :]][:mirrors], axis=-1),
+                                                     step), (x2, stds2))
 
         def row(i, carry):
             out, buffers = carry
@@ -287,27 +290,31 @@ def images(stages, ending, full, states, x1, x2):
             return tuple(o.at[i].set(k) for o, k in zip(out, new)), buffers
         start = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
                  empty(stages, h, w, step, pairs, states, x1.dtype))
-        end = jnp.minimum((block + 1) * pairs, n1) if symmetric else n1
+        end = jnp.minimum((block + 1) * wide, n1) if symmetric else n1
         return lax.fori_loop(0, end, row, start)[0]
-    out = lax.map(columns, (jnp.arange(len(blocks[2])), blocks))
-    out = tuple(jnp.moveaxis(y, 0, 1).reshape(n1, -1)[:, :n2] for y in out)
-    return out, by_image[2][:n1, 0], blocks[2].reshape(-1)[:n2]
+    out = lax.map(columns, (jnp.arange(len(blocks[2])), blocks))  # (blocks, n1, pairs)
+    out = tuple(y.reshape(-1, n1, mirrors, wide).transpose(1, 2, 0, 3).reshape(n1, mirrors, -1)[:, :, :n2]
+                .reshape(n1, -1) for y in out)
+    return out, by_image[2][:n1, 0], jnp.tile(blocks[2].reshape(-1)[:n2], mirrors)
 
 
-def vectors(x1, x2):
-    """K (n1, n2) of vectors, one position with d channels, and k(x, x) as `images` returns them."""
+def vectors(x1, x2, mirror):
+    """K (n1, mirrors n2) of vectors, one position with d channels, and k(x, x) as `images` returns them.
+    mirror: the mirror images of x2, where x2 is None of x1, as vectors; None for none of them."""
     def product(a, b):
         return jnp.matmul(a, b.T, precision="highest") / a.shape[1]
 
-    def gram(x):  # halves of halves: little more than half of the products
+    def gram(x, y):  # k(x_i, y_j) = k(x_j, y_i): halves of halves, little more than half of the products
         if len(x) <= 512:
-            return product(x, x)
-        a, b = x[:len(x) // 2], x[len(x) // 2:]
-        corner = product(a, b)
-        return jnp.block([[gram(a), corner], [corner.T, gram(b)]])
-    x1, x2 = (x if x is None else x.reshape(len(x), -1) for x in (x1, x2))
-    v1, v2 = ((x * x).mean(axis=1) for x in (x1, x1 if x2 is None else x2))
-    return (gram(x1) if x2 is None else product(x1, x2),), v1, v2
+            return product(x, y)
+        half = len(x) // 2
+        corner = product(x[:half], y[half:])
+        return jnp.block([[gram(x[:half], y[:half]), corner], [corner.T, gram(x[half:], y[half:])]])
+    x1, x2, mirror = (x if x is None else x.reshape(len(x), -1) for x in (x1, x2, mirror))
+    seconds = [x1 if x2 is None else x2] + ([] if mirror is None else [mirror])
+    v1, v2 = ((x * x).mean(axis=1) for x in (x1, seconds[0]))
+    K = jnp.concatenate([(gram if x2 is None else product)(x1, y) for y in seconds], axis=1)
+    return (K,), v1, jnp.tile(v2, len(seconds))
 
 
 def scalars(layers, K, T, v1, v2):
@@ -322,23 +329,29 @@ def scalars(layers, K, T, v1, v2):
     return K, T
 
 
-def kernel_fn(name, kind, **options):
+def kernel_fn(name, kind, flips=False, **options):
     """`kernel.kernel_fn`, fast: same arguments, same results, same errors.
 
+    flips: k(x, x') + k(x, f x') in place of k(x, x'), f x' being the mirror image of x' (augment.py).
     Raises ValueError also for a list of layers of another form than (conv, relu) and pool in any
     number, gap or flatten, then dense and relu. Runs on one device, `tiles.gram` on all of them.
     """
     layers = kernel.network(name, **options)
     stages, ending, tail = parse(layers)
     kernel.chosen(kind, None, None)
-    states = 1 if kind in ("nngp", ("nngp",)) else 2
+    states, mirrors = 1 if kind in ("nngp", ("nngp",)) else 2, 1 + bool(flips)
 
     @jax.jit
     def fn(x1, x2=None):
+        given = x1 if x2 is None else x2
         x1, x2 = kernel.as_pair(layers, x1, x2)
-        out, v1, v2 = (vectors(x1, x2) if layers[0][0] == "flatten" else
-                       images(stages, ending, ("relu",) in tail, states, x1, x2))
+        if layers[0][0] == "flatten":
+            mirror = kernel.as_images(layers, augment.mirror(given)) if flips else None
+            out, v1, v2 = vectors(x1, x2, mirror)
+        else:
+            out, v1, v2 = images(stages, ending, ("relu",) in tail, states, mirrors, x1, x2)
         K, T = scalars(tail, out[0], out[1] if len(out) == 2 else jnp.zeros_like(out[0]), v1, v2)
+        K, T = (sum(jnp.split(k, mirrors, axis=1)) for k in (K, T))
         if x2 is None:
             K, T = (jnp.triu(k) + jnp.triu(k, 1).T for k in (K, T))
         return kernel.chosen(kind, K, T)

@@ -106,18 +106,18 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
     return out
 
 
-def main(args, kernel_fn, shape, n):
+def main(args, kernel_fn, shape, n, m):
     """Print the plan of a run with these flags and return it as a dict; see `estimate`.
 
-    args: of train_cifar.py, sizes, tile and rank filled in.   shape: of an image.   n: rows of K.
+    args: of train_cifar.py, sizes and tile filled in.   shape: of an image.   n, m: rows of K and K_test.
     """
     devices, tile = jax.local_devices()[:args.devices], min(args.tile, n)
     per_host, ridges = args.devices or len(devices), len(args.ridge)
-    measured = rate(kernel_fn, shape, tile, devices)
+    measured = args.rate * len(devices) if args.rate else rate(kernel_fn, shape, tile, devices)
     kept = {"none": "nowhere", None: "in memory"}.get(args.store, "on disk")
     product, _ = product_rate({})
     read, write = disk_rates(args.store) if kept == "on disk" else (None, None)
-    out = estimate(n, args.n_test, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
+    out = estimate(n, m, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
                    product, read, write, int(np.prod(shape)), args.n_train, ridges,
                    2 if args.kind == "both" else 1, kept=kept)
     out.update(entries_per_second=measured, product_bytes_per_second=product,
@@ -126,10 +126,11 @@ def main(args, kernel_fn, shape, n):
     disk = f", {read / 1e9:.1f} from disk, written at {write / 1e9:.1f}" if read else ""
     search = f", {ridges} ridges at half that each" if ridges > 1 else ""
     print(f"{args.dataset} {args.kernel} {args.kind}: {n:,} rows ({args.n_train:,} images), "
-          f"{args.n_test:,} test, {args.hosts} x {per_host} devices")
+          f"{m:,} test, {args.hosts} x {per_host} devices")
     for what, text in {
-            "measured": f"{measured:,.0f} entries/s on {len(devices)} x {devices[0].device_kind}, "
-                        f"{product / 1e9:.1f} GB/s of tiles multiplied from memory{disk}",
+            "measured": (f"{args.rate:,.0f} entries/s a device assumed, " if args.rate else
+                         f"{measured:,.0f} entries/s on {len(devices)} x {devices[0].device_kind}, ")
+                        + f"{product / 1e9:.1f} GB/s of tiles multiplied from memory{disk}",
             "kernel": f"{out['entries']:.4g} entries in {out['tiles']:,} tiles of {tile:,}: "
                       + hours(out["kernel_seconds"]),
             "tiles": f"{amount(out['bytes'])} {kept}, {amount(out['bytes_a_host'])} a host",

@@ -40,12 +40,14 @@ class Solver:
     """(y, ridge, tol) -> alpha, info, for one K and one preconditioner of it."""
 
     def __init__(self, K, name="lowrank", rank=None, ridges=(), tol=1e-6, c=1, seed=0, max_iters=1000,
-                 quiet=True, keep=None, look=None):
+                 quiet=True, keep=None, look=None, prior=None):
         """name: of PRECONDITIONERS.   rank, seed: of low_rank; rank None is what is worth its cost where
         `ridges`, one at least, are to be compared and then one is to be solved to `tol`, for c columns.
         keep: (ridge, tol, y) -> its checkpoint or None.   look: what the preconditioner has seen of K.
+        prior: (n,), to whose mean ridges are relative; None is the diagonal of K.
         """
-        self.K, self.name, self.look, self.diagonal = K, name, look, K.diagonal().mean()
+        self.prior = K.diagonal() if prior is None else prior
+        self.K, self.name, self.look, self.diagonal = K, name, look, self.prior.mean()
         self.max_iters, self.quiet, self.keep = max_iters, quiet, keep
         if look is None and name == "lowrank":
             n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.diagonal
@@ -63,7 +65,7 @@ class Solver:
         """The same for the leading n x n block of K."""
         look = self.look.leading(n) if hasattr(self.look, "leading") else None
         return Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet,
-                      keep=self.keep, look=look)
+                      keep=self.keep, look=look, prior=self.prior[:n])
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
         """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, in terms of this ridge."""
@@ -156,7 +158,7 @@ def rounding(solver, y, alpha):
     |dK alpha| ~ ROUNDING mean(diag K) sqrt(n / 3) |alpha|. Steps beyond it fit that noise.
     """
     size = np.linalg.norm(alpha, axis=0) / np.maximum(np.linalg.norm(y, axis=0), 1e-300)
-    return float(ROUNDING * solver.diagonal * np.sqrt(len(y) / 3) * size.max())
+    return float(ROUNDING * solver.K.diagonal().mean() * np.sqrt(len(y) / 3) * size.max())
 
 
 def variance(solver, K_test, prior, ridge, block=COLUMNS):

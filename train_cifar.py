@@ -48,7 +48,7 @@ if fused:
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 HELD_OUT = 5000  # images of the validation split, at most
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
-         "predict", "plot")  # not what was computed: not recorded
+         "predict", "plot", "rate")  # not what was computed: not recorded
 
 
 def flags():
@@ -70,9 +70,15 @@ def flags():
                         "training images, None is all: with N fixed a larger n_train reuses a store's tiles")
     images.add_argument("--zca_eps", type=float, default=0.1,
                         help="regularisation of zca, relative to the mean eigenvalue")
-    images.add_argument("--flips", action="store_true", help="add every image's mirror image")
+    images.add_argument("--flips", nargs="?", const="symmetric", choices=["symmetric", "explicit"],
+                        help="train on every image's mirror image too; symmetric, which --flips alone means: by "
+                        "the kernel k(x, x') + k(x, mirror image of x'), the same predictions from half of the "
+                        "entries; explicit: as more rows")
     images.add_argument("--crops", type=int, default=1,
-                        help="crops an image, the first being itself; padding is height / 8")
+                        help="crops an image to train on, the first being itself; padding is height / 8")
+    images.add_argument("--average", type=int, metavar="N", help="predict also by the mean over N crops of a test "
+                        "image, the first being itself, and unless --flips, where they are equal, of their mirror "
+                        "images; a second accuracy")
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="fc", choices=kernel.NETWORKS)
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
@@ -112,6 +118,8 @@ def flags():
     many.add_argument("--devices", type=int, metavar="D", help="devices of a process; None is every GPU, or "
                       "else every core")
     many.add_argument("--hosts", type=int, default=1, metavar="P", help="of --plan")
+    many.add_argument("--rate", type=float, metavar="R", help="of --plan: kernel entries/s of a device, of all "
+                      "kinds at once, in place of measuring it here")
     many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; under Slurm, leave out")
     many.add_argument("--processes", type=int, metavar="P", help="how many there are")
     many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")
@@ -136,7 +144,7 @@ def parse(argv):
     args.sizes = sorted({*sizes, *([args.n_train] if args.n_train else [])})
     if args.sizes and not 1 <= args.sizes[0] <= args.sizes[-1] <= args.n_train:
         parser.error(f"--sizes {sizes}: expected 1 to n_train={args.n_train}")
-    for flag in ("devices", "hosts", "fit_on", "rank", "max_iters"):
+    for flag in ("devices", "hosts", "fit_on", "rank", "max_iters", "average"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
     if (args.load is None) != (args.predict is None):
@@ -144,6 +152,8 @@ def parse(argv):
     if args.kind != "nngp" and args.variance:
         parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that "
                      "the network samples; use --kind nngp")
+    if args.average and args.variance:
+        parser.error("--variance with --average: choose one; the variance is of single images")
     if args.kind == "both" and args.save:
         parser.error("--save with --kind both: a file holds one model; choose nngp or ntk")
     if args.plot and os.path.splitext(args.plot)[1] not in pcg.PLOTS:
@@ -161,14 +171,14 @@ def main(argv=None):
     if args.load:
         return predict(args)
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
-    options = {} if args.depth is None else {"depth": args.depth}
-    kernel_fn = partial(ENGINES[args.engine], args.kernel, **options)
+    kernel_fn = partial(network_kernel, args.engine, args.kernel, args.depth, args.flips)
     if args.plan:
         shape, n_train, n_test = data.DATASETS[args.dataset]
         n_train, n_test = args.n_train or n_train, args.n_test or n_test
-        rows = n_train * args.crops * (1 + args.flips)
+        rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
         derive(args, (n_train, *shape), n_test, rows)
-        return plan.main(args, kernel_fn(kinds), shape, rows)
+        return plan.main(args, kernel_fn(kinds), shape, rows, n_test * (args.average or 1) * (
+            2 if args.average and not args.flips else 1))
     team = hosts.start(args.coordinator, args.processes, args.process, args.devices)
     args.quiet = args.quiet or team.index > 0
     run, seconds = runs.provenance(team.count), {}
@@ -177,26 +187,29 @@ def main(argv=None):
         (x_train, labels, x_test, test_labels), whiten = load(args)
         support = x_train if args.save else None
         x_train, x_test = whiten(x_train), whiten(x_test)
-        view = augment.expand(len(x_train), args.flips, args.crops, args.seed,
-                              pad=x_train.shape[1] // 8)
+        pad = x_train.shape[1] // 8
+        view = augment.expand(len(x_train), args.flips == "explicit", args.crops, args.seed, pad)
         x, y = view.of(x_train), data.one_hot(labels)[view.original]
+        if args.average:
+            x_test = augment.expand(len(x_test), not args.flips, args.average, args.seed + 1, pad).of(x_test)
 
-    derive(args, x_train.shape, len(x_test), len(x))
+    derive(args, x_train.shape, len(test_labels), len(x))
     if not args.quiet:
         print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
               + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
 
     with runs.phase("kernel", seconds):
         matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
+        priors = scales(args, kinds, matrices[0], x, team)
     del x, x_train  # a gigabyte of CIFAR-10, of no more use but to a matrix that is kept nowhere
 
     results = {kind: {} for kind in kinds}
-    for kind, K, K_test in zip(kinds, *matrices):
+    for kind, K, K_test, prior in zip(kinds, *matrices, priors):
         for n in args.sizes:
             blocks = [block.leading(n * view.copies) for block in (K, K_test)]
             merged, targets = [block.merged() for block in blocks], y[:n * view.copies]
-            alpha, result = experiment(args, kind, merged, targets, (labels[:n], x_test, test_labels),
-                                       kernel_fn(kind))
+            alpha, result = experiment(args, kind, merged, prior[:len(targets)], targets,
+                                       (labels[:n], x_test, test_labels), kernel_fn(kind))
             result["entries"] = sum(block.entries for block in blocks)
             result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
             result.update(computed(args, n, K, K_test, team, seconds["kernel"]))
@@ -205,14 +218,24 @@ def main(argv=None):
                 runs.record(args.out, config(args, kind, n), result, run)
                 print(describe(result), flush=True)
         if args.plot:
-            draw(args, kind, merged[0], targets, result["ridge"])
+            draw(args, kind, merged[0], prior, targets, result["ridge"])
         if team.index == 0 and on_disk(args):
             shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
     if args.save and team.index == 0:
-        about = {name: getattr(args, name) for name in ("kernel", "kind", "depth", "tile")}
+        about = {name: getattr(args, name) for name in ("kernel", "kind", "depth", "flips", "tile")}
         model.save(args.save, model.Model(alpha, support, view, whiten, {**about, **run}))
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
+
+
+def network_kernel(engine, name, depth, flips, kind):
+    """kernel_fn(x1, x2) of these flags; kind: one, or a tuple of them."""
+    options = {} if depth is None else {"depth": depth}
+    if flips != "symmetric":
+        return ENGINES[engine](name, kind, **options)
+    if engine == "fused":
+        return fused.kernel_fn(name, kind, flips=True, **options)
+    return augment.symmetric(ENGINES[engine](name, kind, **options))
 
 
 def load(args):
@@ -230,9 +253,8 @@ def predict(args):
     fitted = model.load(args.load)
     x = fitted.whiten(model.images(args.predict, fitted.support.shape[1:]))
     about = fitted.about
-    options = {} if about["depth"] is None else {"depth": about["depth"]}
-    K = lazy.matrix(ENGINES[args.engine](about["kernel"], about["kind"], **options), x,
-                    fitted.view.of(fitted.whiten(fitted.support)), about["tile"], quiet=args.quiet)
+    kernel_fn = network_kernel(args.engine, about["kernel"], about["depth"], about["flips"], about["kind"])
+    K = lazy.matrix(kernel_fn, x, fitted.view.of(fitted.whiten(fitted.support)), about["tile"], quiet=args.quiet)
     scores, path = K.matvec(fitted.alpha), os.path.join(args.out, "predictions.npy")
     os.makedirs(args.out, exist_ok=True)
     with store.replacing(path) as file:
@@ -259,9 +281,11 @@ def kernels(args, kernel_fn, kinds, x, x_test, team):
                 [lazy.matrix(fn, x_test, x, args.tile, **where) for fn in fns])
     kept = None, None
     if on_disk(args):
-        layers = kernel.network(*kernel_fn.args, **kernel_fn.keywords)
-        depth = sum(layer[0] == "relu" for layer in layers)
+        options = {} if args.depth is None else {"depth": args.depth}
+        depth = sum(layer[0] == "relu" for layer in kernel.network(args.kernel, **options))
         about = {"kernel": args.kernel, "depth": depth, "engine": args.engine, "tile": args.tile}
+        if args.flips == "symmetric":
+            about["flips"] = args.flips  # of the kernel; explicit ones are rows
         rows, test_rows = store.digests(x), store.digests(x_test)
         kept = [tuple(store.create(os.path.join(args.store, f"{part}-{kind}"), {**about, "kind": kind},
                                    *inputs, process=team.index) for kind in kinds)
@@ -269,6 +293,16 @@ def kernels(args, kernel_fn, kinds, x, x_test, team):
     fn = kernel_fn(kinds)
     return (tiles.gram(fn, x, args.tile, store=kept[0], **where),
             tiles.cross(fn, x_test, x, args.tile, store=kept[1], **where))
+
+
+def scales(args, kinds, matrices, x, team):
+    """k(x, x) of each training row for each kind, to whose mean ridges are relative: the diagonal of K, but
+    without the mirror images where those are in the kernel. So a ridge means what it means with explicit
+    ones."""
+    if args.flips != "symmetric":
+        return [K.diagonal() for K in matrices]
+    return [lazy.matrix(network_kernel(args.engine, args.kernel, args.depth, None, kind), x, None, 8,
+                        quiet=args.quiet, team=team).diagonal() for kind in kinds]
 
 
 def checkpoint(args, team, kind, n, ridge, tol, y):
@@ -281,10 +315,10 @@ def checkpoint(args, team, kind, n, ridge, tol, y):
     return store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team)
 
 
-def experiment(args, kind, blocks, y, images, kernel_fn):
+def experiment(args, kind, blocks, prior, y, images, kernel_fn):
     """Choose the ridge, solve, predict, for one size: alpha, and what came of it, as a dict.
 
-    blocks: K and K_test.   images: (labels, x_test, test_labels).
+    blocks: K and K_test.   prior: see `scales`.   images: (labels, x_test, test_labels).
     The ridge is chosen on the last fifth of the training images, HELD_OUT at most, unaugmented.
     """
     (K, K_test), (labels, x_test, test_labels) = blocks, images
@@ -297,33 +331,36 @@ def experiment(args, kind, blocks, y, images, kernel_fn):
         K, K_test, y, args.ridge, n_fit * copies, np.arange(n_fit, n) * copies,
         lambda f: float(np.mean(f.argmax(axis=1) == labels[n_fit:])), args.tol,
         name=args.precondition, rank=args.rank, seed=args.seed, max_iters=args.max_iters, quiet=args.quiet,
-        keep=partial(checkpoint, args, K.team, kind, n))
+        keep=partial(checkpoint, args, K.team, kind, n), prior=prior)
+    mean, f = (f.reshape(len(test_labels), -1, f.shape[1])[:, part] for part in (slice(None), 0))
+    if args.average:
+        result["test_accuracy_averaged"] = float(np.mean(mean.mean(axis=1).argmax(axis=1) == test_labels))
     result = {"test_accuracy": float(np.mean(f.argmax(axis=1) == test_labels)),
               "test_mse": float(np.mean((f - data.one_hot(test_labels)) ** 2)), **result,
               "one_pass": args.kind == "both"}  # then the kernel's seconds are those of both kinds
     if args.variance:
-        prior = lazy.matrix(kernel_fn, x_test, None, 16, quiet=args.quiet, team=K.team).diagonal()
-        result.update(uncertainty(solver, K_test, prior, y, alpha, f, result["ridge"], test_labels))
+        k_test = lazy.matrix(kernel_fn, x_test, None, 16, quiet=args.quiet, team=K.team).diagonal()
+        result.update(uncertainty(solver, K_test, k_test, y, alpha, f, result["ridge"], test_labels))
     return alpha, result
 
 
-def uncertainty(solver, K_test, prior, y, alpha, f, ridge, test_labels):
-    """The predictive variance of every test image, and how well it is calibrated."""
+def uncertainty(solver, K_test, k_test, y, alpha, f, ridge, test_labels):
+    """The predictive variance of every test image, and how well it is calibrated.  k_test: k(x, x) of each."""
     seconds, solver.keep = {}, None  # hundreds of right sides: too much to write after every step
     with runs.phase("variance", seconds):
         likeliest = regression.scale(y, alpha)
-        variance = likeliest * regression.variance(solver, K_test, prior, ridge)
+        variance = likeliest * regression.variance(solver, K_test, k_test, ridge)
     return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
             "variance_seconds": round(seconds["variance"], 3),
             **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
 
 
-def draw(args, kind, K, y, ridge):
+def draw(args, kind, K, prior, y, ridge):
     """--plot: the same system by every preconditioner."""
     infos = {}
     for name in regression.PRECONDITIONERS:
         solver = regression.Solver(K, name, args.rank, ridge, args.tol, y.shape[1], args.seed, args.max_iters,
-                                   args.quiet)
+                                   args.quiet, prior=prior)
         infos[name] = solver(y, ridge, args.tol)[1]
     if K.team.index == 0:
         path = args.plot if args.kind != "both" else f"-{kind}".join(os.path.splitext(args.plot))
@@ -357,6 +394,8 @@ def describe(result):
             f"CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
             + {0: "no entry computed, ", None: "K computed in every product, "}.get(
                 result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s, ")
+            + (f"averaged over crops {100 * result['test_accuracy_averaged']:.2f} %, "
+               if "test_accuracy_averaged" in result else "")
             + (f"nll {result['test_nll']:.3f}, ece {result['test_ece']:.3f}, " if "test_nll" in result else "")
             + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
             + f", peak memory {result['peak_memory_gb']:.1f} GB")
