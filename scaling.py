@@ -33,7 +33,7 @@ from scipy.special import digamma
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10"]
 CURVE = ("dataset", "kernel", "kind", "depth", "whiten", "zca_eps", "flips", "crops", "n_test")
-SAME = (*CURVE, "fit_on", "n_train")
+SAME = (*CURVE, "n_train")
 POWERS = np.arange(1, 401) / 200  # what b may be
 FEW = 100  # test images; runs with fewer measure cost, and their accuracy is nobody's business
 
@@ -46,8 +46,7 @@ def load(path):
             try:
                 run = json.loads(line)
                 config = run["config"]
-                config.setdefault("fit_on", None)  # the flag is younger than the first runs
-                config["flips"] = {False: None, True: "explicit"}.get(config["flips"], config["flips"])
+                config["flips"] = bool(config["flips"])  # symmetric and explicit ones: the same predictions
                 fixed = () if run.get("validation") else (run["ridge"], config.get("rank"))
                 key = tuple(config[name] for name in SAME) + fixed
                 groups.setdefault(key, {})[config["seed"]] = run
@@ -143,21 +142,38 @@ def laws(groups, dataset):
     return table(["kernel", "n", "test images", "a", "b", "c"], rows)
 
 
+def augmentation(groups, dataset):
+    """Accuracy of the same images in more and more copies, crops x mirror images; a row for each kernel and n."""
+    found = {}
+    for runs in groups:
+        config = runs[0]["config"]
+        if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0].get("validation"):
+            key = tuple(1 if k == "crops" else k != "flips" and config[k] for k in CURVE), config["n_train"]
+            found.setdefault(key, {})[config["crops"], config["flips"]] = percent(
+                [1 - run["test_accuracy"] for run in runs])
+    found = {key: copies for key, copies in found.items() if any(crops > 1 for crops, _ in copies)}
+    columns = sorted({key for copies in found.values() for key in copies})
+    return table(["kernel", "n", "test images", *(f"{crops}{' × 2' if flips else ''}" for crops, flips in columns)], [
+        [name(key), f"{n:,}", f"{key[-1]:,}", *(copies.get(column, "") for column in columns)]
+        for (key, n), copies in found.items()])
+
+
 def results(groups, dataset):
-    """A row for each experiment that is no point of such a curve, or its largest."""
+    """A row for each experiment that is no point of such a curve, or its largest, nor has crops."""
     in_curve = curves(groups, 3)
     rows = []
     for runs in sorted(groups, key=lambda runs: (KERNELS.index(runs[0]["config"]["kernel"]), *(
-            runs[0]["config"][k] for k in ("n_train", "kind", "crops")), str(runs[0]["config"]["flips"]))):
+            runs[0]["config"][k] for k in ("n_train", "kind", "crops", "flips")))):
         config = runs[0]["config"]
         key = tuple(config[k] for k in CURVE)
         if config["dataset"] != dataset or config["n_test"] < FEW or (
-                runs[0].get("validation") and config["n_train"] < max(in_curve.get(key, [0]))):
+                runs[0].get("validation") and (
+                    config["crops"] > 1 or config["n_train"] < max(in_curve.get(key, [0])))):
             continue
         ridges = sorted({run["ridge"] for run in runs})
         at_once = [run for run in runs
                    if run.get("entries_computed", run.get("entries")) == run.get("entries")]
-        copies = runs[0]["rows"] // config["n_train"] if "rows" in runs[0] else config["crops"]
+        copies = config["crops"] * (1 + config["flips"])
 
         def median(value, runs=runs):
             return f"{statistics.median(value(run) for run in runs):.0f}" if runs else "–"
@@ -244,7 +260,7 @@ def digest(found):
 
 def filled(text, groups, dataset):
     """The README with every <!-- NAME: written by scaling.py --> ... <!-- end of NAME --> filled anew."""
-    for part in (results, learning, laws, cost):
+    for part in (results, learning, laws, augmentation, cost):
         begin, end = f"<!-- {part.__name__}: written by scaling.py -->", f"<!-- end of {part.__name__} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"README.md needs the markers {begin} and {end}, once each")

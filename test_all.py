@@ -1969,15 +1969,18 @@ def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
 
 
 def test_scaling_tables_of_known_runs(tmp_path, capsys):
-    """Two seeds of one experiment are one row, mean ± sd; sizes are a curve; runs with few test images are
-    cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
+    """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
+    same; copies of the same images are a row; runs with few test images are cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
     runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
     lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
              fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
-             *(fake_run(n, 1 - n**-0.25, kernel="cnn_vec", flips=True) for n in (100, 200, 400))]
+             *(fake_run(n, 1 - n**-0.25, kernel="cnn_vec", flips=True) for n in (100, 200)),
+             fake_run(400, 1 - 400**-0.25, kernel="cnn_vec", flips="symmetric", fit_on=500),
+             fake_run(1000, 0.54, crops=2, flips="explicit"), fake_run(1000, 0.56, 1, crops=2, flips="symmetric")]
     runs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page.write_text("above" + "".join(f"\n<!-- {part}: written by scaling.py -->\nold\n<!-- end of {part} -->"
-                                      for part in ("results", "learning", "laws", "cost")) + "\nbelow\n")
+                                      for part in ("results", "learning", "laws", "augmentation", "cost"))
+                    + "\nbelow\n")
     paths = ["--runs", str(runs), "--readme", str(page)]
     assert scaling.main([*paths, "--check"]) == 1 and "old" in page.read_text()
     assert scaling.main(paths) == 0 and scaling.main([*paths, "--check"]) == 0
@@ -1985,6 +1988,8 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert "| fc NTK | 1,000 | 10,000 | 2 | 51.00 ± 1.41 | 0.1 | 7 | 2 | 7 | 1.5 |" in text
     assert "| n | cnn_vec NTK, flips |" in text and "| 400 | 77.64 |" in text
     assert "| cnn_vec NTK, flips | 100 … 400 | 10,000 | 1 | 0.25 | 0 |" in text
+    assert "| kernel | n | test images | 1 | 2 × 2 |" in text
+    assert "| fc NTK | 1,000 | 10,000 | 51.00 ± 1.41 | 55.00 ± 1.41 |" in text
     assert re.search(r"\| fc NTK: kernel, s \| 0.02 \| 0.2 \| 2 \| 1.00 \|", text)
     assert text.startswith("above") and text.endswith("below\n")
     (tmp_path / "curves.svg").write_text("another")
