@@ -1,7 +1,7 @@
 """Files -> checked protein sequences: FLIP's GB1 benchmark, its full landscape, and one made here.
 
-  one_vs_rest, two_vs_rest, three_vs_rest, low_vs_high, sampled     FLIP (Dallago et al. 2021): 8,733 variants of GB1, 4
-             of 265 residues vary; train, validation (rows of train) and test as FLIP's files say
+  one_vs_rest, two_vs_rest, three_vs_rest, low_vs_high, sampled     FLIP (Dallago et al. 2021): 8,733 variants of
+             GB1, 4 of 265 residues vary; train, validation (rows of train) and test as FLIP's files say
   landscape  every variant that Wu et al. 2016 measured, 149,361: a random fifth is test, always the same one; the
              others in an order drawn by `seed`, so that a smaller training set is the first rows of a larger one
   made       1,296 sequences of 4 residues out of 6, known exactly, no file: target = sum over positions of a table
@@ -9,15 +9,19 @@
              two sums are then uncorrelated: of the target's variance the share `MADE_LINEAR` is the most that a model
              without interactions can explain.
 
-Rows come in the order fitted, held out (validation), test. Encodings put numbers to residues, (n, length, channels):
+Rows come in the order fitted, held out (validation), test. An encoding puts numbers to residues, (n, length, 20):
 
-  onehot     20 channels, one of them 1: two residues are alike or they are not
-  blosum     rows of a square root of BLOSUM62 (Henikoff & Henikoff 1992): <x_a, x_b> is how readily evolution
-             puts b for a
-  centred    onehot minus its mean over the training rows at that position
+  onehot     one channel is 1: two residues are alike or they are not
+  blosum     <x_a, x_b> of residues a and b is the cosine that the positive part of BLOSUM62 (Henikoff & Henikoff
+             1992) gives them: how readily evolution puts one for the other
+  centred    onehot minus its mean over the training rows, at each position
 
 of the positions that vary, and no others: 261 equal residues of 265 would push every cosine above 0.98.
 Where lengths differ every position counts, and shorter sequences end in zeros, which kernel.py masks.
+
+A regression on targets y may be one on a monotone function of them, of mean 0 and variance 1 on the training rows:
+
+  raw   y      log   log(y - min y + sd(y) / 100), effects that multiply      rank   normal scores of y's ranks
 
     split = proteins.load("two_vs_rest", "protein");  x = proteins.encode(split.sequences, "onehot", split.n_train)
 
@@ -32,11 +36,13 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm, rankdata
 
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
 FLIP = ("one_vs_rest", "two_vs_rest", "three_vs_rest", "low_vs_high", "sampled")
 SPLITS = ("made", *FLIP, "landscape")
 ENCODINGS = ("onehot", "blosum", "centred")
+TARGETS = ("raw", "log", "rank")
 FILES = {  # the archive and the table in it
     **{split: ("flip_gb1_splits.zip", f"splits/{split}.csv") for split in FLIP},
     "landscape": ("flip_gb1_four_mutations_full_data.csv.zip", "four_mutations_full_data.csv")}
@@ -64,8 +70,8 @@ def load(name, folder=None, seed=0):
     """The Split named above.
 
     folder: holds the archives of FILES, or their tables (in `splits` or beside).   seed: of `landscape`, `made`.
-    Raises ValueError: unknown name; with its line, a residue, target, set or empty sequence that is none; a
-    column that is not there; targets that are all the same.   FileNotFoundError: a file that is not there.
+    Raises ValueError: unknown name; with its line, a residue, target or set that is none, an empty sequence; a
+    column that is not there; targets all the same.   FileNotFoundError: a file that is not there.
     """
     if name not in SPLITS:
         raise ValueError(f"split {name!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -82,8 +88,7 @@ def load(name, folder=None, seed=0):
     if not sizes[0] or not sizes[2]:
         raise ValueError(f"{name} has {sizes[0]} rows to fit, {sizes[1]} to validate and {sizes[2]} to test; "
                          "expected some to fit and some to test")
-    split = Split([sequences[i] for i in order], targets[order], int(sizes[0]), int(sizes[:2].sum()))
-    return _vary(split, name)
+    return Split([sequences[i] for i in order], targets[order], int(sizes[0]), int(sizes[:2].sum()))
 
 
 def _shuffled(sequences, targets, seed):
@@ -91,14 +96,7 @@ def _shuffled(sequences, targets, seed):
     order = np.random.default_rng(0).permutation(len(targets))
     test, train = np.split(order, [len(order) // 5])
     order = np.concatenate([train[np.random.default_rng(seed).permutation(len(train))], test])
-    return _vary(Split([sequences[i] for i in order], targets[order], len(train) - len(train) // 5, len(train)), "it")
-
-
-def _vary(split, name):
-    if np.ptp(split.targets[:split.n_fit]) == 0:
-        raise ValueError(f"the {split.n_fit} targets of {name} to fit are all {split.targets[0]:g}: there is nothing "
-                         "to learn; is it the right column?")
-    return split
+    return Split([sequences[i] for i in order], targets[order], len(train) - len(train) // 5, len(train))
 
 
 def _made(letters=6, length=4):
@@ -137,6 +135,8 @@ def _columns(name, folder, target, *others):
             rest.append([row[other] for other in others])
     if not sequences:
         raise ValueError(f"{path} has no row below its header")
+    if len(set(targets)) == 1:
+        raise ValueError(f"{path}, lines 2 to {line}: every {target} is {targets[0]:g}; there is nothing to learn")
     return sequences, np.array(targets), *(np.array(column) for column in zip(*rest))
 
 
@@ -171,9 +171,10 @@ def _table(name, folder):
 
 
 def encode(sequences, encoding, n_train):
-    """(n, length, channels) float32 of the positions that vary; shorter sequences end in zeros.
+    """(n, length, 20) float32 of the positions that vary; shorter sequences end in zeros.
 
-    n_train: over how many of the first rows `centred` takes its mean; whether a position varies is asked of all.
+    n_train: over how many of the first rows `centred` takes its mean, and asks whether a position varies, for one
+    that does not becomes zeros; else this is asked of all rows.
     Raises ValueError: unknown encoding; no position varies; centred sequences of several lengths.
     """
     if encoding not in ENCODINGS:
@@ -182,9 +183,10 @@ def encode(sequences, encoding, n_train):
     longest = int(lengths.max())
     codes = np.frombuffer("".join(s.ljust(longest) for s in sequences).encode(), np.uint8).reshape(-1, longest)
     if lengths.min() == longest:
-        codes = codes[:, (codes != codes[:1]).any(axis=0)]
+        asked = codes[:n_train] if encoding == "centred" else codes
+        codes = codes[:, (asked != codes[:1]).any(axis=0)]
         if not codes.shape[1]:
-            raise ValueError(f"all {len(codes)} sequences are the same: no position varies")
+            raise ValueError(f"all {len(asked)} sequences are the same: no position varies")
     elif encoding == "centred":
         raise ValueError(f"centred sequences of {lengths.min()} to {longest} residues: positions of different "
                          "lengths are not comparable; take onehot or blosum")
@@ -202,3 +204,24 @@ def blosum():
     S, V = np.linalg.eigh(B + np.tril(B, -1).T)
     root = V * np.sqrt(np.maximum(S, 0))
     return root / np.linalg.norm(root, axis=1, keepdims=True)
+
+
+def transform(name, y):
+    """(forward, inverse): the function of TARGETS fitted on y (n,), and the way back, both (m,) -> (m,).
+
+    Beyond the range of y, `log` takes less than min y for min y, and `rank` is constant both ways.
+    Raises ValueError: unknown name; y all the same.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"target {name!r} is unknown; choose one of {', '.join(TARGETS)}")
+    if np.ptp(y) == 0:
+        raise ValueError(f"the {len(y)} training targets are all {y[0]:g}: there is nothing to learn")
+    low, floor = y.min(), y.std() / 100
+    values, where = np.unique(y, return_index=True)
+    scores = norm.ppf((rankdata(y) - 0.5) / len(y))[where]
+    there, back = {
+        "raw": (lambda y: y, lambda z: z),
+        "log": (lambda y: np.log(np.maximum(y - low, 0) + floor), lambda z: np.exp(z) - floor + low),
+        "rank": (lambda y: np.interp(y, values, scores), lambda z: np.interp(z, scores, values))}[name]
+    mean, sd = there(y).mean(), there(y).std()
+    return lambda y: (there(y) - mean) / sd, lambda z: back(z * sd + mean)
