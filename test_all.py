@@ -54,15 +54,19 @@ import model  # noqa: E402
 import pcg  # noqa: E402
 import plan  # noqa: E402
 import precondition  # noqa: E402
+import proteins  # noqa: E402
 import regression  # noqa: E402
 import scaling  # noqa: E402
 import store  # noqa: E402
 import tiles  # noqa: E402
 import train_cifar  # noqa: E402
+import train_protein  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CIFAR = os.path.join(HERE, "..", "shared", "data", "cifar10", "cifar-10-batches-bin")
 KILLS = int(os.environ.get("KILLS", 3))  # of each test that kills; 20 of them take two minutes
+GB1 = os.path.join(HERE, "..", "shared", "data", "protein")
+needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 is not beside the project")
 needs_cifar = pytest.mark.skipif(not os.path.exists(CIFAR), reason="CIFAR-10 is not beside the project")
 both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
 every_network = pytest.mark.parametrize("name", kernel.NETWORKS)
@@ -225,6 +229,81 @@ def test_kernel_is_the_limit_of_wide_networks(name, options):
         assert (np.abs(samples.mean(axis=0) - K) < error).all()
 
 
+PEPTIDES = ["M", "GIVEQCCTSICSLYQLENYCN", "NLYIQWLKDGGPSSGRPPPS"]  # one residue, insulin's A chain, Trp-cage
+every_sequence_network = pytest.mark.parametrize("name", kernel.SEQUENCES)
+
+
+def recursion(layers, x, y):
+    """NNGP and NTK of two sequences without padding, (l, channels) and (l', channels), in plain loops."""
+    K, T = {(a, b): u @ v.T / u.shape[1] for a, u in enumerate((x, y)) for b, v in enumerate((x, y))}, 0
+    for name, *std in layers:
+        v = [np.diag(K[a, a]) if np.ndim(K[a, a]) else K[a, a] for a in (0, 1)]
+        if name == "relu":
+            c = {key: np.clip(K[key] / np.sqrt(np.multiply.outer(v[key[0]], v[key[1]])), -1, 1) for key in K}
+            T = (np.pi - np.arccos(c[0, 1])) / (2 * np.pi) * T
+            K = {key: np.sqrt(np.multiply.outer(v[key[0]], v[key[1]])) / (2 * np.pi)
+                 * (np.sqrt(1 - c[key]**2) + (np.pi - np.arccos(c[key])) * c[key]) for key in K}
+        elif name in ("dense", "conv1d"):
+            def mean(k):
+                if name == "dense" or np.ndim(k) == 0:
+                    return k
+                return np.array([[sum(k[p + d, q + d] for d in (-1, 0, 1) if 0 <= p + d < k.shape[0]
+                                      and 0 <= q + d < k.shape[1]) / 3
+                                  for q in range(k.shape[1])] for p in range(k.shape[0])])
+            K = {key: std[0]**2 * mean(k) + std[1]**2 for key, k in K.items()}
+            T = K[0, 1] + std[0]**2 * mean(T)
+        elif name == "gap":
+            K, T = {key: k.mean() for key, k in K.items()}, np.mean(T)
+        elif name == "flatten":
+            def own(k):
+                return sum(k[p, p] for p in range(min(k.shape))) / np.sqrt(k.shape[0] * k.shape[1])
+            T = own(T) if np.ndim(T) else T
+            K = {key: own(k) for key, k in K.items()}
+    return K[0, 1], T
+
+
+@every_sequence_network
+def test_kernel_of_sequences_is_neural_tangents(name):
+    """K of sequences of one length is neural_tangents', to 1e-10 in float64 and 1e-5 in float32."""
+    x1, x2 = np.random.default_rng(0).normal(size=(2, 3, 6, 4))
+    options = {"depth": 1, "w_std": 1.3, "b_std": 0.4}
+    fn = kernel.kernel_fn(name, kernel.KINDS, **options)
+    for K, K32, expected in zip(fn(x1, x2), fn(x1.astype(np.float32), x2.astype(np.float32)),
+                                reference(name, kernel.KINDS, x1, x2, **options)):
+        assert relative_error(K, expected) < 1e-10 and relative_error(K32, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name, options", [("seq_cnn", {"depth": 1}), ("seq_cnn_gap", {"depth": 2, "b_std": 0.4})],
+                         ids=str)
+def test_kernel_of_peptides_is_neural_tangents(name, options):
+    """Real sequences of different lengths, one residue among them, against neural_tangents' masks; its flatten
+    divides by the length of the array, ours by the geometric mean of theirs."""
+    x, lengths = proteins.encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
+    means = x.shape[1] / np.sqrt(lengths[:, None] * lengths[None]) if name == "seq_cnn" else np.ones((1, 1))
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
+        for K, expected in zip(kernel.kernel_fn(name, kernel.KINDS, **options)(x.astype(dtype)),
+                               reference(name, kernel.KINDS, x, x[::-1].copy(), **options)):
+            off = np.abs(np.asarray(K, np.float64) / (expected[:, ::-1] * means) - 1)
+            assert off[~np.eye(3, dtype=bool)].max() < tolerance
+            assert np.diag(off).max() < max(tolerance, 3e-8)  # neural_tangents' rounding of c = 1
+
+
+@pytest.mark.parametrize("name, options", [(name, options) for name in kernel.SEQUENCES for options in (
+    {"depth": 1}, {"depth": 3, "w_std": 1.2, "b_std": 0.5})], ids=str)
+def test_kernel_of_sequences_in_plain_loops(name, options):
+    """Every pair of peptides is the recursion in loops over their own positions to 1e-10, so that padding changes
+    nothing, bias or not; and K is positive definite."""
+    x = proteins.encode(PEPTIDES, "blosum", 0).astype(np.float64)
+    own, layers = [z[:len(s)] for z, s in zip(x, PEPTIDES)], kernel.network(name, **options)
+    fn = kernel.kernel_fn(name, kernel.KINDS, **options)
+    padded = fn(np.pad(x, ((0, 0), (0, 7), (0, 0))))
+    for k, (K, K_padded) in enumerate(zip(fn(x), padded)):
+        expected = np.array([[recursion(layers, a, b)[k] for b in own] for a in own])
+        assert relative_error(K, expected) < 3e-8 and relative_error(K_padded, np.asarray(K)) < 1e-12
+        assert relative_error(np.triu(K, 1)[0, 1:], expected[0, 1:]) < 1e-10
+        assert np.linalg.eigvalsh(K)[0] > 1e-3 * np.trace(K) / 3
+
+
 def test_kernel_arccos():
     """kappa0 and kappa1 are NumPy's to 2e-7 in float32 and 2e-15 in float64; at and beyond 1 too."""
     for dtype, tolerance in ((np.float32, 2e-7), (np.float64, 2e-15)):
@@ -272,6 +351,9 @@ def test_kernel_inputs():
     (lambda: kernel.kernel_fn([("gap",), ("tanh",)], "ntk"), "tanh.*expected"),
     (lambda: kernel.kernel_fn([("dense", 1.0), ("gap",)], "ntk"), r"\('dense', 1.0\).*w_std, b_std"),
     (lambda: kernel.kernel_fn([("relu",)], "ntk"), "at least once"),
+    (lambda: kernel.kernel_fn([("conv1d", 1.0, 0.0), ("gap",)], "ntk"), r"sequences begins with \(\"mask\",\)"),
+    (lambda: kernel.kernel_fn([("mask",), ("pool",), ("gap",)], "ntk"), "sequences .* no pool"),
+    (lambda: kernel.kernel_fn("seq_cnn", "ntk")(np.ones((3, 9))), r"\(3, 9\).*sequences \(n, length, channels\)"),
     (lambda: kernel.kernel_fn(kernel.network("fc"), "ntk", depth=2), "a list of layers has its own"),
 ])
 def test_kernel_errors(call, words):
@@ -317,6 +399,22 @@ def test_fused_black_images(name):
         assert relative_error(fast, exact) < 1e-5
     for K in fused.kernel_fn(name, kernel.KINDS)(x):
         assert np.isfinite(K).all() and not K[1].any()
+
+
+@pytest.mark.parametrize("name, tail", [("seq_fc", 0), ("seq_cnn", 0), ("seq_cnn_gap", 2)])
+def test_fused_sequences(name, tail, monkeypatch):
+    """Sequences of 1 to 21 residues with bias, several blocks of columns: kernel.py to 1e-5; also with a relu
+    after the ending, which reads k(x, x)."""
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
+    x = proteins.encode(PEPTIDES * 4, "blosum", 0)
+    x[3:] *= np.random.default_rng(0).uniform(0.5, 1, size=x[3:].shape).astype(np.float32)
+    layers = [*kernel.network(name, depth=2, b_std=0.5), ("relu",), ("dense", 1.1, 0.3)]
+    layers = layers[:len(layers) - 2 + tail]
+    for fast, exact in both_engines(layers, x):
+        assert relative_error(fast, exact) < 1e-5 and np.array_equal(fast, fast.T)
+    assert relative_error(fused.kernel_fn(layers, "ntk")(x[:2], x[1:]), exact[:2, 1:]) < 1e-5
+    with pytest.raises(ValueError, match="only images have mirror images"):
+        fused.kernel_fn(name, "ntk", flips=True)
 
 
 @needs_cifar

@@ -135,7 +135,7 @@ def main(argv=None):
             print(describe(result), flush=True)
             results[kind][n] = result
     if args.split == "made" and not args.quiet:
-        print(f"These sequences are made: a linear model explains {100 * proteins.MADE_LINEAR:.0f} % of their variance "
+        print(f"These sequences are made; a linear model explains {100 * proteins.MADE_LINEAR:.0f} % of the variance "
               "at most. For a real protein: --split two_vs_rest --data DIR; --help says what DIR must hold")
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
