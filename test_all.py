@@ -2028,17 +2028,16 @@ def test_proteins_sizes_store_and_kinds(tmp_path):
     """A size is its own run, on blocks of one kernel; tiles that are kept, or none, or both kinds in one pass give
     the same; and the sizes are a curve that scaling.py fits and draws."""
     flags = ["--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc", "--tile", "32", "--n_test", "120"]
-    sizes = protein(tmp_path, *flags, "--sizes", "50,100,200", "--kind", "both", "--store", str(tmp_path / "K"))
-    for kind in kernel.KINDS:
-        for n in (50, 200):
-            alone = protein(tmp_path / "alone", *flags, "--n_train", str(n), "--kind", kind, *(
-                ["--store", "none"] if n == 50 else ["--store", str(tmp_path / "K")] if kind == "ntk" else []))
-            assert alone["config"] == sizes[kind][n]["config"] and alone["ridge"] == sizes[kind][n]["ridge"]
-            assert abs(alone["test_rmse"] - sizes[kind][n]["test_rmse"]) < 1e-5
+    sizes = protein(tmp_path, *flags, "--sizes", "25,50,100", "--kind", "both", "--store", str(tmp_path / "K"))
+    for kind, n, kept in (("nngp", 100, []), ("ntk", 100, ["--store", str(tmp_path / "K")]),
+                          ("ntk", 50, ["--store", "none"])):
+        alone = protein(tmp_path / "alone", *flags, "--n_train", str(n), "--kind", kind, *kept)
+        assert alone["config"] == sizes[kind][n]["config"] and alone["ridge"] == sizes[kind][n]["ridge"]
+        assert abs(alone["test_rmse"] - sizes[kind][n]["test_rmse"]) < 1e-5
     path = tmp_path / "curve.png"
     assert scaling.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "made", "--figure", str(path)]) == 0
     curve = scaling.curves(scaling.load(tmp_path / "runs.jsonl"))
-    assert [points[200] for points in curve.values()] == [[1 - sizes[kind][200]["test_spearman"]]
+    assert [points[100] for points in curve.values()] == [[1 - sizes[kind][100]["test_spearman"]]
                                                           for kind in kernel.KINDS]
 
 
@@ -2083,8 +2082,8 @@ def test_proteins_commands(capsys):
     assert len(shown) >= 4
     for command in shown:
         train_protein.parse(command.split())
-    for flags, words in ((["--ridge", "often"], "--ridge and --sizes take numbers"), (["--ridge", "-1"], "numbers >= 0"),
-                         (["--kind", "ntk", "--variance"], "use --kind nngp"), (["--tile", "0"], "at least 1"),
+    for flags, words in ((["--ridge", "often"], "--ridge and --sizes take numbers"),
+                         (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"), (["--tile", "0"], "at least 1"),
                          (["--split", "sampled", "--sizes", "9"], "FLIP says which rows to train on")):
         with pytest.raises(SystemExit):
             train_protein.parse(flags)
@@ -2484,6 +2483,29 @@ def test_benchmark(benchmark, name, kind, engine):
         n = min(n, key=seconds_per_entry)
     benchmark.extra_info["n"] = n
     K = time_it(benchmark, call(n), "entries", n * n)
+    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
+
+
+@every_sequence_network
+@both_kinds
+@pytest.mark.parametrize("length, engine", [(length, engine) for length in (4, 56)
+                                            for engine in ("fused", "neural_tangents")])
+def test_benchmark_sequences(benchmark, name, kind, length, engine):
+    """Seconds for a block of n x n entries of two different sets of sequences of 20 letters, float32: the positions
+    of GB1 that vary, and all of its domain; devices as above."""
+    if benchmark.disabled and (length, kind) != (4, "nngp"):
+        pytest.skip("one length shows that it runs; --benchmark-only times both")
+    benchmark.group = f"{name} {kind}, {length} residues"
+    n = {4: {"fused": 2048, "neural_tangents": 512}, 56: {"fused": 256, "neural_tangents": 32}}[length][engine]
+    n = 3 if benchmark.disabled else 8 if (name, n) == ("seq_cnn_gap", 32) else n
+    fn = {"fused": fused.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](name, kind)
+    x1, x2 = np.eye(20, dtype=np.float32)[np.random.default_rng(0).integers(0, 20, (2, n, length))]
+
+    def call():
+        if engine == "fused":
+            return tiles.cross(fn, x1, x2, -(-n // 2), jax.local_devices()[:os.cpu_count()], quiet=True).dense()
+        return fn(x1, x2).block_until_ready()
+    K = time_it(benchmark, call, "entries", n * n)
     assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
 
 

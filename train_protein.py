@@ -17,6 +17,7 @@ rows are fitted, and the test rows are looked at once. proteins.py says what the
 
 import argparse
 import os
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -159,9 +160,15 @@ def derive(args, split):
 
 def network_kernel(args, kind, x):
     """kernel_fn(x1, x2) of these flags for inputs like x (n, length, channels); kind: one, or a tuple of them."""
-    if args.kernel == "linear":  # a network of one layer, without the means over channels and positions
-        return engine([("mask",), ("flatten",), ("dense", (x.shape[1] * x.shape[2]) ** 0.5, 0.0)], kind)
-    return engine(args.kernel, kind, **({} if args.depth is None else {"depth": args.depth}))
+    return compiled(args.kernel, args.depth, kind, x.shape[1] * x.shape[2])
+
+
+@lru_cache
+def compiled(name, depth, kind, size):
+    """One function for all encodings: a new one would compile anew."""
+    if name == "linear":  # a network of one layer, without the means over channels and positions
+        return engine([("mask",), ("flatten",), ("dense", size**0.5, 0.0)], kind)
+    return engine(name, kind, **({} if depth is None else {"depth": depth}))
 
 
 def scale(args, K):
