@@ -31,10 +31,12 @@ import numpy as np
 from scipy.special import digamma
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear"]
+KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
+           "gcn", "fingerprint", "sum"]
 CURVE = ("dataset", "kernel", "kind", "depth", "whiten", "zca_eps", "flips", "crops", "n_test")
 SAME = (*CURVE, "fit_on", "n_train")
 IMAGES_ONLY = {"zca_eps": None, "flips": None, "crops": 1, "fit_on": None}  # or younger than the first runs
+SCORES = ("test_accuracy", "test_auc", "test_ap", "test_spearman", "test_rmse")
 POWERS = np.arange(1, 401) / 200  # what b may be
 FEW = 100  # test images; runs with fewer measure cost, and their accuracy is nobody's business
 
@@ -57,8 +59,10 @@ def load(path):
 
 
 def error(run):
-    """1 - accuracy, and where numbers are predicted 1 - Spearman's correlation."""
-    return 1 - run["test_accuracy" if "test_accuracy" in run else "test_spearman"]
+    """1 - accuracy, and where there is none 1 - area under the curve, average precision or Spearman's correlation,
+    or the root mean squared error."""
+    score = next(name for name in SCORES if name in run)
+    return run[score] if score == "test_rmse" else 1 - run[score]
 
 
 def curves(groups, least=1):
@@ -211,7 +215,7 @@ def figure(groups, dataset, path):
     grey, found = "#7d8590", {key: points for key, points in curves(groups).items() if key[0] == dataset}
     page = Figure(figsize=(7, 4.6), layout="constrained", facecolor="none")
     axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
-    colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 2))
+    colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 3))
     for key, points in found.items():
         config, n = dict(zip(CURVE, key)), np.array(list(points))
         if len(points) < 3:

@@ -38,7 +38,6 @@ try:
 except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
     from kernel import kernel_fn as engine
 
-RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 COMPARED = 4096  # rows on which encodings and functions of the target are compared, at most
 WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # not what was computed: not recorded
 
@@ -89,7 +88,7 @@ def parse(argv):
     parser = flags()
     args = parser.parse_args(argv)
     try:
-        args.ridge = RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
+        args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
         args.sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
     except ValueError as error:
         parser.error(f"--ridge and --sizes take numbers separated by commas: {error}")
