@@ -43,10 +43,10 @@ FLIP = ("one_vs_rest", "two_vs_rest", "three_vs_rest", "low_vs_high", "sampled")
 SPLITS = ("made", *FLIP, "landscape")
 ENCODINGS = ("onehot", "blosum", "centred")
 TARGETS = ("raw", "log", "rank")
-FILES = {  # the archive and the table in it
+FILES = {  # the archive, which FLIP itself has without the first two words of the name, and the table in it
     **{split: ("flip_gb1_splits.zip", f"splits/{split}.csv") for split in FLIP},
     "landscape": ("flip_gb1_four_mutations_full_data.csv.zip", "four_mutations_full_data.csv")}
-SOURCE = "https://github.com/J-SNACKKB/FLIP/tree/main/splits/gb1"
+SOURCE = "https://github.com/J-SNACKKB/FLIP, folder splits/gb1"
 MADE_LINEAR = 0.6
 BLOSUM62_ROWS = """
     4 -1 5 -2 0 6 -2 -2 1 6 0 -3 -3 -3 9 -1 1 0 0 -3 5 -1 0 0 2 -4 2 5 0 -2 0 -1 -3 -2 -2 6 -2 0 1 -1 -3 0 0 -2
@@ -159,10 +159,11 @@ def _table(name, folder):
             with open(path, newline="") as file:
                 yield file, path
             return
-    path = os.path.join(folder, archive)
+    path, own = os.path.join(folder, archive), os.path.join(folder, archive.removeprefix("flip_gb1_"))
+    path = own if os.path.exists(own) else path
     if not os.path.exists(path):
-        raise FileNotFoundError(f"neither {path} nor {os.path.join(folder, member)} is there; fetch it from {SOURCE} "
-                                "and give --data the folder that holds it")
+        raise FileNotFoundError(f"none of {path}, {own} and {os.path.join(folder, member)} is there; fetch it from "
+                                f"{SOURCE}, and give --data the folder that holds it")
     try:
         with zipfile.ZipFile(path) as file, file.open(member) as binary:
             yield io.TextIOWrapper(binary, newline=""), f"{member} in {path}"

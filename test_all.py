@@ -1934,14 +1934,16 @@ def test_proteins_bad_files(tmp_path, text, words):
 def test_proteins_files_elsewhere(tmp_path):
     """The same rows from an archive, from its folder unpacked, from a bare table; a sentence where there is none."""
     text = "sequence,target,set,validation\nMA,1,train,\nMW,3,test,\nML,2,train,True\n"
-    with pytest.raises(FileNotFoundError, match="flip_gb1_splits.zip nor .* fetch it from https"):
+    with pytest.raises(FileNotFoundError, match="flip_gb1_splits.zip, .* is there; fetch it from https"):
         proteins.load("sampled", str(tmp_path))
     with zipfile.ZipFile(tmp_path / "flip_gb1_splits.zip", "w") as file:
         file.writestr("splits/sampled.csv", text)
     found = [proteins.load("sampled", str(tmp_path))]
     with pytest.raises(ValueError, match="holds no splits/one_vs_rest.csv"):
         proteins.load("one_vs_rest", str(tmp_path))
-    (tmp_path / "flip_gb1_splits.zip").write_bytes(b"PK")
+    os.replace(tmp_path / "flip_gb1_splits.zip", tmp_path / "splits.zip")  # FLIP's own name for it
+    found.append(proteins.load("sampled", str(tmp_path)))
+    (tmp_path / "splits.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="truncated"):
         proteins.load("sampled", str(tmp_path))
     for path in (tmp_path / "splits" / "sampled.csv", tmp_path / "sampled.csv"):
@@ -2067,7 +2069,7 @@ def test_proteins_variance(tmp_path):
     (["--n_test", "300"], "n_test=300, but made has 2 to 259 rows"),
     (["--sizes", "10,50", "--n_train", "20"], "--sizes 50: expected at most n_train=20"),
     (["--n_train", "4"], "n_train=4 has no validation rows to choose on"),
-    (["--n_train", "4", "--encoding", "onehot", "--target", "raw"], "n_train=4: choosing among 15 ridges needs"),
+    (["--n_train", "4", "--encoding", "onehot", "--target", "raw"], "n_train=4 has no validation rows to choose on"),
 ])
 def test_proteins_errors(flags, words, tmp_path):
     """What does not fit is one sentence."""
@@ -2083,7 +2085,8 @@ def test_proteins_commands(capsys):
     for command in shown:
         train_protein.parse(command.split())
     for flags, words in ((["--ridge", "often"], "--ridge and --sizes take numbers"),
-                         (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"), (["--tile", "0"], "at least 1"),
+                         (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
+                         (["--tile", "0"], "at least 1"),
                          (["--split", "sampled", "--sizes", "9"], "FLIP says which rows to train on")):
         with pytest.raises(SystemExit):
             train_protein.parse(flags)

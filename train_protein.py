@@ -9,7 +9,7 @@ is smooth, encoding and function by Spearman's correlation, for it is the same f
 rows are fitted, and the test rows are looked at once. proteins.py says what the data, encodings and functions are.
 
   python train_protein.py                                     1,296 made sequences, ten seconds, no file needed
-  python train_protein.py --split two_vs_rest --data DIR      FLIP's GB1; DIR holds flip_gb1_splits.zip, see --help
+  python train_protein.py --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
   python train_protein.py --split three_vs_rest --data DIR --kernel seq_cnn --kind both
   python train_protein.py --split two_vs_rest --data DIR --kernel linear --encoding centred --target raw --ridge 1
   python train_protein.py --split landscape --data DIR --kernel seq_cnn --sizes 1000,2000,4000,8000,16000
@@ -48,7 +48,7 @@ def flags():
         description="Exact kernel regression with infinitely wide networks on proteins.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in proteins.FILES.values()}))}, from "
-               f"{proteins.SOURCE}; give --data the folder they are in, as they are or unpacked.")
+               f"{proteins.SOURCE} (there without flip_gb1_). --data is the folder they are in, packed or not.")
     rows = parser.add_argument_group("sequences")
     rows.add_argument("--split", default="made", choices=proteins.SPLITS)
     rows.add_argument("--data", metavar="DIR", help="folder that holds FLIP's files")
@@ -146,12 +146,16 @@ def derive(args, split):
     args.n_train = args.n_train or max(args.sizes, default=split.n_train)
     args.n_test = args.n_test or len(split.targets) - split.n_train
     args.sizes = sorted({*args.sizes, args.n_train})
-    for n, have, what in ((args.sizes[0], split.n_train, "n_train"), (args.n_train, split.n_train, "n_train"),
-                          (args.n_test, len(split.targets) - split.n_train, "n_test")):
+    for what, n, have in (("n_train", args.n_train, split.n_train), ("n_train", args.sizes[0], split.n_train),
+                          ("n_test", args.n_test, len(split.targets) - split.n_train)):
         if not 2 <= n <= have:
             raise ValueError(f"{what}={n}, but {args.split} has 2 to {have} rows to give")
     if args.sizes[-1] > args.n_train:
         raise ValueError(f"--sizes {args.sizes[-1]}: expected at most n_train={args.n_train}")
+    several = len(args.ridge) > 1 or "auto" in (args.encoding, args.target)
+    if several and n_fit(split, args.sizes[0]) == args.sizes[0]:
+        raise ValueError(f"{args.split} with n_train={args.sizes[0]} has no validation rows to choose on; give "
+                         "--encoding, --target, and one number with --ridge")
     if args.tile is None:
         side = 256 if args.kernel.startswith("seq_cnn") else 1024
         args.tile = max(1, min(side * (8 if jax.default_backend() == "gpu" else 1), -(-args.n_train // 4)))
@@ -195,20 +199,16 @@ def choose(args, split, kind):
     """
     encodings = proteins.ENCODINGS if args.encoding == "auto" else [args.encoding]
     names = proteins.TARGETS if args.target == "auto" else [args.target]
-    fitted = n_fit(split, args.sizes[0])
-    sparse = -(-args.sizes[0] // COMPARED)
-    rows = np.concatenate([np.arange(0, fitted, sparse), np.arange(fitted, args.sizes[0], sparse)])
-    fitted, y = len(np.arange(0, fitted, sparse)), split.targets[rows]
     if len(encodings) == len(names) == 1:
-        args.encoding, args.target = *encodings, *names
         return []
-    if fitted == len(rows):
-        raise ValueError(f"{args.split} with n_train={args.sizes[0]} has no validation rows to choose on; give "
-                         "--encoding, --target and --ridge")
+    n, sparse = args.sizes[0], -(-args.sizes[0] // COMPARED)
+    rows = [np.arange(*ends, sparse) for ends in ((0, n_fit(split, n)), (n_fit(split, n), n))]
+    fitted, rows = len(rows[0]), np.concatenate(rows)
+    y = split.targets[rows]
     columns = np.stack([proteins.transform(name, y[:fitted])[0](y) for name in names], axis=1)
     held_out, table = np.arange(fitted, len(rows)), []
     for encoding in encodings:
-        x = proteins.encode(split.sequences, encoding, args.sizes[0])[rows]
+        x = proteins.encode(split.sequences, encoding, n)[rows]
         K = tiles.gram(network_kernel(args, kind, x), x, args.tile, devices(args), args.quiet).merged()
         solver = regression.Solver(K, ridges=args.ridge, tol=regression.SEARCH, c=len(names), seed=args.seed,
                                    prior=scale(args, K))
@@ -251,11 +251,7 @@ def experiment(args, kind, K, K_test, split, n, x_test):
     """Choose the ridge, solve, predict, for one size: what came of it, as a dict."""
     y, y_test = split.targets[:n], split.targets[split.n_train:][:args.n_test]
     forward, inverse = proteins.transform(args.target, y)
-    fitted = n_fit(split, n)
-    if fitted == n and len(args.ridge) > 1:
-        raise ValueError(f"n_train={n}: choosing among {len(args.ridge)} ridges needs validation rows; give one "
-                         "number with --ridge")
-    z = forward(y)[:, None]
+    fitted, z = n_fit(split, n), forward(y)[:, None]
     alpha, f, result, solver = regression.fit(
         K, K_test, z, args.ridge, fitted, np.arange(fitted, n), lambda f: spearman(f[:, 0], y[fitted:]), args.tol,
         rank=args.rank, seed=args.seed, quiet=args.quiet, prior=scale(args, K))
