@@ -23,6 +23,8 @@ far apart the two *rows* are, r' = r + a modulo height + 1. All such elements ar
 
 Many second images lie side by side in the last axis, c' * pairs + pair, so that a processor's
 vectors are full and every shift is aligned. A fully connected network is a matrix product and a pass.
+Sequences are images one position wide: a letter is a number, a window three reads; a position that does not
+exist is one more place where sqrt(v) is zero.
 
     python -c "import fused, numpy; print(fused.kernel_fn('cnn_gap', 'ntk')(numpy.ones((2, 8, 8, 3))))"
 
@@ -44,19 +46,20 @@ SHEET = {"cpu": 2**18, "gpu": 2**24}  # elements of a sheet, all pairs: 1 MB sta
 def parse(layers):
     """(stages, ending, tail): the (w_std, b_std) of each (conv, relu) at each resolution; "gap" or
     "flatten"; the layers after it. Raises ValueError where the list has another form."""
-    stages, rest = [[]], list(layers)
-    while rest and rest[0][0] in ("conv", "pool"):
+    stages, rest = [[]], [layer for layer in layers if layer != ("mask",)]
+    while rest and rest[0][0] in ("conv", "conv1d", "pool"):
         if rest[0][0] == "pool":
             stages.append([])
             rest = rest[1:]
         elif rest[1:2] == [("relu",)]:
-            stages[-1].append(rest[0][1:])
+            name, w_std, b_std = rest[0]  # of a 3 x 3 window of a sequence 6 are zeros, and 9 its mean divides by
+            stages[-1].append((w_std * 3**0.5 if name == "conv1d" else w_std, b_std))
             rest = rest[2:]
         else:
             break
     names = [layer[0] for layer in rest]
     if names[:1] not in (["gap"], ["flatten"]) or set(names[1:]) - {"dense", "relu"}:
-        raise ValueError("fused.py takes (conv, relu) and pool in any number, then gap or flatten, "
+        raise ValueError("fused.py takes (conv or conv1d, relu) and pool in any number, then gap or flatten, "
                          f"then dense and relu; this network continues with {names}: "
                          "take kernel.kernel_fn")
     return stages, names[0], rest[1:]
@@ -74,7 +77,8 @@ def conv_relu(source, target, first, second, w2, b2, step, tangent):
 
     def window(x):
         n, w, m = x.shape[0] - 2, x.shape[1] - 2, x.shape[2] - 2 * step
-        return sum(x[i:i + n, j:j + w, j * step:j * step + m] for i in range(3) for j in range(3))
+        return sum(x[i:i + n, j:j + w, j * step:j * step + m]
+                   for i in range(3) for j in (range(3) if w > 1 else [1]))  # beside a sequence are zeros
     K = w2 * window(source[0]) + b2
     kappa0, kappa1 = kernel.kappas(K * (inverse1 * inverse2))
     scale = std1 * std2
@@ -176,9 +180,8 @@ def pool_columns(pairs):
 
 def as_second(x, step):
     """(..., n, w, pairs) of second images in the layout of a sheet's last axis, rows twice over."""
-    if not step:
-        return x
-    x = x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1])
+    if step:
+        x = x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1])
     return jnp.concatenate([x, x], axis=-3)
 
 
@@ -188,15 +191,17 @@ def diagonal(x, step):
     return x.reshape(n, w, w, m // w)[:, np.arange(w), np.arange(w)] if step else x
 
 
-def deviations(convs, v):
+def deviations(convs, v, sequences):
     """(std, 1 / std) before each relu, (convs, n, w, pairs), zero outside the image and std times
-    sqrt(1/2), from the input's variance v (n, w, pairs): v <- w_std^2 mean(v) + b_std^2, v / 2."""
+    sqrt(1/2), from the input's variance v (n, w, pairs): v <- w_std^2 mean(v) + b_std^2, v / 2.
+    sequences: whether positions of no variance do not exist."""
     n, w = v.shape[0] - 1, v.shape[1]
+    outside = v[:-1] == 0 if sequences else jnp.zeros_like(v[:-1], bool)
 
     def conv_relu(v, conv):
         border = jnp.pad(v[:-1], ((1, 1), (1, 1), (0, 0)))
         v = conv[0] * sum(border[i:i + n, j:j + w] for i in range(3) for j in range(3)) + conv[1]
-        v = jnp.pad(v, ((0, 1), (0, 0), (0, 0)))
+        v = jnp.pad(jnp.where(outside, jnp.zeros_like(v), v), ((0, 1), (0, 0), (0, 0)))
         return v / 2, jnp.sqrt(v)
     _, stds = lax.scan(conv_relu, v, coefficients(convs, v.dtype))
     return stds * 0.5**0.5, jnp.where(stds > 0, 1 / jnp.where(stds > 0, stds, 1), 0)
@@ -227,7 +232,7 @@ def walk(stages, ending, x1, x2, stds, buffers, step, reach=None):
     return tuple(x.sum(axis=0) / size for x in out), buffers
 
 
-def prepare(stages, ending, full, step, x):
+def prepare(stages, ending, full, sequences, step, x):
     """What a block of images x (pairs, h, w, channels) brings to every pair: x as (channels, n, w,
     pairs), its `deviations` at each resolution, and if `full` K of each image with itself (pairs,).
 
@@ -238,7 +243,7 @@ def prepare(stages, ending, full, step, x):
     x, found = jnp.pad(x.transpose(3, 1, 2, 0), ((0, 0), (0, 1), (0, 0), (0, 0))), []
 
     def stds(s, rows):
-        found.append(deviations(stages[s], diagonal(rows(0)[0], step)))
+        found.append(deviations(stages[s], diagonal(rows(0)[0], step), sequences))
         return [[jnp.tile(y, (w >> s) if step else 1) for y in found[-1]],
                 [as_second(y, step) for y in found[-1]]]
     reach = None if full else [2**k - 1 for k in reversed(range(len(stages)))]
@@ -254,7 +259,7 @@ def empty(stages, h, w, step, pairs, states, dtype):
     return [(jnp.zeros(shape, dtype),) * 2 for shape in shapes]
 
 
-def images(stages, ending, full, states, mirrors, x1, x2):
+def images(stages, ending, full, states, mirrors, sequences, x1, x2):
     """K or (K, T) at the ending, (n1, mirrors n2), and if `full` k(x, x) of the rows and of the columns.
     Where x2 is None: of x1 with itself, right on and above the diagonal. mirrors: 1, or 2 for the mirror
     images of x2 as n2 more columns: what is prepared for them is that of x2, mirrored.
@@ -263,14 +268,14 @@ def images(stages, ending, full, states, mirrors, x1, x2):
     """
     symmetric, x2 = x2 is None, x1 if x2 is None else x2
     (n1, h, w, _), n2 = x1.shape, len(x2)
-    one_column = len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
+    one_column = w == 1 or len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
     fit = SHEET.get(jax.default_backend(), SHEET["gpu"]) // (h * w * (8 if one_column else w))
     pairs = 8 * min(max(fit // 8, 1), -(-n2 * mirrors // 8))
     wide = pairs // mirrors  # images of x2 in a block
 
     def prepared(x):
         x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % wide, *x.shape[1:]))])
-        return lax.map(lambda block: prepare(stages, ending, full, 0 if one_column else wide, block),
+        return lax.map(lambda block: prepare(stages, ending, full, sequences, 0 if one_column else wide, block),
                        x.reshape(-1, wide, *x.shape[1:]))
     step, blocks = 0 if one_column else pairs, prepared(x2)
     by_image = jax.tree.map(  # (blocks, ..., wide) -> (images, ..., 1)
@@ -317,6 +322,13 @@ def vectors(x1, x2, mirror):
     return (K,), v1, jnp.tile(v2, len(seconds))
 
 
+def own_lengths(ending, x1, x2, out, v1, v2):
+    """Means over all positions of sequences, made the sums over those that exist divided as in kernel.py."""
+    share1, share2 = ((x != 0).any(axis=-1).mean(axis=(1, 2), dtype=x.dtype) ** (0.5 if ending == "flatten" else 1)
+                      for x in (x1, x1 if x2 is None else x2))
+    return [K / (share1[:, None] * share2[None]) for K in out], v1 / share1**2, v2 / share2**2
+
+
 def scalars(layers, K, T, v1, v2):
     """K and T after the dense layers and relus that follow; v1, v2: k(x, x) of rows and columns."""
     for layer in layers:
@@ -340,16 +352,21 @@ def kernel_fn(name, kind, flips=False, **options):
     stages, ending, tail = parse(layers)
     kernel.chosen(kind, None, None)
     states, mirrors = 1 if kind in ("nngp", ("nngp",)) else 2, 1 + bool(flips)
+    sequences = layers[0] == ("mask",)
+    if sequences and flips:
+        raise ValueError(f"flips with {name}: only images have mirror images")
 
     @jax.jit
     def fn(x1, x2=None):
         given = x1 if x2 is None else x2
         x1, x2 = kernel.as_pair(layers, x1, x2)
-        if layers[0][0] == "flatten":
+        if layers[sequences][0] == "flatten":
             mirror = kernel.as_images(layers, augment.mirror(given)) if flips else None
             out, v1, v2 = vectors(x1, x2, mirror)
         else:
-            out, v1, v2 = images(stages, ending, ("relu",) in tail, states, mirrors, x1, x2)
+            out, v1, v2 = images(stages, ending, ("relu",) in tail, states, mirrors, sequences, x1, x2)
+        if sequences:
+            out, v1, v2 = own_lengths(ending, x1, x2, out, v1, v2)
         K, T = scalars(tail, out[0], out[1] if len(out) == 2 else jnp.zeros_like(out[0]), v1, v2)
         K, T = (sum(jnp.split(k, mirrors, axis=1)) for k in (K, T))
         if x2 is None:

@@ -10,11 +10,19 @@ plain vector) carry two arrays from layer to layer:
   dense, conv        K <- w_std^2 A(K) + b_std^2                           T <- K_new + w_std^2 A(T)
   relu               K <- sqrt(v v') kappa1(c) / 2,  c = K / sqrt(v v')    T <- kappa0(c) T / 2
   pool, flatten, gap K <- A(K)                                             T <- A(T)
+  mask               of a sequence: from here on layers read K[p, q] = T[p, q] = 0 where p or q does not exist
 
 with kappa0(c) = (pi - arccos c) / pi and kappa1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi
 (Cho & Saul 2009), and A the identity (dense), the mean over the 3 x 3 window moving in both images
-together (conv), the mean over 2 x 2 windows moving independently (pool), the mean over p of [p, p]
-(flatten), the mean over all p, q (gap). NTK parameterisation: Jacot et al. 2018, Arora et al. 2019.
+together (conv), the same over 3 positions of two sequences (conv1d), the mean over 2 x 2 windows moving
+independently (pool), the mean over p of [p, p] (flatten), the mean over all p, q (gap). NTK
+parameterisation: Jacot et al. 2018, Arora et al. 2019.
+
+A sequence is an image one position wide, (length, 1, channels). Positions whose channels are all zero, as at the
+end of the shorter sequences of an array, do not exist: k(x, x') is the same however far x or x' is padded. Of l
+and l' positions that exist, gap is the sum over all p, q divided by l l', as in neural_tangents; flatten is the
+sum of [p, p] over those that both have, divided by sqrt(l l'), the network's readout being scaled by its input's
+own length: positive definite, and its k(x, x) does not fade with the length. Where l = l' both are the means above.
 
 Where a network never pools, conv, relu and flatten only ever read p = q: then K is carried as its
 diagonal, (h, w) in place of (h, w, h, w). That is all the cleverness here; the speed is elsewhere.
@@ -33,38 +41,49 @@ import jax.numpy as jnp
 import numpy as np
 
 NETWORKS = ("fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10")
+SEQUENCES = ("seq_fc", "seq_cnn", "seq_cnn_gap")
 KINDS = ("nngp", "ntk")
-LAYERS = {"dense": 2, "conv": 2, "relu": 0, "pool": 0, "flatten": 0, "gap": 0}  # parameters of each
+LAYERS = {"dense": 2, "conv": 2, "conv1d": 2, "relu": 0, "pool": 0, "flatten": 0, "gap": 0, "mask": 0}  # parameters
 BLOCK = 2**18  # array elements worked on at a time where positions are carried: 1 MB stays in cache
 
 
 def network(name, depth=None, w_std=2**0.5, b_std=0.0):
     """The layers of a named network: a list of (layer,) or (layer, w_std, b_std).
 
-    depth: hidden layers of fc (default 3), convolutions of cnn_vec and cnn_gap (default 8);
-    the number in a Myrtle network's name fixes its depth (Shankar et al. 2020).
+    depth: hidden layers of fc and seq_fc (default 3), convolutions of cnn_vec and cnn_gap (default 8), of
+    seq_cnn and seq_cnn_gap (default 3); the number in a Myrtle network's name fixes its depth (Shankar et al. 2020).
     name may also be such a list itself, which is checked and returned.
     """
     if not isinstance(name, str):
         layers = [tuple(layer) for layer in name]
         bad = [layer for layer in layers if LAYERS.get(layer[0]) != len(layer) - 1]
-        if bad or not {"flatten", "gap"} & {layer[0] for layer in layers}:
+        names = {layer[0] for layer in layers}
+        if bad or not {"flatten", "gap"} & names:
             raise ValueError(f"in the list of layers {bad or layers}: expected (\"dense\" or \"conv\", "
                              "w_std, b_std), (\"relu\",), (\"pool\",), and (\"flatten\",) or (\"gap\",) "
                              "at least once")
+        if {"conv1d", "mask"} & names and ({"conv", "pool"} & names or layers[0] != ("mask",)
+                                           or ("mask",) in layers[1:]):
+            raise ValueError(f"in the list of layers {layers}: a network of sequences begins with (\"mask\",), the "
+                             "only one, and has (\"conv1d\", w_std, b_std) in place of conv and no pool")
         if (depth, w_std, b_std) != network.__defaults__:
             raise ValueError("depth, w_std and b_std are for named networks; a list of layers has its own")
         return layers
-    if name not in NETWORKS:
-        raise ValueError(f"kernel {name!r} is unknown; choose one of {', '.join(NETWORKS)}")
+    if name not in NETWORKS + SEQUENCES:
+        raise ValueError(f"kernel {name!r} is unknown; choose one of {', '.join(NETWORKS + SEQUENCES)}")
     if depth is not None and (name.startswith("myrtle") or depth < 1):
         raise ValueError(f"depth={depth} does not fit {name}: depth is a positive number of layers "
-                         "for fc, cnn_vec and cnn_gap; a Myrtle network's depth is in its name")
+                         "for all but the Myrtle networks, whose depth is in their name")
     dense, conv, relu, pool = ("dense", w_std, b_std), ("conv", w_std, b_std), ("relu",), ("pool",)
     if name == "fc":
         return [("flatten",)] + [dense, relu] * (depth or 3) + [dense]
     if name in ("cnn_vec", "cnn_gap"):
         return [conv, relu] * (depth or 8) + [("flatten" if name == "cnn_vec" else "gap",), dense]
+    if name == "seq_fc":
+        return [("mask",), ("flatten",)] + [dense, relu] * (depth or 3) + [dense]
+    if name in ("seq_cnn", "seq_cnn_gap"):
+        return ([("mask",)] + [("conv1d", w_std, b_std), relu] * (depth or 3)
+                + [("flatten" if name == "seq_cnn" else "gap",), dense])
     a, b, c = {"myrtle5": (2, 1, 1), "myrtle7": (2, 2, 2), "myrtle10": (3, 3, 3)}[name]
     return ([conv, relu] * a + [pool] + [conv, relu] * b + [pool] + [conv, relu] * c
             + [("gap",), dense])
@@ -102,17 +121,17 @@ def kappas(c):
             jnp.maximum(c, jnp.zeros_like(c)) + t * jnp.sqrt(t) * Q)
 
 
-def window(K):
-    """Mean over the 3 x 3 window moving in both images together, zeros outside: (h, w[, h, w]).
+def window(K, width=3):
+    """Mean over the 3 x `width` window moving in both images together, zeros outside: (h, w[, h, w]).
 
     A loop, so that XLA keeps the padded array: unrolled, it fuses padding and arithmetic into one
     loop that branches at every element, two to seven times slower on a CPU.
     """
-    padded = jnp.pad(K, 1)
+    padded = jnp.pad(K, [(1, 1), (width // 2, width // 2)] * (K.ndim // 2))
 
     def add(k, total):
-        return total + jax.lax.dynamic_slice(padded, (k // 3, k % 3) * (K.ndim // 2), K.shape)
-    return jax.lax.fori_loop(0, 9, add, jnp.zeros_like(K)) / 9
+        return total + jax.lax.dynamic_slice(padded, (k // width, k % width) * (K.ndim // 2), K.shape)
+    return jax.lax.fori_loop(0, 3 * width, add, jnp.zeros_like(K)) / (3 * width)
 
 
 def pool(K):
@@ -129,9 +148,11 @@ def diagonal(K):
 def linear(layer, K, T):
     """K and T after any layer but relu."""
     name = layer[0]
-    if name in ("dense", "conv"):
+    if name == "mask":
+        return K, T  # what it does is done by `masked`, before every layer
+    if name in ("dense", "conv", "conv1d"):
         w_std, b_std = layer[1:]
-        mean = window if name == "conv" else lambda k: k
+        mean = {"dense": lambda k: k, "conv": window, "conv1d": lambda k: window(k, 1)}[name]
         K = w_std**2 * mean(K) + b_std**2
         return K, K + w_std**2 * mean(T)
     mean = {"pool": pool, "flatten": lambda k: diagonal(k).mean(), "gap": jnp.mean}[name]
@@ -155,11 +176,28 @@ def covariance(x1, x2, pools):
     return jnp.einsum(subscripts, x1, x2, precision="highest") / x1.shape[-1]
 
 
+def exists(layers, x):
+    """1 where the sequence x (length, 1, channels) has a position, else 0; None for images, which have all."""
+    return (x != 0).any(axis=-1).astype(x.dtype) if layers[0] == ("mask",) else None
+
+
+def masked(layer, K, T, exists1, exists2):
+    """K and T as `layer` reads them: 0 where a position does not exist, and before flatten and gap scaled so
+    that their mean over all positions is what the top of this file says."""
+    if exists1 is None or K.ndim == 0:
+        return K, T
+    power = {"flatten": 0.5, "gap": 1.0}.get(layer[0], 0.0)
+    exists1, exists2 = (e / e.mean() ** power for e in (exists1, exists2))
+    both = exists1.reshape(exists1.shape + (1,) * (K.ndim - 2)) * exists2.reshape((1,) * (K.ndim - 2) + exists2.shape)
+    return K * both, T * both
+
+
 def deviations(layers, x):
     """sqrt(v) before each relu, for one input x (h, w, channels): the recursion of x with itself."""
-    K = covariance(x, x, carries_pairs(layers))
+    K, there = covariance(x, x, carries_pairs(layers)), exists(layers, x)
     stds = []
     for layer in layers:
+        K, _ = masked(layer, K, K, there, there)
         if layer[0] == "relu":
             stds.append(jnp.sqrt(diagonal(K)))
             K, _ = relu(K, K, stds[-1], stds[-1])
@@ -172,8 +210,9 @@ def pair(layers, kind, x1, x2, stds1, stds2):
     """k(x1, x2) of two inputs (h, w, channels), scalars: the recursion at the top of this file."""
     K = covariance(x1, x2, carries_pairs(layers))
     T = jnp.zeros_like(K)
-    stds = iter(zip(stds1, stds2))
+    stds, there = iter(zip(stds1, stds2)), (exists(layers, x1), exists(layers, x2))
     for layer in layers:
+        K, T = masked(layer, K, T, *there)
         K, T = relu(K, T, *next(stds)) if layer[0] == "relu" else linear(layer, K, T)
     return chosen(kind, K, T)
 
@@ -201,6 +240,10 @@ def as_images(layers, x):
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     if layers[0][0] == "flatten" and x.ndim >= 2:
         return x.reshape(x.shape[0], 1, 1, -1)
+    if layers[0][0] == "mask":
+        if x.ndim != 3:
+            raise ValueError(f"x has shape {x.shape}; this network takes sequences (n, length, channels)")
+        return x[:, :, None]
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}; this network takes images (n, h, w, channels)")
     side = 2 ** sum(layer[0] == "pool" for layer in layers)
@@ -226,11 +269,11 @@ def as_pair(layers, x1, x2):
 def kernel_fn(name, kind, **options):
     """The kernel matrix function of a network: fn(x1, x2=None) -> (n1, n2).
 
-    name: one of NETWORKS, or a list of layers as `network` returns.
+    name: one of NETWORKS or SEQUENCES, or a list of layers as `network` returns.
     kind: "nngp", "ntk", or a tuple of them for a tuple of matrices in one pass.
     options: depth, w_std, b_std of `network`.
-    x1, x2: (n, h, w, channels), or (n, d) for fc. Computed in float32, or in float64 where x1 is
-    float64. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
+    x1, x2: (n, h, w, channels), or (n, d) for fc, (n, length, channels) for sequences. Computed in float32, or
+    in float64 where x1 is float64. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
     Raises ValueError: unknown name or kind, images that do not fit the network.
     """
     layers = network(name, **options)
@@ -278,18 +321,23 @@ def stax():
 
 
 def reference_fn(name, kind, **options):
-    """The same network built with neural_tangents.stax; same signature and result as kernel_fn."""
+    """The same network built with neural_tangents.stax; same signature and result as kernel_fn.
+
+    But for sequences of several lengths: its flatten divides by the length of the array, not by their own.
+    """
     nt = stax()
     layers = network(name, **options)
     build = {
         "dense": lambda w_std, b_std: nt.Dense(1, W_std=w_std, b_std=b_std),
         "conv": lambda w_std, b_std: nt.Conv(1, (3, 3), padding="SAME", W_std=w_std, b_std=b_std),
+        "conv1d": lambda w_std, b_std: nt.Conv(1, (3, 1), padding="SAME", W_std=w_std, b_std=b_std),
         "relu": nt.Relu, "pool": lambda: nt.AvgPool((2, 2), (2, 2)), "flatten": nt.Flatten,
         "gap": nt.GlobalAvgPool}
-    kernel = nt.serial(*[build[layer[0]](*layer[1:]) for layer in layers])[2]
+    kernel = nt.serial(*[build[layer[0]](*layer[1:]) for layer in layers if layer[0] in build])[2]
+    mask = {"mask_constant": 0.0} if layers[0] == ("mask",) else {}
 
     @jax.jit
     def fn(x1, x2=None):
         x1 = as_images(layers, x1)
-        return kernel(x1, None if x2 is None else as_images(layers, x2), kind)
+        return kernel(x1, None if x2 is None else as_images(layers, x2), kind, **mask)
     return fn

@@ -29,6 +29,7 @@ import pcg
 import precondition
 import runs
 
+RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 SEARCH = 1e-3  # residual to which ridges are compared
 COLUMNS = 256  # right sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative

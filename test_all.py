@@ -26,13 +26,14 @@ import threading
 import time
 import timeit
 import tracemalloc
+import zipfile
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 import pytest
 from scipy.optimize import nnls
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import multivariate_normal, norm, spearmanr
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512"  # as train_cifar.py does
 jax.config.update("jax_num_cpu_devices", 4)
@@ -54,15 +55,19 @@ import model  # noqa: E402
 import pcg  # noqa: E402
 import plan  # noqa: E402
 import precondition  # noqa: E402
+import proteins  # noqa: E402
 import regression  # noqa: E402
 import scaling  # noqa: E402
 import store  # noqa: E402
 import tiles  # noqa: E402
 import train_cifar  # noqa: E402
+import train_protein  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CIFAR = os.path.join(HERE, "..", "shared", "data", "cifar10", "cifar-10-batches-bin")
 KILLS = int(os.environ.get("KILLS", 3))  # of each test that kills; 20 of them take two minutes
+GB1 = os.path.join(HERE, "..", "shared", "data", "protein")
+needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 is not beside the project")
 needs_cifar = pytest.mark.skipif(not os.path.exists(CIFAR), reason="CIFAR-10 is not beside the project")
 both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
 every_network = pytest.mark.parametrize("name", kernel.NETWORKS)
@@ -225,6 +230,81 @@ def test_kernel_is_the_limit_of_wide_networks(name, options):
         assert (np.abs(samples.mean(axis=0) - K) < error).all()
 
 
+PEPTIDES = ["M", "GIVEQCCTSICSLYQLENYCN", "NLYIQWLKDGGPSSGRPPPS"]  # one residue, insulin's A chain, Trp-cage
+every_sequence_network = pytest.mark.parametrize("name", kernel.SEQUENCES)
+
+
+def recursion(layers, x, y):
+    """NNGP and NTK of two sequences without padding, (l, channels) and (l', channels), in plain loops."""
+    K, T = {(a, b): u @ v.T / u.shape[1] for a, u in enumerate((x, y)) for b, v in enumerate((x, y))}, 0
+    for name, *std in layers:
+        v = [np.diag(K[a, a]) if np.ndim(K[a, a]) else K[a, a] for a in (0, 1)]
+        if name == "relu":
+            c = {key: np.clip(K[key] / np.sqrt(np.multiply.outer(v[key[0]], v[key[1]])), -1, 1) for key in K}
+            T = (np.pi - np.arccos(c[0, 1])) / (2 * np.pi) * T
+            K = {key: np.sqrt(np.multiply.outer(v[key[0]], v[key[1]])) / (2 * np.pi)
+                 * (np.sqrt(1 - c[key]**2) + (np.pi - np.arccos(c[key])) * c[key]) for key in K}
+        elif name in ("dense", "conv1d"):
+            def mean(k):
+                if name == "dense" or np.ndim(k) == 0:
+                    return k
+                return np.array([[sum(k[p + d, q + d] for d in (-1, 0, 1) if 0 <= p + d < k.shape[0]
+                                      and 0 <= q + d < k.shape[1]) / 3
+                                  for q in range(k.shape[1])] for p in range(k.shape[0])])
+            K = {key: std[0]**2 * mean(k) + std[1]**2 for key, k in K.items()}
+            T = K[0, 1] + std[0]**2 * mean(T)
+        elif name == "gap":
+            K, T = {key: k.mean() for key, k in K.items()}, np.mean(T)
+        elif name == "flatten":
+            def own(k):
+                return sum(k[p, p] for p in range(min(k.shape))) / np.sqrt(k.shape[0] * k.shape[1])
+            T = own(T) if np.ndim(T) else T
+            K = {key: own(k) for key, k in K.items()}
+    return K[0, 1], T
+
+
+@every_sequence_network
+def test_kernel_of_sequences_is_neural_tangents(name):
+    """K of sequences of one length is neural_tangents', to 1e-10 in float64 and 1e-5 in float32."""
+    x1, x2 = np.random.default_rng(0).normal(size=(2, 3, 6, 4))
+    options = {"depth": 1, "w_std": 1.3, "b_std": 0.4}
+    fn = kernel.kernel_fn(name, kernel.KINDS, **options)
+    for K, K32, expected in zip(fn(x1, x2), fn(x1.astype(np.float32), x2.astype(np.float32)),
+                                reference(name, kernel.KINDS, x1, x2, **options)):
+        assert relative_error(K, expected) < 1e-10 and relative_error(K32, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name, options", [("seq_cnn", {"depth": 1}), ("seq_cnn_gap", {"depth": 2, "b_std": 0.4})],
+                         ids=str)
+def test_kernel_of_peptides_is_neural_tangents(name, options):
+    """Real sequences of different lengths, one residue among them, against neural_tangents' masks; its flatten
+    divides by the length of the array, ours by the geometric mean of theirs."""
+    x, lengths = proteins.encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
+    means = x.shape[1] / np.sqrt(lengths[:, None] * lengths[None]) if name == "seq_cnn" else np.ones((1, 1))
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
+        for K, expected in zip(kernel.kernel_fn(name, kernel.KINDS, **options)(x.astype(dtype)),
+                               reference(name, kernel.KINDS, x, x[::-1].copy(), **options)):
+            off = np.abs(np.asarray(K, np.float64) / (expected[:, ::-1] * means) - 1)
+            assert off[~np.eye(3, dtype=bool)].max() < tolerance
+            assert np.diag(off).max() < max(tolerance, 3e-8)  # neural_tangents' rounding of c = 1
+
+
+@pytest.mark.parametrize("name, options", [(name, options) for name in kernel.SEQUENCES for options in (
+    {"depth": 1}, {"depth": 3, "w_std": 1.2, "b_std": 0.5})], ids=str)
+def test_kernel_of_sequences_in_plain_loops(name, options):
+    """Every pair of peptides is the recursion in loops over their own positions to 1e-10, so that padding changes
+    nothing, bias or not; and K is positive definite."""
+    x = proteins.encode(PEPTIDES, "blosum", 0).astype(np.float64)
+    own, layers = [z[:len(s)] for z, s in zip(x, PEPTIDES)], kernel.network(name, **options)
+    fn = kernel.kernel_fn(name, kernel.KINDS, **options)
+    padded = fn(np.pad(x, ((0, 0), (0, 7), (0, 0))))
+    for k, (K, K_padded) in enumerate(zip(fn(x), padded)):
+        expected = np.array([[recursion(layers, a, b)[k] for b in own] for a in own])
+        assert relative_error(K, expected) < 3e-8 and relative_error(K_padded, np.asarray(K)) < 1e-12
+        assert relative_error(np.triu(K, 1)[0, 1:], expected[0, 1:]) < 1e-10
+        assert np.linalg.eigvalsh(K)[0] > 1e-3 * np.trace(K) / 3
+
+
 def test_kernel_arccos():
     """kappa0 and kappa1 are NumPy's to 2e-7 in float32 and 2e-15 in float64; at and beyond 1 too."""
     for dtype, tolerance in ((np.float32, 2e-7), (np.float64, 2e-15)):
@@ -272,6 +352,9 @@ def test_kernel_inputs():
     (lambda: kernel.kernel_fn([("gap",), ("tanh",)], "ntk"), "tanh.*expected"),
     (lambda: kernel.kernel_fn([("dense", 1.0), ("gap",)], "ntk"), r"\('dense', 1.0\).*w_std, b_std"),
     (lambda: kernel.kernel_fn([("relu",)], "ntk"), "at least once"),
+    (lambda: kernel.kernel_fn([("conv1d", 1.0, 0.0), ("gap",)], "ntk"), r"sequences begins with \(\"mask\",\)"),
+    (lambda: kernel.kernel_fn([("mask",), ("pool",), ("gap",)], "ntk"), "sequences .* no pool"),
+    (lambda: kernel.kernel_fn("seq_cnn", "ntk")(np.ones((3, 9))), r"\(3, 9\).*sequences \(n, length, channels\)"),
     (lambda: kernel.kernel_fn(kernel.network("fc"), "ntk", depth=2), "a list of layers has its own"),
 ])
 def test_kernel_errors(call, words):
@@ -317,6 +400,21 @@ def test_fused_black_images(name):
         assert relative_error(fast, exact) < 1e-5
     for K in fused.kernel_fn(name, kernel.KINDS)(x):
         assert np.isfinite(K).all() and not K[1].any()
+
+
+@pytest.mark.parametrize("name, tail", [("seq_fc", 0), ("seq_cnn", 0), ("seq_cnn_gap", 2)])
+def test_fused_sequences(name, tail, monkeypatch):
+    """Sequences of 1 to 21 residues with bias, several blocks of columns: kernel.py to 1e-5; also with a relu
+    after the ending, which reads k(x, x)."""
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
+    x = proteins.encode(PEPTIDES * 4, "blosum", 0)
+    x[3:] *= np.random.default_rng(0).uniform(0.5, 1, size=x[3:].shape).astype(np.float32)
+    layers = [*kernel.network(name, depth=2, b_std=0.5), ("relu",), ("dense", 1.1, 0.3)]
+    layers = layers[:len(layers) - 2 + tail]
+    for fast, exact in both_engines(layers, x, x[1:]):
+        assert relative_error(fast, exact) < 1e-5
+    with pytest.raises(ValueError, match="only images have mirror images"):
+        fused.kernel_fn(name, "ntk", flips=True)
 
 
 @needs_cifar
@@ -1747,6 +1845,254 @@ def test_train_errors(flags, words, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+# -------------------------------------------------------------------------------------- proteins
+
+def protein(tmp_path, *flags):
+    return train_protein.main([*flags, "--out", str(tmp_path), "--quiet"])
+
+
+@needs_gb1
+def test_proteins_gb1():
+    """FLIP's files: rows fitted, held out and test as its README counts them, 4 of 265 residues vary, the wild
+    type has fitness 1; the landscape's test rows are the same for every seed, its training rows in another order."""
+    for split, counts in zip(proteins.FLIP, ((25, 28), (381, 424), (2691, 2990), (4580, 5089), (6289, 6988))):
+        loaded = proteins.load(split, GB1)
+        assert loaded[2:] == counts and len(loaded.sequences) == len(loaded.targets) == 8733
+        assert proteins.encode(loaded.sequences, "onehot", loaded.n_train).shape == (8733, 4, 20)
+    wild = "MQYKLILNGKTLKGETTTEAVDAATAEKVFKQYANDNGVDGEWTYDDATKTFTVTE"
+    assert [y for s, y in zip(*loaded[:2]) if s.startswith(wild)] == [1.0]
+    first, second = (proteins.load("landscape", GB1, seed) for seed in (0, 1))
+    n = first.n_train
+    assert (len(first.targets), n, first.n_fit) == (149361, 119489, 119489 - 119489 // 5)
+    assert first.sequences[n:] == second.sequences[n:] and first.sequences[:9] != second.sequences[:9]
+    assert sorted(first.sequences[:n]) == sorted(second.sequences[:n])
+
+
+def test_proteins_made():
+    """The made landscape is what it says: 1,296 sequences, variance 1, of which least squares on one-hot explains
+    exactly the share of the main effects."""
+    sequences, y = proteins._made()
+    assert len(set(sequences)) == 6**4 and abs(y.mean()) < 1e-12 and abs(y.var() - 1) < 1e-12
+    x = proteins.encode(sequences, "onehot", 0).reshape(1296, -1).astype(float)
+    residual = y - x @ np.linalg.lstsq(x, y)[0]
+    assert abs(1 - residual.var() - proteins.MADE_LINEAR) < 1e-12
+
+
+def test_proteins_encodings():
+    """onehot: inner products count equal residues. blosum: residues of length 1, cosines in the order of BLOSUM62,
+    whose triangle is symmetric with the published sums; centred: mean 0 over training rows. Constant positions are
+    left out, shorter sequences end in zeros."""
+    sequences = ["MAGIW", "MLGIW", "MLGVW", "MAGVY"]
+    x = proteins.encode(sequences, "onehot", 2)
+    assert x.shape == (4, 3, 20) and x.dtype == np.float32
+    assert (np.einsum("npc,mpc->nm", x, x) == [[sum(a == b for a, b in zip(s[1::2] + s[4:], t[1::2] + t[4:]))
+                                                for t in sequences] for s in sequences]).all()
+    B = proteins.blosum() @ proteins.blosum().T
+    at = {residue: i for i, residue in enumerate(proteins.RESIDUES)}
+    assert np.allclose(np.diag(B), 1) and np.linalg.matrix_rank(B) == 19
+    for a, near, far in ("ILP", "DEW", "FYD", "KRC", "STW"):
+        assert B[at[a], at[near]] > 0.3 > 0 > B[at[a], at[far]]
+    centred = proteins.encode(sequences, "centred", 2)
+    assert centred.shape == (4, 1, 20) and np.abs(centred[:2].mean(axis=0)).max() < 1e-7
+    ragged = proteins.encode(["MA", "M", "MAW"], "blosum", 3)
+    assert ragged.shape == (3, 3, 20) and (np.abs(ragged).max(axis=2) > 0).sum(axis=1).tolist() == [2, 1, 3]
+
+
+@pytest.mark.parametrize("name", proteins.TARGETS)
+def test_proteins_targets(name):
+    """Each function of the target keeps the order, has mean 0 and variance 1 on the rows it was fitted on, and its
+    inverse gives them back; ties stay ties; beyond the range it stays finite."""
+    y = np.array([3.0, 0, 0, 1, 8, 0.5])
+    forward, inverse = proteins.transform(name, y)
+    z = forward(y)
+    assert abs(z.mean()) < 1e-12 and abs(z.var() - 1) < 1e-12 and np.allclose(inverse(z), y, atol=1e-12)
+    assert (np.argsort(z, kind="stable") == np.argsort(y, kind="stable")).all() and z[1] == z[2]
+    assert np.isfinite(forward(np.array([-5.0, 100]))).all() and np.isfinite(inverse(np.array([-3.0, 3]))).all()
+
+
+@pytest.mark.parametrize("text, words", [
+    ("sequence,target,set\nMA,1,train\n", "has no column validation; it has sequence, target, set"),
+    ("", "has no column sequence, set, target, validation; it has none"),
+    ("sequence,target,set,validation\n", "has no row below its header"),
+    ("sequence,target,set,validation\nMA,1,train,\nMXA,2,test,\n", "line 3: residue 'X' at position 2; expected"),
+    ("sequence,target,set,validation\nMA,1,train,\n,2,test,\n", "line 3: an empty sequence; expected"),
+    ("sequence,target,set,validation\nMA,?,train,\n", "line 2: target '\\?'; expected a finite number"),
+    ("sequence,target,set,validation\nMA,nan,train,\n", "line 2: target 'nan'; expected a finite number"),
+    ("sequence,target,set,validation\nMA\n", "line 2: set None; expected train or test"),
+    ("sequence,target,set,validation\nMA,1,valid,\n", "line 2: set 'valid'; expected train or test"),
+    ("sequence,target,set,validation\nMA,1,train,\nML,1,test,\n", "lines 2 to 3: every target is 1"),
+    ("sequence,target,set,validation\nMA,1,train,\nML,2,train,True\n", "1 rows to fit, 1 to validate and 0 to test"),
+])
+def test_proteins_bad_files(tmp_path, text, words):
+    """What is wrong in a file is said in one sentence, with its line."""
+    (tmp_path / "two_vs_rest.csv").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        proteins.load("two_vs_rest", str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_proteins_files_elsewhere(tmp_path):
+    """The same rows from an archive, from its folder unpacked, from a bare table; a sentence where there is none."""
+    text = "sequence,target,set,validation\nMA,1,train,\nMW,3,test,\nML,2,train,True\n"
+    with pytest.raises(FileNotFoundError, match="flip_gb1_splits.zip, .* is there; fetch it from https"):
+        proteins.load("sampled", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "flip_gb1_splits.zip", "w") as file:
+        file.writestr("splits/sampled.csv", text)
+    found = [proteins.load("sampled", str(tmp_path))]
+    with pytest.raises(ValueError, match="holds no splits/one_vs_rest.csv"):
+        proteins.load("one_vs_rest", str(tmp_path))
+    os.replace(tmp_path / "flip_gb1_splits.zip", tmp_path / "splits.zip")  # FLIP's own name for it
+    found.append(proteins.load("sampled", str(tmp_path)))
+    (tmp_path / "splits.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="truncated"):
+        proteins.load("sampled", str(tmp_path))
+    for path in (tmp_path / "splits" / "sampled.csv", tmp_path / "sampled.csv"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        found.append(proteins.load("sampled", str(tmp_path)))
+        path.unlink()
+    for split in found:
+        assert split.sequences == ["MA", "ML", "MW"] and split.targets.tolist() == [1, 2, 3] and split[2:] == (1, 2)
+
+
+def test_proteins_smoke(tmp_path, capsys):
+    """With no flags, a landscape that is known: an interaction between neighbours that ridge regression cannot
+    see, seq_cnn does; one line of runs.jsonl, and what to pass for the real thing."""
+    result = train_protein.main(["--out", str(tmp_path), "--kernel", "seq_fc"])
+    assert "--split two_vs_rest --data DIR" in capsys.readouterr().out
+    assert result["test_spearman"] > 0.99 and result["test_rmse"] < 0.1 and result["cg_converged"]
+    assert json.loads((tmp_path / "runs.jsonl").read_text()) == result
+    assert len(result["compared"]) == len(proteins.ENCODINGS) * len(proteins.TARGETS)
+    linear = protein(tmp_path, "--kernel", "linear", "--encoding", "onehot", "--target", "raw")
+    assert abs(linear["test_rmse"]**2 - (1 - proteins.MADE_LINEAR)) < 0.1
+
+
+@needs_gb1
+@pytest.mark.parametrize("split, published", [("one_vs_rest", 0.28), ("two_vs_rest", 0.59), ("three_vs_rest", 0.76),
+                                              ("low_vs_high", 0.34)])
+def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
+    """Ridge regression by this solver, with an intercept by centring, is scikit-learn's on one-hot, test rows'
+    RMSE to 1e-4, and has the published Spearman's correlation to two digits: the check of data and metric."""
+    from sklearn.linear_model import Ridge
+    result = protein(tmp_path, "--split", split, "--data", GB1, "--kernel", "linear", "--encoding", "centred",
+                     "--target", "raw", "--ridge", "1")
+    sequences, y, _, n = proteins.load(split, GB1)
+    x = proteins.encode(sequences, "onehot", n).reshape(len(y), -1).astype(np.float64)
+    f = Ridge(alpha=1.0).fit(x[:n], y[:n]).predict(x[n:])
+    assert round(result["test_spearman"], 2) == published == round(spearmanr(f, y[n:]).statistic, 2)
+    assert abs(result["test_rmse"] - np.sqrt(np.mean((f - y[n:])**2))) < 1e-4
+
+
+def test_proteins_is_a_dense_solve(tmp_path):
+    """Choices and predictions are those of dense float64 formulas: validation rows are the last fifth of the
+    training rows, functions of the target are fitted on the others, then all are fitted."""
+    result = protein(tmp_path, "--n_train", "100", "--encoding", "onehot", "--ridge", "0.1,0.001", "--depth", "1",
+                     "--kind", "ntk", "--tol", "1e-9")
+    sequences, y, *_ = proteins.load("made")
+    x, n_train = proteins.encode(sequences, "onehot", 100).astype(np.float64), proteins.load("made").n_train
+    K = np.asarray(kernel.kernel_fn("seq_cnn", "ntk", depth=1)(x, x[:100]))
+
+    def solve(n, target, ridge):
+        forward, _ = proteins.transform(target, y[:n])
+        A = K[:n, :n] + ridge * np.diag(K[:n, :n]).mean() * np.eye(n)
+        return K[:, :n] @ np.linalg.solve(A, forward(y[:n])), forward(y)
+    best = []
+    for row, target in zip(result["compared"], proteins.TARGETS):
+        tried = [(np.mean((f - z)[80:100]**2), ridge, spearmanr(f[80:100], y[80:100]).statistic)
+                 for ridge in (0.1, 0.001) for f, z in [solve(80, target, ridge)]]
+        mse, ridge, correlation = min(tried)
+        assert row[:3] == ["onehot", target, ridge] and np.allclose(row[3:], [mse, correlation], rtol=0.02)
+        best.append((correlation, target))
+    target = max(best)[1]
+    assert result["config"]["target"] == target
+    f = solve(100, target, result["ridge"])[0][n_train:]
+    assert abs(result["test_spearman"] - spearmanr(f, y[n_train:]).statistic) < 1e-4
+    inverse = proteins.transform(target, y[:100])[1]
+    assert abs(result["test_rmse"] - np.sqrt(np.mean((inverse(f) - y[n_train:])**2))) < 1e-4
+
+
+def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch):
+    """Other targets in the test rows change nothing but the test results."""
+    flags = ["--n_train", "60", "--encoding", "onehot", "--kernel", "seq_fc"]
+    first, load = protein(tmp_path, *flags), proteins.load
+
+    def other(*args):
+        split = load(*args)
+        split.targets[split.n_train:] *= -1
+        return split
+    monkeypatch.setattr(proteins, "load", other)
+    second = protein(tmp_path, *flags)
+    assert all(first[key] == second[key] for key in ("compared", "ridge", "validation", "config"))
+    assert abs(first["test_spearman"] + second["test_spearman"]) < 1e-9
+
+
+def test_proteins_sizes_store_and_kinds(tmp_path):
+    """A size is its own run, on blocks of one kernel; tiles that are kept, or none, or both kinds in one pass give
+    the same; and the sizes are a curve that scaling.py fits and draws."""
+    flags = ["--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc", "--tile", "32", "--n_test", "120"]
+    sizes = protein(tmp_path, *flags, "--sizes", "25,50,100", "--kind", "both", "--store", str(tmp_path / "K"))
+    for kind, n, kept in (("nngp", 100, []), ("ntk", 100, ["--store", str(tmp_path / "K")]),
+                          ("ntk", 50, ["--store", "none"])):
+        alone = protein(tmp_path / "alone", *flags, "--n_train", str(n), "--kind", kind, *kept)
+        assert alone["config"] == sizes[kind][n]["config"] and alone["ridge"] == sizes[kind][n]["ridge"]
+        assert abs(alone["test_rmse"] - sizes[kind][n]["test_rmse"]) < 1e-5
+    path = tmp_path / "curve.png"
+    assert scaling.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "made", "--figure", str(path)]) == 0
+    curve = scaling.curves(scaling.load(tmp_path / "runs.jsonl"))
+    assert [points[100] for points in curve.values()] == [[1 - sizes[kind][100]["test_spearman"]]
+                                                          for kind in kernel.KINDS]
+
+
+def test_proteins_variance(tmp_path):
+    """Mean and variance are those of a dense Gaussian process, and calibration is its formulas'."""
+    result = protein(tmp_path, "--n_train", "60", "--n_test", "30", "--encoding", "blosum", "--target", "raw",
+                     "--ridge", "0.1", "--kernel", "seq_fc", "--variance", "--tol", "1e-9")
+    sequences, y, _, n_train = proteins.load("made")
+    x = proteins.encode(sequences, "blosum", 60).astype(np.float64)
+    rows = np.r_[:60, n_train:n_train + 30]
+    K, z = np.asarray(kernel.kernel_fn("seq_fc", "nngp")(x[rows])), proteins.transform("raw", y[:60])[0](y[rows])
+    noise = 0.1 * np.diag(K)[:60].mean()
+    solved = np.linalg.solve(K[:60, :60] + noise * np.eye(60), K[:60])
+    f, scale = solved[:, 60:].T @ z[:60], z[:60] @ np.linalg.solve(K[:60, :60] + noise * np.eye(60), z[:60]) / 60
+    sd = np.sqrt(scale * (np.diag(K) + noise - (K[:60] * solved).sum(axis=0))[60:])
+    assert abs(result["test_gaussian_nll"] + norm.logpdf(z[60:], f, sd).mean()) < 1e-3
+    for p in (50, 90):
+        low, high = norm.interval(p / 100, f, sd)
+        assert abs(result[f"test_coverage_{p}"] - np.mean((low <= z[60:]) & (z[60:] <= high))) < 0.04
+    assert abs(result["test_sd_spearman"] - spearmanr(sd, np.abs(f - z[60:])).statistic) < 0.01
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--split", "two_vs_rest"], "needs --data FOLDER, the folder that holds flip_gb1_splits.zip"),
+    (["--split", "landscape", "--data", "nowhere"], "nowhere.*is there; fetch it from https"),
+    (["--n_train", "2000"], "n_train=2000, but made has 2 to 1037 rows"),
+    (["--n_test", "300"], "n_test=300, but made has 2 to 259 rows"),
+    (["--sizes", "10,50", "--n_train", "20"], "--sizes 50: expected at most n_train=20"),
+    (["--n_train", "4"], "n_train=4 has no validation rows to choose on"),
+    (["--n_train", "4", "--encoding", "onehot", "--target", "raw"], "n_train=4 has no validation rows to choose on"),
+])
+def test_proteins_errors(flags, words, tmp_path):
+    """What does not fit is one sentence."""
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        protein(tmp_path, *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_proteins_commands(capsys):
+    """The commands of the docstring are understood, and what contradicts is refused at once."""
+    shown = re.findall(r"python train_protein.py (--.*?)(?:  .*)?$", train_protein.__doc__, re.M)
+    assert len(shown) >= 4
+    for command in shown:
+        train_protein.parse(command.split())
+    for flags, words in ((["--ridge", "often"], "--ridge and --sizes take numbers"),
+                         (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
+                         (["--tile", "0"], "at least 1"),
+                         (["--split", "sampled", "--sizes", "9"], "FLIP says which rows to train on")):
+        with pytest.raises(SystemExit):
+            train_protein.parse(flags)
+        assert words in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------- hosts
 
 def free_port():
@@ -2145,6 +2491,29 @@ def test_benchmark(benchmark, name, kind, engine):
         n = min(n, key=seconds_per_entry)
     benchmark.extra_info["n"] = n
     K = time_it(benchmark, call(n), "entries", n * n)
+    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
+
+
+@every_sequence_network
+@both_kinds
+@pytest.mark.parametrize("length, engine", [(length, engine) for length in (4, 56)
+                                            for engine in ("fused", "neural_tangents")])
+def test_benchmark_sequences(benchmark, name, kind, length, engine):
+    """Seconds for a block of n x n entries of two different sets of sequences of 20 letters, float32: the positions
+    of GB1 that vary, and all of its domain; devices as above."""
+    if benchmark.disabled and (length, kind) != (4, "nngp"):
+        pytest.skip("one length shows that it runs; --benchmark-only times both")
+    benchmark.group = f"{name} {kind}, {length} residues"
+    n = {4: {"fused": 2048, "neural_tangents": 512}, 56: {"fused": 256, "neural_tangents": 32}}[length][engine]
+    n = 3 if benchmark.disabled else 8 if (name, n) == ("seq_cnn_gap", 32) else n
+    fn = {"fused": fused.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](name, kind)
+    x1, x2 = np.eye(20, dtype=np.float32)[np.random.default_rng(0).integers(0, 20, (2, n, length))]
+
+    def call():
+        if engine == "fused":
+            return tiles.cross(fn, x1, x2, -(-n // 2), jax.local_devices()[:os.cpu_count()], quiet=True).dense()
+        return fn(x1, x2).block_until_ready()
+    K = time_it(benchmark, call, "entries", n * n)
     assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
 
 

@@ -1,0 +1,228 @@
+"""Files -> checked protein sequences: FLIP's GB1 benchmark, its full landscape, and one made here.
+
+  one_vs_rest, two_vs_rest, three_vs_rest, low_vs_high, sampled     FLIP (Dallago et al. 2021): 8,733 variants of
+             GB1, 4 of 265 residues vary; train, validation (rows of train) and test as FLIP's files say
+  landscape  every variant that Wu et al. 2016 measured, 149,361: a random fifth is test, always the same one; the
+             others in an order drawn by `seed`, so that a smaller training set is the first rows of a larger one
+  made       1,296 sequences of 4 residues out of 6, known exactly, no file: target = sum over positions of a table
+             of main effects, plus sum over neighbours of a product of two such tables, every table of mean 0. The
+             two sums are then uncorrelated: of the target's variance the share `MADE_LINEAR` is the most that a model
+             without interactions can explain.
+
+Rows come in the order fitted, held out (validation), test. An encoding puts numbers to residues, (n, length, 20):
+
+  onehot     one channel is 1: two residues are alike or they are not
+  blosum     <x_a, x_b> of residues a and b is the cosine that the positive part of BLOSUM62 (Henikoff & Henikoff
+             1992) gives them: how readily evolution puts one for the other
+  centred    onehot minus its mean over the training rows, at each position
+
+of the positions that vary, and no others: 261 equal residues of 265 would push every cosine above 0.98.
+Where lengths differ every position counts, and shorter sequences end in zeros, which kernel.py masks.
+
+A regression on targets y may be one on a monotone function of them, of mean 0 and variance 1 on the training rows:
+
+  raw   y      log   log(y - min y + sd(y) / 100), effects that multiply      rank   normal scores of y's ranks
+
+    split = proteins.load("two_vs_rest", "protein");  x = proteins.encode(split.sequences, "onehot", split.n_train)
+
+Proved by: test_all.py, section proteins
+"""
+
+import contextlib
+import csv
+import io
+import os
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import norm, rankdata
+
+RESIDUES = "ARNDCQEGHILKMFPSTWYV"
+FLIP = ("one_vs_rest", "two_vs_rest", "three_vs_rest", "low_vs_high", "sampled")
+SPLITS = ("made", *FLIP, "landscape")
+ENCODINGS = ("onehot", "blosum", "centred")
+TARGETS = ("raw", "log", "rank")
+FILES = {  # the archive, which FLIP itself has without the first two words of the name, and the table in it
+    **{split: ("flip_gb1_splits.zip", f"splits/{split}.csv") for split in FLIP},
+    "landscape": ("flip_gb1_four_mutations_full_data.csv.zip", "four_mutations_full_data.csv")}
+SOURCE = "https://github.com/J-SNACKKB/FLIP, folder splits/gb1"
+MADE_LINEAR = 0.6
+BLOSUM62_ROWS = """
+    4 -1 5 -2 0 6 -2 -2 1 6 0 -3 -3 -3 9 -1 1 0 0 -3 5 -1 0 0 2 -4 2 5 0 -2 0 -1 -3 -2 -2 6 -2 0 1 -1 -3 0 0 -2
+    8 -1 -3 -3 -3 -1 -3 -3 -4 -3 4 -1 -2 -3 -4 -1 -2 -3 -4 -3 2 4 -1 2 0 -1 -3 1 1 -2 -1 -3 -2 5 -1 -1 -2 -3 -1
+    0 -2 -3 -2 1 2 -1 5 -2 -3 -3 -3 -2 -3 -3 -3 -1 0 0 -3 0 6 -1 -2 -2 -1 -3 -1 -1 -2 -2 -3 -3 -1 -2 -4 7 1 -1 1
+    0 -1 0 0 0 -1 -2 -2 0 -1 -2 -1 4 0 -1 0 -1 -1 -1 -1 -2 -2 -1 -1 -1 -1 -2 -1 1 5 -3 -3 -4 -4 -2 -2 -3 -2 -2
+    -3 -2 -3 -1 1 -4 -3 -2 11 -2 -2 -2 -3 -2 -1 -2 -3 2 -1 -1 -2 -1 3 -3 -2 -2 2 7 0 -3 -3 -3 -1 -2 -2 -3 -3 3 1
+    -2 1 -1 -2 -2 0 -3 -1 4
+"""  # the lower triangle, residues in the order of RESIDUES
+
+
+class Split(NamedTuple):
+    """Rows in the order fitted, held out, test."""
+    sequences: list  # of str, n_train + n_test
+    targets: np.ndarray  # float64, as many
+    n_fit: int  # of the n_train: the others are the validation rows
+    n_train: int
+
+
+def load(name, folder=None, seed=0):
+    """The Split named above.
+
+    folder: holds the archives of FILES, or their tables (in `splits` or beside).   seed: of `landscape`, `made`.
+    Raises ValueError: unknown name; with its line, a residue, target or set that is none, an empty sequence; a
+    column that is not there; targets all the same.   FileNotFoundError: a file that is not there.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"split {name!r} is unknown; choose one of {', '.join(SPLITS)}")
+    if name == "made":
+        return _shuffled(*_made(), seed)
+    if folder is None:
+        raise ValueError(f"split {name} needs --data FOLDER, the folder that holds {FILES[name][0]} "
+                         f"(fetch it from {SOURCE}); --split made needs none")
+    if name == "landscape":
+        return _shuffled(*_columns(name, folder, "Fitness"), seed)
+    sequences, targets, part, held_out = _columns(name, folder, "target", "set", "validation")
+    kind = np.where(part == "test", 2, held_out == "True")
+    order, sizes = np.argsort(kind, kind="stable"), np.bincount(kind, minlength=3)
+    if not sizes[0] or not sizes[2]:
+        raise ValueError(f"{name} has {sizes[0]} rows to fit, {sizes[1]} to validate and {sizes[2]} to test; "
+                         "expected some to fit and some to test")
+    return Split([sequences[i] for i in order], targets[order], int(sizes[0]), int(sizes[:2].sum()))
+
+
+def _shuffled(sequences, targets, seed):
+    """A fifth to test, the same for every seed; of the others, in an order by `seed`, the last fifth held out."""
+    order = np.random.default_rng(0).permutation(len(targets))
+    test, train = np.split(order, [len(order) // 5])
+    order = np.concatenate([train[np.random.default_rng(seed).permutation(len(train))], test])
+    return Split([sequences[i] for i in order], targets[order], len(train) - len(train) // 5, len(train))
+
+
+def _made(letters=6, length=4):
+    """Every sequence of 4 letters, and its target, of variance 1."""
+    rng = np.random.default_rng(0)
+    tables = rng.normal(size=(3, length, letters))
+    tables -= tables.mean(axis=2, keepdims=True)
+    states = np.indices((letters,) * length).reshape(length, -1).T
+    main, left, right = (np.stack([table[p][states[:, p]] for p in range(length)]) for table in tables)
+    parts = main.sum(axis=0), (left[:-1] * right[1:]).sum(axis=0)
+    shares = MADE_LINEAR, 1 - MADE_LINEAR
+    targets = sum(share**0.5 * part / part.std() for share, part in zip(shares, parts))
+    return ["".join(RESIDUES[i] for i in row) for row in states], targets
+
+
+def _columns(name, folder, target, *others):
+    """sequences (list), targets float64 and the other columns of a table, checked line by line."""
+    sequences, targets, rest, known = [], [], [], set(RESIDUES)
+    with _table(name, folder) as (file, path):
+        reader = csv.DictReader(file)
+        missing = {"sequence", target, *others} - set(reader.fieldnames or [])
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has "
+                             f"{', '.join(reader.fieldnames or ['none'])}")
+        for line, row in enumerate(reader, 2):
+            sequence = row["sequence"]
+            unknown = set(sequence or " ") - known
+            if unknown:
+                at = f"residue {min(unknown)!r} at position {sequence.index(min(unknown)) + 1}" if sequence else \
+                    "an empty sequence"
+                raise ValueError(f"{path}, line {line}: {at}; expected one or more of {RESIDUES}. Take the line out")
+            if "set" in row and others and row["set"] not in ("train", "test"):
+                raise ValueError(f"{path}, line {line}: set {row['set']!r}; expected train or test")
+            sequences.append(sequence)
+            targets.append(_number(row[target], target, path, line))
+            rest.append([row[other] for other in others])
+    if not sequences:
+        raise ValueError(f"{path} has no row below its header")
+    if len(set(targets)) == 1:
+        raise ValueError(f"{path}, lines 2 to {line}: every {target} is {targets[0]:g}; there is nothing to learn")
+    return sequences, np.array(targets), *(np.array(column) for column in zip(*rest))
+
+
+def _number(text, column, path, line):
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        value = np.nan
+    if not np.isfinite(value):
+        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected a finite number. Take the line out")
+    return value
+
+
+@contextlib.contextmanager
+def _table(name, folder):
+    """The csv file of a split, open, and what to call it; from the folder or an archive in it."""
+    archive, member = FILES[name]
+    for path in (os.path.join(folder, member), os.path.join(folder, os.path.basename(member))):
+        if os.path.exists(path):
+            with open(path, newline="") as file:
+                yield file, path
+            return
+    path, own = os.path.join(folder, archive), os.path.join(folder, archive.removeprefix("flip_gb1_"))
+    path = own if os.path.exists(own) else path
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"none of {path}, {own} and {os.path.join(folder, member)} is there; fetch it from "
+                                f"{SOURCE}, and give --data the folder that holds it")
+    try:
+        with zipfile.ZipFile(path) as file, file.open(member) as binary:
+            yield io.TextIOWrapper(binary, newline=""), f"{member} in {path}"
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path} is truncated or holds no {member}: {error}") from error
+
+
+def encode(sequences, encoding, n_train):
+    """(n, length, 20) float32 of the positions that vary; shorter sequences end in zeros.
+
+    n_train: over how many of the first rows `centred` takes its mean, and asks whether a position varies, for one
+    that does not becomes zeros; else this is asked of all rows.
+    Raises ValueError: unknown encoding; no position varies; centred sequences of several lengths.
+    """
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding {encoding!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+    lengths = np.array([len(sequence) for sequence in sequences])
+    longest = int(lengths.max())
+    codes = np.frombuffer("".join(s.ljust(longest) for s in sequences).encode(), np.uint8).reshape(-1, longest)
+    if lengths.min() == longest:
+        asked = codes[:n_train] if encoding == "centred" else codes
+        codes = codes[:, (asked != codes[:1]).any(axis=0)]
+        if not codes.shape[1]:
+            raise ValueError(f"all {len(asked)} sequences are the same: no position varies")
+    elif encoding == "centred":
+        raise ValueError(f"centred sequences of {lengths.min()} to {longest} residues: positions of different "
+                         "lengths are not comparable; take onehot or blosum")
+    table = np.zeros((256, 20))
+    values = np.eye(20) if encoding != "blosum" else blosum()
+    table[np.frombuffer(RESIDUES.encode(), np.uint8)] = values
+    x = table.astype(np.float32)[codes]
+    return x - x[:n_train].mean(axis=0, dtype=np.float64).astype(np.float32) if encoding == "centred" else x
+
+
+def blosum():
+    """(20, 20) V sqrt(max(S, 0)) of BLOSUM62 = V S V^T, rows scaled to length 1 as those of onehot are."""
+    B = np.zeros((20, 20))
+    B[np.tril_indices(20)] = BLOSUM62_ROWS.split()
+    S, V = np.linalg.eigh(B + np.tril(B, -1).T)
+    root = V * np.sqrt(np.maximum(S, 0))
+    return root / np.linalg.norm(root, axis=1, keepdims=True)
+
+
+def transform(name, y):
+    """(forward, inverse): the function of TARGETS fitted on y (n,), and the way back, both (m,) -> (m,).
+
+    Beyond the range of y, `log` takes less than min y for min y, and `rank` is constant both ways.
+    Raises ValueError: unknown name; y all the same.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"target {name!r} is unknown; choose one of {', '.join(TARGETS)}")
+    if np.ptp(y) == 0:
+        raise ValueError(f"the {len(y)} training targets are all {y[0]:g}: there is nothing to learn")
+    low, floor = y.min(), y.std() / 100
+    values, where = np.unique(y, return_index=True)
+    scores = norm.ppf((rankdata(y) - 0.5) / len(y))[where]
+    there, back = {
+        "raw": (lambda y: y, lambda z: z),
+        "log": (lambda y: np.log(np.maximum(y - low, 0) + floor), lambda z: np.exp(z) - floor + low),
+        "rank": (lambda y: np.interp(y, values, scores), lambda z: np.interp(z, scores, values))}[name]
+    mean, sd = there(y).mean(), there(y).std()
+    return lambda y: (there(y) - mean) / sd, lambda z: back(z * sd + mean)
