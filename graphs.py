@@ -1,0 +1,241 @@
+"""The kernels of graph networks fast: whole graphs side by side in squares of nodes.
+
+A pair of molecules is an array of 25 x 25 nodes or so: too small for a processor, and no two are alike.
+So graphs are laid one after the other into bins of N nodes, as many as fit, and K of two bins is one
+N x N array, whatever the graphs: no padding but the last few rows of a bin.
+
+    bin 1: graph a, b, c        K[p, q] of all their nodes,      aggregate: every row becomes the weighted sum
+    bin 2: graph d, e           (a d) (a e)                      of the rows of its neighbours, then the
+                                (b d) (b e)                      array is transposed, and once more
+                                (c d) (c e)
+
+1. A node of a molecule listens to itself and to four others at most, with few exceptions: a sum of FEW rows
+   is 5 operations an element where a product with A would be 25, or N. Rows are contiguous, columns are
+   not: picking columns is five times slower than transposing and picking rows. Transposed once a round, K
+   comes out as its transpose, so the next round begins with the other graph.
+2. XLA fuses what it can, and a sum of rows fused with a transpose reads one number at a time. What is written
+   into a buffer larger than itself stays apart (fused.py does that too). Numbers: below.
+3. Variances v are those of a bin with itself: once a graph, not once a pair.
+4. The first aggregate comes before any relu, so it acts on features: A <x, x'> A'^T = <A x, A' x'>.
+5. Pooling is a product with GRAPHS rows; each graph belongs to one bin, its sum is complete there.
+
+  b  graphs of a tile, each with up to `nodes` nodes   D  degree, neighbours listed of a node   f  features
+  N  nodes of a bin   c  bins of the tile: between (nodes in it) / N and twice that, known when it runs
+
+    python -c "import graphs, kernel, numpy; print(graphs.kernel_fn(kernel.gcn(1), 'ntk')(numpy.ones((2, 3, 5))))"
+
+Cost of an entry: nodes x nodes' elements a round, each 1 kappa1 (NTK: and kappa0), 2 FEW multiplications and
+one transposed copy (NTK: twice that). On one core of 2.4 GHz about 2.8 ns an element and round (5.8), of which
+the relu is 0.6, sums of rows 0.6 each, the transpose 1.     Proved by: test_all.py, section graphs
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import kernel
+
+NODES = 256  # of a bin, at least; an array of 256 KB, and the five in use stay in a core's cache
+GRAPHS = 32  # of a bin, at most: one costs as much in pooling as a node in all else
+FEW = 5  # neighbours summed in one pass; more of them one by one
+STRIPE = 16  # rows transposed at a time
+
+
+def parse(layers):
+    """(degree, rounds, pool, tail) of a list of layers: what comes before the pool without its first
+    aggregate, and dense layers after it.  Raises ValueError where the list has another form."""
+    names = [layer[0] for layer in layers]
+    end = next((i for i, name in enumerate(names) if name in ("sum", "mean")), len(names) - 1)
+    degrees = {layer[1] for layer in layers if layer[0] == "aggregate"}
+    if (names[0] != "aggregate" or len(degrees) != 1 or set(names[end + 1:]) - {"dense"}
+            or set(names[:end]) - {"aggregate", "dense", "relu", "jump"} or names[1:2] != ["dense"]):
+        raise ValueError(f"graphs.py takes aggregate and dense, then aggregate, dense, relu and jump, all of one "
+                         f"degree, then sum or mean, then dense; this network is {names}: take kernel.kernel_fn")
+    return degrees.pop(), layers[1:end], names[end], layers[end + 1:]
+
+
+def packed(x, degree, pool, N):
+    """Graphs x (b, nodes, f + 2 degree) -> (bins, places, starts, count), as far as `count` bins.
+
+    bins: features (b, N, f), numbers (b, N, degree) int32 within the bin, weights (b, N, degree), the pool as
+    a matrix (b, GRAPHS, N), and the most neighbours of a node (b,).
+    starts (b,): the first graph of each bin.
+    """
+    b, nodes, width = x.shape
+    exists = (x != 0).any(axis=2)
+    sizes = last_true(exists)
+
+    def place(carry, size):
+        bin, used, graphs = carry
+        new = (used + size > N) | (graphs == GRAPHS)
+        bin, used, graphs = bin + new.astype(jnp.int32), jnp.where(new, 0, used), jnp.where(new, 0, graphs)
+        return (bin, used + size, graphs + 1), (bin, used, graphs)
+    (last, _, _), (bin, offset, rank) = lax.scan(place, (jnp.int32(0),) * 3, sizes)
+    share = exists.astype(x.dtype)
+    share = share / share.sum(axis=1, keepdims=True) if pool == "mean" else share
+    x = jnp.concatenate([x[:, :, :-2 * degree], x[:, :, -2 * degree:-degree] + offset[:, None, None].astype(x.dtype),
+                         x[:, :, -degree:], jnp.broadcast_to(rank[:, None, None], (b, nodes, 1)).astype(x.dtype),
+                         share[:, :, None]], axis=2)
+    x = jnp.where(exists[:, :, None], x, jnp.zeros_like(x))
+
+    def lay(g, flat):  # rows of zeros after a graph are overwritten by the next
+        return lax.dynamic_update_slice_in_dim(flat, x[g], bin[g] * N + offset[g], 0)
+    flat = lax.fori_loop(0, b, lay, jnp.zeros((b * N + nodes, width + 2), x.dtype))
+    flat = flat[:b * N].reshape(b, N, width + 2)
+    rank, share = flat[:, None, :, -2], flat[:, None, :, -1]
+    numbers, weights = flat[:, :, -2 * degree - 2:-degree - 2].astype(jnp.int32), flat[:, :, -degree - 2:-2]
+    matrix = jnp.where(rank == jnp.arange(GRAPHS, dtype=x.dtype)[None, :, None], share, jnp.zeros_like(share))
+    most = jnp.max(last_true(weights != 0), axis=1)
+    starts = jnp.zeros(b, jnp.int32).at[bin[::-1]].set(jnp.arange(b, dtype=jnp.int32)[::-1])
+    return (flat[:, :, :-2 * degree - 2], numbers, weights, matrix, most), starts, last + 1
+
+
+def last_true(condition):
+    """One more than the place of the last True along the last axis, int32; 0 where there is none."""
+    return jnp.max(jnp.where(condition, jnp.broadcast_to(jnp.arange(1, condition.shape[-1] + 1, dtype=jnp.int32),
+                                                          condition.shape), 0), axis=-1)
+
+
+def write(buffer, value):
+    """`value` into the first rows of a buffer that has more, in place."""
+    return lax.dynamic_update_slice(buffer, value, (0, 0))
+
+
+def sum_rows(target, K, neighbours):
+    """target <- A K: of every row the weighted sum of its neighbours' rows."""
+    numbers, weights, most = neighbours
+
+    def term(k):
+        column = [lax.dynamic_slice_in_dim(z, k, 1, axis=1) for z in (numbers, weights)]
+        return column[1] * K.at[column[0][:, 0]].get(mode="promise_in_bounds")
+    few = min(FEW, numbers.shape[1])
+    target = write(target, sum(term(k) for k in range(1, few)) + term(0) if few > 1 else term(0))
+    return lax.fori_loop(jnp.int32(few), jnp.maximum(most, few), lambda k, target: write(
+        target, target[:len(K)] + term(k)), target)
+
+
+def transpose(target, K):
+    """target <- K^T."""
+    def stripe(i, target):
+        part = lax.dynamic_slice_in_dim(K, i * STRIPE, STRIPE)
+        return lax.dynamic_update_slice_in_dim(target, part.T, i * STRIPE, 1)
+    return lax.fori_loop(0, len(K) // STRIPE, stripe, target)
+
+
+def aggregate(target, spare, K, first, second):
+    """target <- (A K A'^T)^T, K (N, N) with the nodes of `first` in its rows; both arrays of `spare` are used."""
+    N = len(K)
+    one = sum_rows(spare[0], K, first)
+    two = transpose(spare[1], one[:N])
+    return sum_rows(target, two[:N], second), (one, two)
+
+
+def walk(rounds, features, neighbours, stds, pools, buffers, tangent):
+    """K and T of two bins, pooled: (GRAPHS, GRAPHS) each, and the buffers.
+
+    features: those of both after the first aggregate.   neighbours: (numbers, weights, most) of both.
+    stds: (relu's number, K, turned) -> std of rows and of columns.   pools: of both, (GRAPHS, N).
+    buffers: four (N + 8, N).   tangent: whether T is wanted.
+    """
+    a, b, spare = *buffers[:2], buffers[2:]
+    N, turned, relus = len(features[0]), False, 0
+    K = jnp.matmul(features[0], features[1].T, precision="highest") / features[0].shape[1]
+    T, out = jnp.zeros_like(K), []
+
+    def pooled(K):
+        K = K.T if turned else K
+        return jnp.matmul(jnp.matmul(pools[0], K, precision="highest"), pools[1].T, precision="highest")
+    for layer in rounds:
+        if layer[0] == "aggregate":
+            sides = neighbours[::-1] if turned else neighbours
+            a, spare = aggregate(a, spare, K, *sides)
+            K, turned = a[:N], not turned
+            if tangent:
+                b, spare = aggregate(b, spare, T, *sides)
+                T = b[:N]
+        elif layer[0] == "relu":
+            k, t = kernel.relu(K, T, *stds(relus, K, turned))
+            a, relus = write(a, k), relus + 1
+            if tangent:
+                b = write(b, t)
+                T = b[:N]
+            K = a[:N]
+        elif layer[0] == "jump":
+            out.append((pooled(K), pooled(T)))
+        else:
+            K, T = kernel.linear(layer, K, T)
+    out.append((pooled(K), pooled(T)))
+    return tuple(map(sum, zip(*out))), (a, b, *spare)
+
+
+def prepare(rounds, bins, count, buffers):
+    """Of every bin the features after the first aggregate (b, N, f) and the std before each relu (b, relus, N)."""
+    features, numbers, weights, pools, most = bins
+    relus = sum(layer[0] == "relu" for layer in rounds)
+
+    def one(i, carry):
+        features, stds, buffers = carry
+        here = numbers[i], weights[i], most[i]
+        x = sum(weights[i][:, k, None] * features[i].at[numbers[i][:, k]].get(mode="promise_in_bounds")
+                for k in range(weights.shape[2]))
+        found = []
+
+        def std(k, K, turned):
+            found.append(jnp.sqrt(jnp.maximum(jnp.diagonal(K), 0)))
+            return found[-1], found[-1]
+        _, buffers = walk(rounds, (x, x), (here, here), std, (pools[i], pools[i]), buffers, False)
+        return features.at[i].set(x), stds.at[i].set(jnp.stack(found)), buffers
+    stds = jnp.zeros((len(features), relus, features.shape[1]), features.dtype)
+    features, stds, buffers = lax.fori_loop(jnp.int32(0), count, one, (features, stds, buffers))
+    return features, stds, buffers
+
+
+def pairs(rounds, tangent, first, second, N):
+    """K and T (b1 + GRAPHS, b2 + GRAPHS) after the pool; first, second: what `packed` returns."""
+    dtype = first[0][0].dtype
+    buffers = (jnp.zeros((N + 8, N), dtype),) * 4
+    (bins1, starts1, count1), (bins2, starts2, count2) = first, second
+    features1, stds1, buffers = prepare(rounds, bins1, count1, buffers)
+    features2, stds2, buffers = prepare(rounds, bins2, count2, buffers)
+
+    def one(i, j, carry):
+        out, buffers = carry
+
+        def stds(k, K, turned):
+            both = stds1[i, k], stds2[j, k]
+            return both[::-1] if turned else both
+        new, buffers = walk(rounds, (features1[i], features2[j]),
+                            [(bins[1][k], bins[2][k], bins[4][k]) for bins, k in ((bins1, i), (bins2, j))],
+                            stds, (bins1[3][i], bins2[3][j]), buffers, tangent)
+        # what lies beyond the graphs of these bins is overwritten by the next ones
+        return tuple(lax.dynamic_update_slice(o, k, (starts1[i], starts2[j])) for o, k in zip(out, new)), buffers
+    out = (jnp.zeros((len(starts1) + GRAPHS, len(starts2) + GRAPHS), dtype),) * 2
+    out, _ = lax.fori_loop(jnp.int32(0), count1, lambda i, carry: lax.fori_loop(
+        jnp.int32(0), count2, lambda j, carry: one(i, j, carry), carry), (out, buffers))
+    return out
+
+
+def kernel_fn(name, kind, **options):
+    """`kernel.kernel_fn` of a graph network, fast: same arguments, results and errors.
+
+    name: a list of layers, as kernel.gcn(degree, ...) returns.
+    Raises ValueError also for a list of another form than (aggregate, dense), aggregate, dense, relu and jump
+    in any number, sum or mean, dense. Runs on one device, `tiles.gram` on all of them.
+    """
+    layers = kernel.network(name, **options)
+    degree, rounds, pool, tail = parse(layers)
+    kernel.chosen(kind, None, None)
+    tangent = kind not in ("nngp", ("nngp",))
+
+    @jax.jit
+    def fn(x1, x2=None):
+        if x2 is None:
+            return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
+        x1, x2 = (x[:, :, 0] for x in kernel.as_pair(layers, x1, x2))
+        N = max(NODES, -(-x1.shape[1] // STRIPE) * STRIPE)
+        K, T = (z[:len(x1), :len(x2)] for z in pairs(rounds, tangent, packed(x1, degree, pool, N),
+                                                     packed(x2, degree, pool, N), N))
+        for layer in tail:
+            K, T = kernel.linear(layer, K, T)
+        return kernel.chosen(kind, K, T)
+    return fn
