@@ -31,6 +31,7 @@ the relu is 0.6, sums of rows 0.6 each, the transpose 1.     Proved by: test_all
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import kernel
@@ -54,12 +55,12 @@ def parse(layers):
     return degrees.pop(), layers[1:end], names[end], layers[end + 1:]
 
 
-def packed(x, degree, pool, N):
-    """Graphs x (b, nodes, f + 2 degree) -> (bins, places, starts, count), as far as `count` bins.
+def packed(x, pool, N):
+    """Graphs x (b, nodes, width) laid into bins of N rows: (flat, offsets, starts, count).
 
-    bins: features (b, N, f), numbers (b, N, degree) int32 within the bin, weights (b, N, degree), the pool as
-    a matrix (b, GRAPHS, N), and the most neighbours of a node (b,).
-    starts (b,): the first graph of each bin.
+    flat (b N + nodes, width + 3): of the nodes of every bin their rows, then which graph of its bin a node belongs
+    to, in which row of the bin that begins, and its share in the pool, 0 where there is no node.
+    starts (b,): the first graph of each bin.   count: bins in use.
     """
     b, nodes, width = x.shape
     exists = (x != 0).any(axis=2)
@@ -73,21 +74,24 @@ def packed(x, degree, pool, N):
     (last, _, _), (bin, offset, rank) = lax.scan(place, (jnp.int32(0),) * 3, sizes)
     share = exists.astype(x.dtype)
     share = share / share.sum(axis=1, keepdims=True) if pool == "mean" else share
-    x = jnp.concatenate([x[:, :, :-2 * degree], x[:, :, -2 * degree:-degree] + offset[:, None, None].astype(x.dtype),
-                         x[:, :, -degree:], jnp.broadcast_to(rank[:, None, None], (b, nodes, 1)).astype(x.dtype),
-                         share[:, :, None]], axis=2)
-    x = jnp.where(exists[:, :, None], x, jnp.zeros_like(x))
 
-    def lay(g, flat):  # rows of zeros after a graph are overwritten by the next
-        return lax.dynamic_update_slice_in_dim(flat, x[g], bin[g] * N + offset[g], 0)
-    flat = lax.fori_loop(0, b, lay, jnp.zeros((b * N + nodes, width + 2), x.dtype))
-    flat = flat[:b * N].reshape(b, N, width + 2)
-    rank, share = flat[:, None, :, -2], flat[:, None, :, -1]
-    numbers, weights = flat[:, :, -2 * degree - 2:-degree - 2].astype(jnp.int32), flat[:, :, -degree - 2:-2]
-    matrix = jnp.where(rank == jnp.arange(GRAPHS, dtype=x.dtype)[None, :, None], share, jnp.zeros_like(share))
-    most = jnp.max(last_true(weights != 0), axis=1)
+    def lay(g, flat):  # the rows of zeros after a graph are overwritten by the next
+        more = jnp.stack([jnp.full(nodes, rank[g], x.dtype), jnp.full(nodes, offset[g], x.dtype), share[g]], axis=1)
+        return lax.dynamic_update_slice_in_dim(flat, jnp.concatenate([x[g], more], axis=1), bin[g] * N + offset[g], 0)
+    flat = lax.fori_loop(0, b, lay, jnp.zeros((b * N + nodes, width + 3), x.dtype))
     starts = jnp.zeros(b, jnp.int32).at[bin[::-1]].set(jnp.arange(b, dtype=jnp.int32)[::-1])
-    return (flat[:, :, :-2 * degree - 2], numbers, weights, matrix, most), starts, last + 1
+    return flat, starts, last + 1
+
+
+def unpacked(flat, i, degree, N):
+    """Of bin i the features (N, f), its neighbours (numbers (N, degree) int32 in the bin, weights (N, degree), the
+    most that a node has), and its pool, (GRAPHS, N)."""
+    rows = lax.dynamic_slice_in_dim(flat, i * N, N)
+    ends = rows.shape[1] - np.array([2 * degree + 3, degree + 3, 3, 2, 1])
+    features, numbers, weights, rank, offset, share = jnp.split(rows, ends, axis=1)
+    numbers = jnp.where(weights != 0, numbers + jnp.broadcast_to(offset, numbers.shape), jnp.zeros_like(weights)).astype(jnp.int32)
+    pool = (rank.T == jnp.arange(GRAPHS, dtype=flat.dtype)[:, None]).astype(flat.dtype) * share.T
+    return features, (numbers, weights, jnp.max(last_true(weights != 0))), pool
 
 
 def last_true(condition):
@@ -168,51 +172,54 @@ def walk(rounds, features, neighbours, stds, pools, buffers, tangent):
     return tuple(map(sum, zip(*out))), (a, b, *spare)
 
 
-def prepare(rounds, bins, count, buffers):
-    """Of every bin the features after the first aggregate (b, N, f) and the std before each relu (b, relus, N)."""
-    features, numbers, weights, pools, most = bins
-    relus = sum(layer[0] == "relu" for layer in rounds)
+def prepare(rounds, degree, N, packed, buffers):
+    """(parts, starts, count): parts(i) of bin i are its features after the first aggregate, neighbours and pool, as
+    `unpacked` has them, and the std before each relu (relus, N)."""
+    flat, starts, count = packed
+    b, relus = len(starts), sum(layer[0] == "relu" for layer in rounds)
 
     def one(i, carry):
-        features, stds, buffers = carry
-        here = numbers[i], weights[i], most[i]
-        x = sum(weights[i][:, k, None] * features[i].at[numbers[i][:, k]].get(mode="promise_in_bounds")
-                for k in range(weights.shape[2]))
+        kept, stds, buffers = carry
+        features, neighbours, pool = unpacked(flat, i, degree, N)
+        numbers, weights, _ = neighbours
+        features = sum(weights[:, k, None] * features.at[numbers[:, k]].get(mode="promise_in_bounds")
+                       for k in range(degree))
         found = []
 
         def std(k, K, turned):
             found.append(jnp.sqrt(jnp.maximum(jnp.diagonal(K), 0)))
             return found[-1], found[-1]
-        _, buffers = walk(rounds, (x, x), (here, here), std, (pools[i], pools[i]), buffers, False)
-        return features.at[i].set(x), stds.at[i].set(jnp.stack(found)), buffers
-    stds = jnp.zeros((len(features), relus, features.shape[1]), features.dtype)
-    features, stds, buffers = lax.fori_loop(jnp.int32(0), count, one, (features, stds, buffers))
-    return features, stds, buffers
+        _, buffers = walk(rounds, (features,) * 2, (neighbours,) * 2, std, (pool,) * 2, buffers, False)
+        return kept.at[i].set(features), stds.at[i].set(jnp.stack(found)), buffers
+    kept = jnp.zeros((b, N, flat.shape[1] - 2 * degree - 3), flat.dtype)
+    stds = jnp.zeros((b, relus, N), flat.dtype)
+    kept, stds, buffers = lax.fori_loop(jnp.int32(0), count, one, (kept, stds, buffers))
+    return lambda i: (kept[i], *unpacked(flat, i, degree, N)[1:], stds[i]), starts, count
 
 
-def pairs(rounds, tangent, first, second, N):
-    """K and T (b1 + GRAPHS, b2 + GRAPHS) after the pool; first, second: what `packed` returns."""
-    dtype = first[0][0].dtype
-    buffers = (jnp.zeros((N + 8, N), dtype),) * 4
-    (bins1, starts1, count1), (bins2, starts2, count2) = first, second
-    features1, stds1, buffers = prepare(rounds, bins1, count1, buffers)
-    features2, stds2, buffers = prepare(rounds, bins2, count2, buffers)
+def pairs(rounds, degree, N, tangent, first, second):
+    """K and T (b1 + GRAPHS, b2 + GRAPHS) after the pool, as far as there are graphs; first, second: as `packed`
+    returns."""
+    buffers = (jnp.zeros((N + 8, N), first[0].dtype),) * 4
+    (parts1, starts1, count1), (parts2, starts2, count2) = (prepare(rounds, degree, N, x, buffers)
+                                                            for x in (first, second))
 
-    def one(i, j, carry):
-        out, buffers = carry
+    def row(i, carry):
+        features1, neighbours1, pool1, stds1 = parts1(i)
 
-        def stds(k, K, turned):
-            both = stds1[i, k], stds2[j, k]
-            return both[::-1] if turned else both
-        new, buffers = walk(rounds, (features1[i], features2[j]),
-                            [(bins[1][k], bins[2][k], bins[4][k]) for bins, k in ((bins1, i), (bins2, j))],
-                            stds, (bins1[3][i], bins2[3][j]), buffers, tangent)
-        # what lies beyond the graphs of these bins is overwritten by the next ones
-        return tuple(lax.dynamic_update_slice(o, k, (starts1[i], starts2[j])) for o, k in zip(out, new)), buffers
-    out = (jnp.zeros((len(starts1) + GRAPHS, len(starts2) + GRAPHS), dtype),) * 2
-    out, _ = lax.fori_loop(jnp.int32(0), count1, lambda i, carry: lax.fori_loop(
-        jnp.int32(0), count2, lambda j, carry: one(i, j, carry), carry), (out, buffers))
-    return out
+        def column(j, carry):
+            out, buffers = carry
+            features2, neighbours2, pool2, stds2 = parts2(j)
+
+            def stds(k, K, turned):
+                return (stds2[k], stds1[k]) if turned else (stds1[k], stds2[k])
+            new, buffers = walk(rounds, (features1, features2), (neighbours1, neighbours2), stds, (pool1, pool2),
+                                buffers, tangent)
+            # what lies beyond the graphs of these two bins is overwritten by the next ones
+            return tuple(lax.dynamic_update_slice(o, k, (starts1[i], starts2[j])) for o, k in zip(out, new)), buffers
+        return lax.fori_loop(jnp.int32(0), count2, column, carry)
+    out = (jnp.zeros((len(starts1) + GRAPHS, len(starts2) + GRAPHS), first[0].dtype),) * 2
+    return lax.fori_loop(jnp.int32(0), count1, row, (out, buffers))[0]
 
 
 def kernel_fn(name, kind, **options):
@@ -233,8 +240,8 @@ def kernel_fn(name, kind, **options):
             return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
         x1, x2 = (x[:, :, 0] for x in kernel.as_pair(layers, x1, x2))
         N = max(NODES, -(-x1.shape[1] // STRIPE) * STRIPE)
-        K, T = (z[:len(x1), :len(x2)] for z in pairs(rounds, tangent, packed(x1, degree, pool, N),
-                                                     packed(x2, degree, pool, N), N))
+        K, T = (z[:len(x1), :len(x2)]
+                for z in pairs(rounds, degree, N, tangent, packed(x1, pool, N), packed(x2, pool, N)))
         for layer in tail:
             K, T = kernel.linear(layer, K, T)
         return kernel.chosen(kind, K, T)
