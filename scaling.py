@@ -31,9 +31,12 @@ import numpy as np
 from scipy.special import digamma
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10"]
+KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
+           "gcn", "fingerprint", "sum"]
 CURVE = ("dataset", "kernel", "kind", "depth", "whiten", "zca_eps", "flips", "crops", "n_test")
 SAME = (*CURVE, "fit_on", "n_train")
+IMAGES_ONLY = {"zca_eps": None, "flips": None, "crops": 1, "fit_on": None}  # or younger than the first runs
+SCORES = ("test_accuracy", "test_auc", "test_ap", "test_spearman", "test_rmse")
 POWERS = np.arange(1, 401) / 200  # what b may be
 FEW = 100  # test images; runs with fewer measure cost, and their accuracy is nobody's business
 
@@ -45,8 +48,7 @@ def load(path):
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
-                config = run["config"]
-                config.setdefault("fit_on", None)  # the flag is younger than the first runs
+                config = run["config"] = {**IMAGES_ONLY, **run["config"]}
                 config["flips"] = {False: None, True: "explicit"}.get(config["flips"], config["flips"])
                 fixed = () if run.get("validation") else (run["ridge"], config.get("rank"))
                 key = tuple(config[name] for name in SAME) + fixed
@@ -56,6 +58,13 @@ def load(path):
     return [list(runs.values()) for runs in groups.values()]
 
 
+def error(run):
+    """1 - accuracy, and where there is none 1 - area under the curve, average precision or Spearman's correlation,
+    or the root mean squared error."""
+    score = next(name for name in SCORES if name in run)
+    return run[score] if score == "test_rmse" else 1 - run[score]
+
+
 def curves(groups, least=1):
     """{what is equal: {n: [test error, ...]}} of runs whose ridge was chosen, those of `least` sizes or more."""
     out = {}
@@ -63,7 +72,7 @@ def curves(groups, least=1):
         config = runs[0]["config"]
         if config["n_test"] >= FEW and runs[0].get("validation"):
             points = out.setdefault(tuple(config[name] for name in CURVE), {})
-            points.setdefault(config["n_train"], []).extend(1 - run["test_accuracy"] for run in runs)
+            points.setdefault(config["n_train"], []).extend(error(run) for run in runs)
     order = sorted(out, key=lambda key: (KERNELS.index(key[1]), *map(str, key)))
     return {key: dict(sorted(out[key].items())) for key in order if len(out[key]) >= least}
 
@@ -163,7 +172,7 @@ def results(groups, dataset):
             return f"{statistics.median(value(run) for run in runs):.0f}" if runs else "–"
         rows.append([
             name(key), f"{config['n_train']:,}" + (f" × {copies}" if copies > 1 else ""), f"{config['n_test']:,}",
-            len(runs), percent([1 - run["test_accuracy"] for run in runs]),
+            len(runs), percent([error(run) for run in runs]),
             " … ".join(f"{ridge:.2g}" for ridge in (ridges[:1] + ridges[1:][-1:])),
             median(lambda run: run["cg_iterations"]), median(lambda run: run["seconds"]["kernel"], at_once),
             median(lambda run: run["seconds"]["ridge"] + run["seconds"]["solve"]),
@@ -206,7 +215,7 @@ def figure(groups, dataset, path):
     grey, found = "#7d8590", {key: points for key, points in curves(groups).items() if key[0] == dataset}
     page = Figure(figsize=(7, 4.6), layout="constrained", facecolor="none")
     axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
-    colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"]))
+    colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 3))
     for key, points in found.items():
         config, n = dict(zip(CURVE, key)), np.array(list(points))
         if len(points) < 3:

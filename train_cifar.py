@@ -45,7 +45,6 @@ except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes 
 ENGINES = {"plain": kernel.kernel_fn, "nt": kernel.reference_fn}
 if fused:
     ENGINES = {"fused": fused.kernel_fn, **ENGINES}
-RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 HELD_OUT = 5000  # images of the validation split, at most
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
          "predict", "plot", "rate")  # not what was computed: not recorded
@@ -131,7 +130,7 @@ def parse(argv):
     parser = flags()
     args = parser.parse_args(argv)
     try:
-        args.ridge = RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
+        args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
     except ValueError:
         parser.error(f"--ridge {args.ridge}: expected a number, numbers separated by commas, or auto")
     if min(args.ridge) < 0:
