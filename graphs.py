@@ -55,23 +55,23 @@ def parse(layers):
     return degrees.pop(), layers[1:end], names[end], layers[end + 1:]
 
 
-def packed(x, pool, N):
-    """Graphs x (b, nodes, width) laid into bins of N rows: (flat, offsets, starts, count).
+def packed(x, b1, pool, N):
+    """Graphs x (b, nodes, width), b1 of them and others, laid into bins of N rows: (flat, starts, counts).
 
     flat (b N + nodes, width + 3): of the nodes of every bin their rows, then which graph of its bin a node belongs
     to, in which row of the bin that begins, and its share in the pool, 0 where there is no node.
-    starts (b,): the first graph of each bin.   count: bins in use.
+    starts (b,): the first graph of each bin.   counts: bins in use, for the first b1 graphs and for all.
     """
     b, nodes, width = x.shape
     exists = (x != 0).any(axis=2)
     sizes = last_true(exists)
 
-    def place(carry, size):
-        bin, used, graphs = carry
-        new = (used + size > N) | (graphs == GRAPHS)
+    def place(carry, graph):
+        (bin, used, graphs), (size, apart) = carry, graph
+        new = (used + size > N) | (graphs == GRAPHS) | apart
         bin, used, graphs = bin + new.astype(jnp.int32), jnp.where(new, 0, used), jnp.where(new, 0, graphs)
         return (bin, used + size, graphs + 1), (bin, used, graphs)
-    (last, _, _), (bin, offset, rank) = lax.scan(place, (jnp.int32(0),) * 3, sizes)
+    _, (bin, offset, rank) = lax.scan(place, (jnp.int32(0),) * 3, (sizes, jnp.arange(b) == b1))
     share = exists.astype(x.dtype)
     share = share / share.sum(axis=1, keepdims=True) if pool == "mean" else share
 
@@ -79,8 +79,8 @@ def packed(x, pool, N):
         more = jnp.stack([jnp.full(nodes, rank[g], x.dtype), jnp.full(nodes, offset[g], x.dtype), share[g]], axis=1)
         return lax.dynamic_update_slice_in_dim(flat, jnp.concatenate([x[g], more], axis=1), bin[g] * N + offset[g], 0)
     flat = lax.fori_loop(0, b, lay, jnp.zeros((b * N + nodes, width + 3), x.dtype))
-    starts = jnp.zeros(b, jnp.int32).at[bin[::-1]].set(jnp.arange(b, dtype=jnp.int32)[::-1])
-    return flat, starts, last + 1
+    starts = jnp.full(b, b, jnp.int32).at[bin].min(jnp.arange(b, dtype=jnp.int32))
+    return flat, starts, (bin[b1 - 1] + 1, bin[-1] + 1)
 
 
 def unpacked(flat, i, degree, N):
@@ -89,15 +89,15 @@ def unpacked(flat, i, degree, N):
     rows = lax.dynamic_slice_in_dim(flat, i * N, N)
     ends = rows.shape[1] - np.array([2 * degree + 3, degree + 3, 3, 2, 1])
     features, numbers, weights, rank, offset, share = jnp.split(rows, ends, axis=1)
-    numbers = jnp.where(weights != 0, numbers + jnp.broadcast_to(offset, numbers.shape), jnp.zeros_like(weights)).astype(jnp.int32)
+    numbers = (numbers + jnp.broadcast_to(offset, numbers.shape)) * (weights != 0).astype(flat.dtype)
     pool = (rank.T == jnp.arange(GRAPHS, dtype=flat.dtype)[:, None]).astype(flat.dtype) * share.T
-    return features, (numbers, weights, jnp.max(last_true(weights != 0))), pool
+    return features, (numbers.astype(jnp.int32), weights, jnp.max(last_true(weights != 0))), pool
 
 
 def last_true(condition):
     """One more than the place of the last True along the last axis, int32; 0 where there is none."""
-    return jnp.max(jnp.where(condition, jnp.broadcast_to(jnp.arange(1, condition.shape[-1] + 1, dtype=jnp.int32),
-                                                          condition.shape), 0), axis=-1)
+    places = jnp.broadcast_to(jnp.arange(1, condition.shape[-1] + 1, dtype=jnp.int32), condition.shape)
+    return jnp.max(places * condition.astype(jnp.int32), axis=-1)
 
 
 def write(buffer, value):
@@ -173,9 +173,9 @@ def walk(rounds, features, neighbours, stds, pools, buffers, tangent):
 
 
 def prepare(rounds, degree, N, packed, buffers):
-    """(parts, starts, count): parts(i) of bin i are its features after the first aggregate, neighbours and pool, as
-    `unpacked` has them, and the std before each relu (relus, N)."""
-    flat, starts, count = packed
+    """parts(i) of bin i: its features after the first aggregate, its neighbours and pool as `unpacked` has them, and
+    the std before each relu (relus, N)."""
+    flat, starts, (_, count) = packed
     b, relus = len(starts), sum(layer[0] == "relu" for layer in rounds)
 
     def one(i, carry):
@@ -194,31 +194,31 @@ def prepare(rounds, degree, N, packed, buffers):
     kept = jnp.zeros((b, N, flat.shape[1] - 2 * degree - 3), flat.dtype)
     stds = jnp.zeros((b, relus, N), flat.dtype)
     kept, stds, buffers = lax.fori_loop(jnp.int32(0), count, one, (kept, stds, buffers))
-    return lambda i: (kept[i], *unpacked(flat, i, degree, N)[1:], stds[i]), starts, count
+    return lambda i: (kept[i], *unpacked(flat, i, degree, N)[1:], stds[i])
 
 
-def pairs(rounds, degree, N, tangent, first, second):
-    """K and T (b1 + GRAPHS, b2 + GRAPHS) after the pool, as far as there are graphs; first, second: as `packed`
-    returns."""
-    buffers = (jnp.zeros((N + 8, N), first[0].dtype),) * 4
-    (parts1, starts1, count1), (parts2, starts2, count2) = (prepare(rounds, degree, N, x, buffers)
-                                                            for x in (first, second))
+def pairs(rounds, degree, N, tangent, packed, b1):
+    """K and T (b1 + GRAPHS, b - b1 + GRAPHS) of the first b1 graphs with the others after the pool, as far as there
+    are graphs.  packed: see there."""
+    flat, starts, (count1, count) = packed
+    buffers = (jnp.zeros((N + 8, N), flat.dtype),) * 4
+    parts = prepare(rounds, degree, N, packed, buffers)
 
     def row(i, carry):
-        features1, neighbours1, pool1, stds1 = parts1(i)
+        features1, neighbours1, pool1, stds1 = parts(i)
 
         def column(j, carry):
             out, buffers = carry
-            features2, neighbours2, pool2, stds2 = parts2(j)
+            features2, neighbours2, pool2, stds2 = parts(j)
 
             def stds(k, K, turned):
                 return (stds2[k], stds1[k]) if turned else (stds1[k], stds2[k])
             new, buffers = walk(rounds, (features1, features2), (neighbours1, neighbours2), stds, (pool1, pool2),
                                 buffers, tangent)
-            # what lies beyond the graphs of these two bins is overwritten by the next ones
-            return tuple(lax.dynamic_update_slice(o, k, (starts1[i], starts2[j])) for o, k in zip(out, new)), buffers
-        return lax.fori_loop(jnp.int32(0), count2, column, carry)
-    out = (jnp.zeros((len(starts1) + GRAPHS, len(starts2) + GRAPHS), first[0].dtype),) * 2
+            place = starts[i], starts[j] - b1  # beyond the graphs of these bins the next ones overwrite it
+            return tuple(lax.dynamic_update_slice(o, k, place) for o, k in zip(out, new)), buffers
+        return lax.fori_loop(count1, count, column, carry)
+    out = (jnp.zeros((b1 + GRAPHS, len(starts) - b1 + GRAPHS), flat.dtype),) * 2
     return lax.fori_loop(jnp.int32(0), count1, row, (out, buffers))[0]
 
 
@@ -240,8 +240,8 @@ def kernel_fn(name, kind, **options):
             return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
         x1, x2 = (x[:, :, 0] for x in kernel.as_pair(layers, x1, x2))
         N = max(NODES, -(-x1.shape[1] // STRIPE) * STRIPE)
-        K, T = (z[:len(x1), :len(x2)]
-                for z in pairs(rounds, degree, N, tangent, packed(x1, pool, N), packed(x2, pool, N)))
+        b1, x = len(x1), jnp.concatenate([x1, x2])
+        K, T = (z[:b1, :len(x2)] for z in pairs(rounds, degree, N, tangent, packed(x, b1, pool, N), b1))
         for layer in tail:
             K, T = kernel.linear(layer, K, T)
         return kernel.chosen(kind, K, T)

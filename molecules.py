@@ -169,7 +169,8 @@ def checked(smiles, y, tasks, official, path, quiet=True):
         position[kept] = np.arange(len(kept))
         for part in official:
             if len(part) and not 0 <= part.min() <= part.max() < len(smiles):
-                raise ValueError(f"the split of {path} has row {part.max()}; the file has rows 0 to {len(smiles) - 1}")
+                raise ValueError(f"the split of {path} has rows {part.min()} to {part.max()}; the file has 0 to "
+                                 f"{len(smiles) - 1}")
         official = tuple(position[part][position[part] >= 0] for part in official)
     return Molecules([smiles[i] for i in kept], [mols[i] for i in kept], y[kept], list(tasks), kept, official)
 

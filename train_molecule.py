@@ -58,8 +58,8 @@ def flags():
     rows.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
     rows.add_argument("--split", choices=molecules.SPLITS, help="None: official where there is one, else random")
     rows.add_argument("--n_train", type=int, help="training molecules; None is all")
-    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training molecules too, the first ones "
-                      "of n_train, on blocks of the same kernel")
+    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training molecules too, the first "
+                      "ones of n_train, on blocks of the same kernel")
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="gcn", choices=PARTS)
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
@@ -231,7 +231,9 @@ SCORES = {"rmse": rmse, "auc": per_task(roc_auc_score), "ap": per_task(average_p
 
 def config(args, kind, n):
     """What decides the result of this run; whiten is what scaling.py calls the encoding."""
-    encoding = [args.split] + ([args.weights, args.pool] + ["jump"] * args.jump if args.kernel != "fingerprint" else [])
+    encoding = [args.split]
+    if args.kernel != "fingerprint":
+        encoding += [args.weights, args.pool] + ["jump"] * args.jump
     return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
             "whiten": " ".join(encoding)}
 
