@@ -5,8 +5,8 @@
 k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts), or the sum of the
 two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the training
 rows; where labels are missing every task is solved on its own rows, all together (tasks.py). Nothing weighs the rare
-class: the score, area under the ROC curve or average precision, asks for the order only. The ridge has the least
-squared error on validation rows, which are never fitted; test rows are looked at once.
+class: the score, area under the ROC curve or average precision, asks for the order only. The ridge is that with the
+least squared error on validation rows, which are never fitted; test rows are looked at once.
 
   python train_molecule.py                                      1,500 molecules that come with RDKit, a minute
   python train_molecule.py --dataset esol --data DIR --split scaffold
