@@ -11,6 +11,8 @@ plain vector) carry two arrays from layer to layer:
   relu               K <- sqrt(v v') kappa1(c) / 2,  c = K / sqrt(v v')    T <- kappa0(c) T / 2
   pool, flatten, gap K <- A(K)                                             T <- A(T)
   mask               of a sequence: from here on layers read K[p, q] = T[p, q] = 0 where p or q does not exist
+  aggregate          K <- A K A'^T, A and A' of the two graphs             T <- A T A'^T
+  sum, mean          sum, mean of K over pairs of nodes that exist         the same of T
 
 with kappa0(c) = (pi - arccos c) / pi and kappa1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi
 (Cho & Saul 2009), and A the identity (dense), the mean over the 3 x 3 window moving in both images
@@ -23,6 +25,11 @@ end of the shorter sequences of an array, do not exist: k(x, x') is the same how
 and l' positions that exist, gap is the sum over all p, q divided by l l', as in neural_tangents; flatten is the
 sum of [p, p] over those that both have, divided by sqrt(l l'), the network's readout being scaled by its input's
 own length: positive definite, and its k(x, x) does not fade with the length. Where l = l' both are the means above.
+
+Graphs (Du et al. 2019): positions are nodes, numbered in any order. x is (n, nodes, features + 2 degree):
+of a node its features, then the numbers of up to `degree` nodes that it listens to, itself among them
+if it does, then their weights A[p, number]. A graph with fewer nodes ends in rows of zeros, and such
+rows do not exist: no pool counts them and no weight leads to them.
 
 Where a network never pools, conv, relu and flatten only ever read p = q: then K is carried as its
 diagonal, (h, w) in place of (h, w, h, w). That is all the cleverness here; the speed is elsewhere.
@@ -43,7 +50,9 @@ import numpy as np
 NETWORKS = ("fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10")
 SEQUENCES = ("seq_fc", "seq_cnn", "seq_cnn_gap")
 KINDS = ("nngp", "ntk")
-LAYERS = {"dense": 2, "conv": 2, "conv1d": 2, "relu": 0, "pool": 0, "flatten": 0, "gap": 0, "mask": 0}  # parameters
+LAYERS = {"dense": 2, "conv": 2, "conv1d": 2, "relu": 0, "pool": 0, "flatten": 0, "gap": 0, "mask": 0,  # parameters
+          "aggregate": 1, "jump": 0, "sum": 0, "mean": 0}
+GRAPH = ("aggregate", "jump", "sum", "mean")  # layers that read the graph
 BLOCK = 2**18  # array elements worked on at a time where positions are carried: 1 MB stays in cache
 
 
@@ -58,14 +67,15 @@ def network(name, depth=None, w_std=2**0.5, b_std=0.0):
         layers = [tuple(layer) for layer in name]
         bad = [layer for layer in layers if LAYERS.get(layer[0]) != len(layer) - 1]
         names = {layer[0] for layer in layers}
-        if bad or not {"flatten", "gap"} & names:
+        if bad or not {"flatten", "gap", "sum", "mean"} & names:
             raise ValueError(f"in the list of layers {bad or layers}: expected (\"dense\" or \"conv\", "
                              "w_std, b_std), (\"relu\",), (\"pool\",), and (\"flatten\",) or (\"gap\",) "
-                             "at least once")
-        if {"conv1d", "mask"} & names and ({"conv", "pool"} & names or layers[0] != ("mask",)
+                             "at least once; of graphs (\"aggregate\", degree), (\"jump\",), and (\"sum\",) or "
+                             "(\"mean\",)")
+        if {"conv1d", "mask"} & names and ({"conv", "pool", *GRAPH} & names or layers[0] != ("mask",)
                                            or ("mask",) in layers[1:]):
             raise ValueError(f"in the list of layers {layers}: a network of sequences begins with (\"mask\",), the "
-                             "only one, and has (\"conv1d\", w_std, b_std) in place of conv and no pool")
+                             "only one, and has (\"conv1d\", w_std, b_std) in place of conv, no pool and no graph")
         if (depth, w_std, b_std) != network.__defaults__:
             raise ValueError("depth, w_std and b_std are for named networks; a list of layers has its own")
         return layers
@@ -87,6 +97,19 @@ def network(name, depth=None, w_std=2**0.5, b_std=0.0):
     a, b, c = {"myrtle5": (2, 1, 1), "myrtle7": (2, 2, 2), "myrtle10": (3, 3, 3)}[name]
     return ([conv, relu] * a + [pool] + [conv, relu] * b + [pool] + [conv, relu] * c
             + [("gap",), dense])
+
+
+def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0.0):
+    """The layers of a graph network: depth rounds of aggregate and `hidden` times (dense, relu), a pool, dense.
+
+    degree: of x, see the top.   pool: "sum" or "mean" over nodes.   jump: pool the nodes after every round
+    and add these up, each with weights of its own (jumping knowledge): K and T are the sums over rounds.
+    """
+    if min(degree, depth, hidden) < 1 or pool not in ("sum", "mean"):
+        raise ValueError(f"degree={degree}, depth={depth}, hidden={hidden}, pool={pool!r}: expected three "
+                         "positive numbers, and sum or mean")
+    step = [("aggregate", degree)] + [("dense", w_std, b_std), ("relu",)] * hidden
+    return (step + [("jump",)] * jump) * (depth - 1) + step + [(pool,), ("dense", w_std, b_std)]
 
 
 def _angle_coefficients(degree):
@@ -159,6 +182,34 @@ def linear(layer, K, T):
     return mean(K), mean(T)
 
 
+def graph_layer(layer, K, T, x1, x2, kept):
+    """K and T (nodes, 1, nodes, 1) after a layer of GRAPH; x1, x2 (nodes, 1, features + 2 degree) name the
+    neighbours.  kept: the (K, T) of the jumps so far, added up where the nodes are pooled."""
+    name = layer[0]
+    if name == "jump":
+        kept.append((K, T))
+        return K, T
+    if name == "aggregate":
+        A1, A2 = adjacency(x1, layer[1]), adjacency(x2, layer[1])
+        return tuple(jnp.einsum("pr,risj,qs->piqj", A1, k, A2, precision="highest") for k in (K, T))
+    weight1, weight2 = ((x != 0).any(axis=(1, 2)).astype(K.dtype) for x in (x1, x2))
+    if name == "mean":
+        weight1, weight2 = weight1 / weight1.sum(), weight2 / weight2.sum()
+    K, T = (sum(ks) for ks in zip((K, T), *kept))
+    return tuple(jnp.einsum("p,piqj,q->", weight1, k, weight2, precision="highest") for k in (K, T))
+
+
+def adjacency(x, degree):
+    """A (nodes, nodes) of a graph x (nodes, 1, features + 2 degree)."""
+    numbers, weights = x[:, 0, -2 * degree:-degree].astype(jnp.int32), x[:, 0, -degree:]
+    return jnp.zeros((len(x), len(x)), x.dtype).at[jnp.arange(len(x))[:, None], numbers].add(weights)
+
+
+def features(layers, x):
+    """x without what `aggregate` reads: (..., features)."""
+    return x[..., :x.shape[-1] - 2 * next((layer[1] for layer in layers if layer[0] == "aggregate"), 0)]
+
+
 def relu(K, T, std1, std2):
     """K and T after a ReLU; std1 and std2 are sqrt(v) of the two inputs, zero for black patches."""
     def outer(a, b):
@@ -194,13 +245,15 @@ def masked(layer, K, T, exists1, exists2):
 
 def deviations(layers, x):
     """sqrt(v) before each relu, for one input x (h, w, channels): the recursion of x with itself."""
-    K, there = covariance(x, x, carries_pairs(layers)), exists(layers, x)
-    stds = []
+    K, there = covariance(features(layers, x), features(layers, x), carries_pairs(layers)), exists(layers, x)
+    stds, kept = [], []
     for layer in layers:
         K, _ = masked(layer, K, K, there, there)
         if layer[0] == "relu":
             stds.append(jnp.sqrt(diagonal(K)))
             K, _ = relu(K, K, stds[-1], stds[-1])
+        elif layer[0] in GRAPH:
+            K, _ = graph_layer(layer, K, K, x, x, kept)
         else:
             K, _ = linear(layer, K, K)
     return stds
@@ -208,12 +261,15 @@ def deviations(layers, x):
 
 def pair(layers, kind, x1, x2, stds1, stds2):
     """k(x1, x2) of two inputs (h, w, channels), scalars: the recursion at the top of this file."""
-    K = covariance(x1, x2, carries_pairs(layers))
+    K = covariance(features(layers, x1), features(layers, x2), carries_pairs(layers))
     T = jnp.zeros_like(K)
-    stds, there = iter(zip(stds1, stds2)), (exists(layers, x1), exists(layers, x2))
+    stds, there, kept = iter(zip(stds1, stds2)), (exists(layers, x1), exists(layers, x2)), []
     for layer in layers:
         K, T = masked(layer, K, T, *there)
-        K, T = relu(K, T, *next(stds)) if layer[0] == "relu" else linear(layer, K, T)
+        if layer[0] in GRAPH:
+            K, T = graph_layer(layer, K, T, x1, x2, kept)
+        else:
+            K, T = relu(K, T, *next(stds)) if layer[0] == "relu" else linear(layer, K, T)
     return chosen(kind, K, T)
 
 
@@ -228,7 +284,7 @@ def chosen(kind, K, T):
 
 def carries_pairs(layers):
     """True where some layer mixes p != q, so that all of K[p, q] is needed and not its diagonal."""
-    return any(layer[0] in ("pool", "gap") for layer in layers)
+    return any(layer[0] in ("pool", "gap", *GRAPH) for layer in layers)
 
 
 def as_images(layers, x):
@@ -238,6 +294,10 @@ def as_images(layers, x):
     if 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}: at least one input, none of its sides empty")
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    if any(layer[0] in GRAPH for layer in layers):
+        if x.ndim != 3 or not features(layers, x).shape[-1]:
+            raise ValueError(f"x has shape {x.shape}; this network takes graphs (n, nodes, features + 2 degree)")
+        return x[:, :, None]
     if layers[0][0] == "flatten" and x.ndim >= 2:
         return x.reshape(x.shape[0], 1, 1, -1)
     if layers[0][0] == "mask":
@@ -332,12 +392,17 @@ def reference_fn(name, kind, **options):
         "conv": lambda w_std, b_std: nt.Conv(1, (3, 3), padding="SAME", W_std=w_std, b_std=b_std),
         "conv1d": lambda w_std, b_std: nt.Conv(1, (3, 1), padding="SAME", W_std=w_std, b_std=b_std),
         "relu": nt.Relu, "pool": lambda: nt.AvgPool((2, 2), (2, 2)), "flatten": nt.Flatten,
-        "gap": nt.GlobalAvgPool}
-    kernel = nt.serial(*[build[layer[0]](*layer[1:]) for layer in layers if layer[0] in build])[2]
+        "gap": nt.GlobalAvgPool, "mean": nt.GlobalAvgPool, "sum": nt.GlobalSumPool,
+        "aggregate": lambda degree: nt.Aggregate((1, 2), 0, 3)}
+    kernel = nt.serial(*[build[layer[0]](*layer[1:]) for layer in layers if layer != ("mask",)])[2]
     mask = {"mask_constant": 0.0} if layers[0] == ("mask",) else {}
 
     @jax.jit
     def fn(x1, x2=None):
-        x1 = as_images(layers, x1)
-        return kernel(x1, None if x2 is None else as_images(layers, x2), kind, **mask)
+        x1, x2 = as_images(layers, x1), x2 if x2 is None else as_images(layers, x2)
+        if not any(layer[0] in GRAPH for layer in layers):
+            return kernel(x1, x2, kind, **mask)
+        degree = next(layer[1] for layer in layers if layer[0] == "aggregate")
+        pattern = tuple(jax.vmap(lambda one: adjacency(one, degree).T[:, None, :, None])(x) for x in (x1, x2))
+        return kernel(features(layers, x1), features(layers, x2), kind, pattern=pattern)
     return fn

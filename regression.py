@@ -129,8 +129,9 @@ def choose_ridge(solver, y, n_fit, held_out, ridges, score):
 
     Not that with the best accuracy, which is noise on a few hundred images: on subsets of CIFAR-10 it
     picked 0.01 to 1 where mse picked 0.3 or 1.
-    n_fit: how many rows are fitted, the first.   held_out: numbers of rows after them.
-    score: f (len(held_out), c) -> what to show beside the mse.
+    n_fit: how many rows are fitted, the first.   held_out: numbers of rows after them, or for rows that are not
+    of K (K_val, y_val), their kernel with the rows of K and their targets.
+    score: f (rows held out, c) -> what to show beside the mse.
     To SEARCH in the residual, from the largest ridge down, the easy direction; all of them, for the mse
     of pooled kernels rises before it falls, but none below one with which A is not positive definite.
     """
@@ -144,8 +145,12 @@ def choose_ridge(solver, y, n_fit, held_out, ridges, score):
             if not solver.quiet:
                 print(f"ridge {ridge:.2g}: {error}")
             break
-        f = solver.K.matvec(np.concatenate([alpha, np.zeros((len(y) - n_fit, y.shape[1]))]))[held_out]
-        table.append([ridge, score(f), float(np.mean((f - y[held_out]) ** 2))])
+        if isinstance(held_out, tuple):
+            f, y_val = held_out[0].matvec(alpha), held_out[1]
+        else:
+            f = solver.K.matvec(np.concatenate([alpha, np.zeros((len(y) - n_fit, y.shape[1]))]))[held_out]
+            y_val = y[held_out]
+        table.append([ridge, score(f), float(np.mean((f - y_val) ** 2))])
         if not solver.quiet:
             print(f"ridge {ridge:8.2g}: validation score {table[-1][1]:.4f}, mse {table[-1][2]:.5f}, "
                   f"{info.iterations} steps")

@@ -2,7 +2,7 @@
 
   pytest -q --benchmark-disable test_all.py                 all of it, a few minutes on two cores
   pytest -q --benchmark-disable test_all.py -k kernel       one section: kernel, fused, tiles, pcg,
-                                                            precondition, regression, model, augment, ...
+                                                            precondition, regression, model, graphs, ...
   pytest --benchmark-only --benchmark-sort=name test_all.py time per kernel entry, 32 x 32 images
 
 Oracles: neural_tangents, finite wide networks, dense float64 formulas, scikit-learn, plain loops.
@@ -11,8 +11,10 @@ Four CPU devices; strict about dtypes and shapes. Tests on CIFAR-10 skip where i
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -34,6 +36,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 from scipy.stats import multivariate_normal, norm, spearmanr
+from sklearn.metrics import average_precision_score
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512"  # as train_cifar.py does
 jax.config.update("jax_num_cpu_devices", 4)
@@ -47,11 +50,13 @@ import augment  # noqa: E402
 import compare_solvers  # noqa: E402
 import data  # noqa: E402
 import fused  # noqa: E402
+import graphs  # noqa: E402
 import hosts  # noqa: E402
 import kernel  # noqa: E402
 import lazy  # noqa: E402
 import matrix  # noqa: E402
 import model  # noqa: E402
+import molecules  # noqa: E402
 import pcg  # noqa: E402
 import plan  # noqa: E402
 import precondition  # noqa: E402
@@ -59,16 +64,21 @@ import proteins  # noqa: E402
 import regression  # noqa: E402
 import scaling  # noqa: E402
 import store  # noqa: E402
+import tasks  # noqa: E402
 import tiles  # noqa: E402
 import train_cifar  # noqa: E402
+import train_molecule  # noqa: E402
 import train_protein  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CIFAR = os.path.join(HERE, "..", "shared", "data", "cifar10", "cifar-10-batches-bin")
+MOLECULES = os.path.join(HERE, "..", "shared", "data", "molecules")
 KILLS = int(os.environ.get("KILLS", 3))  # of each test that kills; 20 of them take two minutes
 GB1 = os.path.join(HERE, "..", "shared", "data", "protein")
 needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 is not beside the project")
 needs_cifar = pytest.mark.skipif(not os.path.exists(CIFAR), reason="CIFAR-10 is not beside the project")
+needs_molecules = pytest.mark.skipif(not os.path.exists(MOLECULES), reason="molecules are not beside the project")
+needs_rdkit = pytest.mark.skipif(importlib.util.find_spec("rdkit") is None, reason="RDKit is not installed")
 both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
 every_network = pytest.mark.parametrize("name", kernel.NETWORKS)
 
@@ -2091,6 +2101,404 @@ def test_proteins_commands(capsys):
         with pytest.raises(SystemExit):
             train_protein.parse(flags)
         assert words in capsys.readouterr().err
+# ---------------------------------------------------------------------------------------- graphs
+
+def random_graph(rng, n, nodes, features=3, degree=7):
+    """A graph of n nodes as kernel.py wants it, padded to `nodes`: each listens to up to `degree` of them."""
+    x = np.zeros((nodes, features + 2 * degree))
+    x[:n, :features] = rng.normal(size=(n, features))
+    for row in x[:n]:
+        some = rng.choice(n, size=rng.integers(1, min(n, degree) + 1), replace=False)
+        row[features:features + len(some)] = some
+        row[features + degree:features + degree + len(some)] = rng.uniform(0.2, 1, size=len(some))
+    return x
+
+
+def dense_graphs(layers, x1, x2):
+    """NNGP and NTK of two graphs without padding, by the formulas, with NumPy's arccos."""
+    degree, f = layers[0][1], x1.shape[1] - 2 * layers[0][1]
+    A1, A2 = np.zeros((len(x1),) * 2), np.zeros((len(x2),) * 2)
+    for A, x in ((A1, x1), (A2, x2)):
+        for p, row in enumerate(x):
+            for number, weight in zip(row[f:f + degree].astype(int), row[f + degree:]):
+                A[p, number] += weight
+    state = {"12": (x1, x2, A1, A2), "11": (x1, x1, A1, A1), "22": (x2, x2, A2, A2)}
+    K = {key: x[:, :f] @ y[:, :f].T / f for key, (x, y, _, _) in state.items()}
+    T, kept = np.zeros_like(K["12"]), []
+    for layer in layers:
+        if layer[0] == "aggregate":
+            K, T = {key: state[key][2] @ K[key] @ state[key][3].T for key in K}, A1 @ T @ A2.T
+        elif layer[0] == "dense":
+            K = {key: layer[1]**2 * k + layer[2]**2 for key, k in K.items()}
+            T = K["12"] + layer[1]**2 * T
+        elif layer[0] == "relu":
+            sd = {key: np.sqrt(np.diag(K[key])) for key in ("11", "22")}
+            scale = {key: np.outer(sd[key[0] * 2], sd[key[1] * 2]) for key in K}
+            cosine = {key: np.clip(K[key] / scale[key], -1, 1) for key in K}
+            T = T * (np.pi - np.arccos(cosine["12"])) / (2 * np.pi)
+            K = {key: scale[key] / (2 * np.pi) * (np.sqrt(1 - c**2) + (np.pi - np.arccos(c)) * c)
+                 for key, c in cosine.items()}
+        elif layer[0] == "jump":
+            kept.append((K["12"], T))
+        else:
+            pool = np.sum if layer[0] == "sum" else np.mean
+            K, T = {"12": sum(pool(k) for k, _ in [*kept, (K["12"], T)])}, sum(pool(t) for _, t in [*kept, (0, T)])
+    return K["12"], T
+
+
+@pytest.mark.parametrize("options", [{"hidden": 2}, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}], ids=str)
+def test_graphs_are_neural_tangents(options):
+    """K and T are neural_tangents' of the graphs without padding to 1e-10 in float64: graphs of different sizes,
+    one node too, and directed edges with any weight."""
+    rng, layers = np.random.default_rng(0), kernel.gcn(7, 2, **options)
+    sizes = (1, 6), (4, 9)
+    x1, x2 = (np.stack([random_graph(rng, n, 11) for n in of for _ in range(2)]) for of in sizes)
+    exact = kernel.kernel_fn(layers, kernel.KINDS)(x1, x2)
+    for i, p in enumerate(sizes[0]):
+        for j, q in enumerate(sizes[1]):
+            block = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
+            expected = reference(layers, kernel.KINDS, x1[block[0], :p], x2[block[1], :q])
+            assert all(relative_error(K[block], want) < 1e-10 for K, want in zip(exact, expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}, {"jump": True}], ids=str)
+def test_graphs_are_the_formula(options, monkeypatch):
+    """graphs.py, in bins of 32 nodes and 3 graphs, is the dense formula in NumPy, and kernel.py is where all rounds
+    are pooled: to 1e-10 in float64 and 1e-5 in float32."""
+    monkeypatch.setattr(graphs, "NODES", 32)
+    monkeypatch.setattr(graphs, "GRAPHS", 3)
+    rng, layers, sizes = np.random.default_rng(0), kernel.gcn(7, 2, **options), (1, 20, 3, 2, 1, 9, 17, 16, 12, 1, 1)
+    x = np.stack([random_graph(rng, n, 20) for n in sizes])
+    expected = np.moveaxis([[dense_graphs(layers, a[:n], b[:m]) for m, b in zip(sizes[4:], x[4:])]
+                            for n, a in zip(sizes, x[:4])], -1, 0)
+    runs = [(graphs.kernel_fn, float, 1e-10), (graphs.kernel_fn, np.float32, 1e-5)]
+    for fn, dtype, tolerance in runs + [(kernel.kernel_fn, float, 1e-10)] * ("jump" in options):
+        for K, want in zip(fn(layers, kernel.KINDS)(x[:4].astype(dtype), x[4:].astype(dtype)), expected):
+            assert K.dtype == dtype and relative_error(K, want) < tolerance
+
+
+def test_graphs_symmetry_and_tiles():
+    """fn(x) is fn(x, x), symmetric to the last bit; tiles of any side are parts of it, also of Graphs, which are
+    padded only when read; and what `take` takes is what is there."""
+    rng = np.random.default_rng(0)
+    x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
+    fn = graphs.kernel_fn(kernel.gcn(7, 2), "nngp")
+    K = np.asarray(fn(x))
+    assert (K == K.T).all() and relative_error(K, np.asarray(fn(x, x), np.float64)) < 1e-6
+    lengths = (x != 0).any(axis=2).sum(axis=1)
+    kept = molecules.Graphs(np.concatenate([one[:n] for one, n in zip(x, lengths)]),
+                            np.concatenate([[0], np.cumsum(lengths)]), 7, 9)
+    assert (kept[np.arange(13)] == x).all() and (kept.take([4, 4, 2])[np.arange(3)] == x[[4, 4, 2]]).all()
+    tiled = tiles.gram(fn, kept, 5, quiet=True)
+    assert relative_error(tiled.dense(), K.astype(np.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: kernel.gcn(0), "degree=0, depth=3, hidden=1, pool='sum': expected three positive"),
+    (lambda: kernel.gcn(4, pool="max"), "pool='max': expected .* sum or mean"),
+    (lambda: graphs.kernel_fn(kernel.gcn(4), "ntk")(np.ones((2, 3, 8))), r"\(2, 3, 8\).*features \+ 2 degree"),
+    (lambda: kernel.kernel_fn(kernel.gcn(4), "ntk")(np.ones((3, 9))), r"\(3, 9\).*graphs \(n, nodes, features"),
+    (lambda: graphs.kernel_fn(kernel.gcn(4), "ntk")(np.ones((2, 3, 9)), np.ones((2, 4, 9))), "must agree"),
+    (lambda: graphs.kernel_fn(kernel.network("fc"), "ntk"), "graphs.py takes .*take kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(kernel.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "take kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(kernel.gcn(4), "gp"), "'gp' is unknown; choose nngp or ntk"),
+])
+def test_graphs_errors(call, words):
+    """What does not fit is refused in one sentence."""
+    with pytest.raises(ValueError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------- molecules
+
+ODD = ("C", "[Na+].[Cl-]", "CCO", "c1ccccc1C(=O)O", "FS(F)(F)(F)(F)F", "C[C@H](N)C(=O)O", "CC(C)(C)c1ccc2ncccc2c1",
+       "[CH]12[CH]3[CH]4[CH]5[CH]1[Fe]23451678[CH]2[CH]1[CH]6[CH]7[CH]28")  # an atom alone; 6 and 10 neighbours
+
+
+@needs_rdkit
+def test_molecules_are_neural_tangents():
+    """On real molecules of 1 to 14 atoms, an isolated atom, a salt, and a metal with ten neighbours among them,
+    float32 is neural_tangents in float64 to 1e-5, and the formula on every pair; padded, and with their atoms
+    numbered otherwise."""
+    from rdkit import Chem
+    mols, rng = [molecules.read(one) for one in ODD], np.random.default_rng(0)
+    mols += [Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist()) for mol in mols]
+    x = molecules.graphs(mols, least=23)
+    layers, packed, sizes = kernel.gcn(x.degree, 2), x[np.arange(len(mols))], np.diff(x.starts)
+    assert x.degree == 11 and sizes.min() == 1 and sizes.max() >= 11 and packed.shape[1] == 23
+    fast = [np.asarray(K) for K in graphs.kernel_fn(layers, kernel.KINDS)(packed, packed)]
+    exact, n = [one[:size].astype(np.float64) for one, size in zip(packed, sizes)], len(ODD)
+    for pair in np.ndindex(n, n):
+        for K, want in zip(fast, dense_graphs(layers, *(exact[i] for i in pair))):
+            copies = K.reshape(2, n, 2, n)[:, pair[0], :, pair[1]]
+            assert relative_error(copies, want) < 1e-5, (pair, copies, want)
+    for pair in ((0, 3), (7, 2)):
+        for K, want in zip(fast, reference(layers, kernel.KINDS, *(exact[i][None] for i in pair))):
+            assert relative_error(K[pair], want[0, 0]) < 1e-5
+
+
+@needs_rdkit
+def test_molecules_graph_of_one():
+    """Ethanol by hand: its atoms' features, and the three kinds of weights; a carbonyl's with orders of bonds."""
+    mol = molecules.read("CCO")
+    x = molecules.graphs([mol])
+    features = x.atoms[:, :-2 * x.degree]
+    assert x.degree == 3 and (features.sum(axis=1) == 6).all()
+    assert (features[0] == features[1]).sum() < features.shape[1] and features[2, 2] == 1  # oxygen
+    A = np.array([[1, 1, 0], [1, 1, 1], [0, 1, 1.0]])
+    for weights, mol, A in (("sum", mol, A), ("normal", mol, A), ("order", molecules.read("C=O"), [[1, 2], [2, 1]])):
+        A = np.array(A, float)
+        x = molecules.graphs([mol], weights)
+        got = np.asarray(kernel.adjacency(jnp.asarray(x[:1])[0][:, None], x.degree))
+        root = np.sqrt(A.sum(axis=1))
+        assert np.allclose(got, A if weights == "sum" else A / np.outer(root, root), atol=1e-7)
+
+
+@needs_rdkit
+def test_molecules_fingerprints():
+    """log(1 + counts) of RDKit's Morgan environments; where there are counts there are bits."""
+    from rdkit.Chem import rdFingerprintGenerator
+    mols = [molecules.read(one) for one in ODD]
+    x, make = molecules.fingerprints(mols, bits=512), rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=512)
+    for row, mol in zip(x, mols):
+        counts = make.GetCountFingerprint(mol).GetNonzeroElements()
+        assert set(np.flatnonzero(row)) == set(counts) == set(make.GetFingerprint(mol).GetOnBits())
+        assert np.allclose(np.exp(row[list(counts)]) - 1, list(counts.values()))
+
+
+def write_csv(path, head, lines):
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "wt") as file:
+        file.write("\n".join([head, *lines]) + "\n")
+
+
+@pytest.fixture
+def molecule_folder(tmp_path):
+    """The files of every data set, small, in one folder: 30 alkanes, alcohols and amines; two labels."""
+    smiles = [f"C{'C' * (i // 3)}{('', 'O', 'N')[i % 3]}" for i in range(30)]
+    write_csv(tmp_path / "delaney-processed.csv", "Compound ID,measured log solubility in mols per litre,smiles",
+              [f"x,{i / 7:.3f},{one}" for i, one in enumerate(smiles)])
+    write_csv(tmp_path / "HIV.csv", "smiles,activity,HIV_active", [
+        f"{one},CI,{i % 2}" for i, one in enumerate(smiles)])
+    np.savez(tmp_path / "ogbg-molhiv_scaffold_split.npz", train=np.arange(20), val=np.arange(20, 25),
+             test=np.arange(25, 30))
+    labels = [(f"{i % 2}" if i % 3 else "", f"{i // 2 % 2}" if i % 5 else "") for i in range(30)]
+    write_csv(tmp_path / "muv.csv.gz", "A,B,mol_id,smiles", [
+        f"{a},{b},id{i},{one}" for i, ((a, b), one) in enumerate(zip(labels, smiles))])
+    for folder in ("mapping", "split/scaffold"):
+        os.makedirs(tmp_path / "pcba" / folder)
+    write_csv(tmp_path / "pcba" / "mapping" / "mol.csv.gz", "task_1,task_2,smiles,mol_id", [
+        f"{a},{b},{one},id" for (a, b), one in zip(labels, smiles)])
+    for part, (first, last) in {"train": (0, 20), "valid": (20, 25), "test": (25, 30)}.items():
+        write_csv(tmp_path / "pcba" / "split" / "scaffold" / f"{part}.csv.gz", str(first),
+                  map(str, range(first + 1, last)))
+    return tmp_path
+
+
+@needs_rdkit
+def test_molecules_files(molecule_folder):
+    """Every data set is read from files of its format: targets, missing labels as NaN, the official split."""
+    esol, hiv, muv = (molecules.load(name, molecule_folder) for name in ("esol", "molhiv", "muv"))
+    pcba, ogb = (molecules.load(name, molecule_folder / "pcba") for name in ("molpcba",) * 2)
+    assert [len(rows.mols) for rows in (esol, hiv, muv, pcba, ogb)] == [30] * 5
+    assert np.allclose(esol.y[:, 0], np.round(np.arange(30) / 7, 3)) and (hiv.y[:, 0] == np.arange(30) % 2).all()
+    for rows in (muv, pcba):
+        assert rows.y.shape == (30, 2) and (np.isnan(rows.y[:, 0]) == (np.arange(30) % 3 == 0)).all()
+    for rows in (hiv, pcba):
+        train, val, test = molecules.split(rows, "official", seed=1)
+        assert (np.sort(train) == np.arange(20)).all() and (val == np.arange(20, 25)).all() and len(test) == 5
+    assert muv.official is None and muv.tasks == ["A", "B"]
+
+
+@needs_rdkit
+def test_molecules_splits():
+    """Random: disjoint, all, another for another seed. Scaffold: no ring system in two parts, the same each time."""
+    rings = ["c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccc2ccccc2c1", "C1CCOC1", "c1ccsc1"]
+    smiles = [ring + "C" * i for k, ring in enumerate(rings) for i in range(1, 9 - k)] + ["CCO", "CCN"]
+    rows = molecules.checked(smiles, np.zeros((len(smiles), 1)), ["y"], None, "made")
+    for how in ("random", "scaffold"):
+        parts = molecules.split(rows, how, seed=0)
+        assert (np.sort(np.concatenate(parts)) == np.arange(len(smiles))).all() and all(map(len, parts))
+    for part, other in zip(parts, molecules.split(rows, "scaffold", seed=7)):
+        assert set(part) == set(other)
+    ring_of = [next((k for k, ring in enumerate(rings) if one.startswith(ring)), -1) for one in smiles]
+    of_part = [{ring_of[i] for i in part} for part in parts]
+    assert not (of_part[0] & of_part[1] or of_part[0] & of_part[2] or of_part[1] & of_part[2])
+    with pytest.raises(ValueError, match="split 'official': this data set has random, scaffold$"):
+        molecules.split(rows, "official")
+
+
+@needs_rdkit
+def test_molecules_bad_rows(molecule_folder, capsys):
+    """What RDKit cannot read is named by its row and left out, of the split too; unusual valences are read."""
+    path = molecule_folder / "HIV.csv"
+    lines = path.read_text().splitlines()
+    lines[1 + 3], lines[1 + 21], lines[1 + 26] = "C1CC,CI,1", ",CI,1", "CN(C)(C)(C)C,CI,0"
+    path.write_text("\n".join(lines))
+    rows = molecules.load("molhiv", molecule_folder)
+    said = capsys.readouterr().out
+    assert "2 of 30 rows left out, RDKit cannot read their SMILES: row 3 ('C1CC'), row 21 ('')" in said
+    assert len(rows.mols) == 28 and 26 in rows.rows and [len(part) for part in rows.official] == [19, 4, 5]
+    assert (rows.rows[rows.official[2]] == np.arange(25, 30)).all()
+
+
+@needs_rdkit
+@pytest.mark.parametrize("file, old, new, words", [
+    ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but Compound ID, measured"),
+    ("delaney-processed.csv", "0.286", "soluble", r"row 2 \(from 0, after the header\): .*'soluble'.*a number"),
+    ("HIV.csv", ",CI,1", ",CI,0", "HIV_active has the same value in every row"),
+    ("ogbg-molhiv_scaffold_split.npz", None, None, "truncated or not an .npz archive"),
+])
+def test_molecules_damaged_files(molecule_folder, file, old, new, words):
+    """What is wrong with a file is one sentence with its name, and the row where there is one."""
+    path = molecule_folder / file
+    path.write_bytes(b"nothing" if old is None else path.read_bytes().replace(old.encode(), new.encode()))
+    with pytest.raises(ValueError, match=words) as error:
+        molecules.load("esol" if file.startswith("del") else "molhiv", molecule_folder)
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+def test_molecules_need_rdkit(monkeypatch):
+    """Without RDKit: one sentence that says what to install."""
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ImportError, match="RDKit, which reads molecules, is not installed: pip install"):
+        molecules.load("nci")
+
+
+def test_molecules_tasks_are_dense_solves():
+    """Tasks with labels of their own rows, solved together: each is the dense solution of its own system; its
+    preconditioner is the inverse of the dense one, and spares steps."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(120, 4))
+    dense = np.exp(-((z[:, None] - z) ** 2).sum(axis=2) / 4)
+    K = tiles.gram(lambda a, b: jnp.exp(-((a[:, None] - b[None]) ** 2).sum(axis=2) / 4), z, 50, quiet=True)
+    mask = rng.random((120, 3)) < [0.2, 0.6, 1.0]
+    y = np.where(mask, rng.normal(size=(120, 3)), 0)
+    low = precondition.low_rank(K, 40)
+    look = tasks.Look(low, mask)
+    masked = tasks.Labelled(K, mask)
+    x, info = pcg.solve(masked.matvec, y, 1e-3, look(1e-3), 1e-10)
+    assert info.converged and pcg.solve(masked.matvec, y, 1e-3, tol=1e-10)[1].iterations > 2 * info.iterations
+    for t, rows in enumerate(mask.T):
+        A = dense[np.ix_(rows, rows)] + 1e-3 * np.eye(rows.sum())
+        assert np.allclose(x[rows, t], np.linalg.solve(A, y[rows, t]), rtol=1e-6, atol=1e-6) and not x[~rows, t].any()
+        F = low.F[rows].astype(np.float64)
+        P = F @ F.T + np.diag(low.outside[rows] + 1e-3)
+        assert np.allclose(P @ look(1e-3)(y)[rows, t], y[rows, t], atol=1e-9)
+    first = masked.leading(70)
+    assert np.allclose(first.matvec(y[:70]), mask[:70] * (dense[:70, :70] @ y[:70]), atol=1e-5)
+    assert look.leading(70)(1e-3)(y[:70]).shape == (70, 3)
+
+
+def test_molecules_ridge_from_rows_outside():
+    """choose_ridge on rows outside of K is choose_ridge on the same rows of a larger K."""
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(100, 3)), rng.normal(size=(100, 2))
+    K, part = tiles.gram(linear, z, 32, quiet=True), tiles.gram(linear, z[:80], 32, quiet=True)
+    outside = tiles.cross(linear, z[80:], z[:80], 32, quiet=True), y[80:]
+    ridges = [1.0, 0.1, 0.01]
+    inside = regression.choose_ridge(regression.Solver(K, "none", prior=np.ones(100)), y, 80, np.arange(80, 100),
+                                     ridges, np.mean)
+    apart = regression.choose_ridge(regression.Solver(part, "none", prior=np.ones(80)), y[:80], 80, outside, ridges,
+                                    np.mean)
+    assert inside[0] == apart[0] and np.allclose(inside[1], apart[1], rtol=1e-6)
+
+
+def train_molecules(tmp_path, *flags):
+    return train_molecule.main([*flags, "--out", str(tmp_path), "--quiet"])
+
+
+@needs_rdkit
+@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "2", "--pool", "mean"],
+                                   ["--depth", "1", "--jump", "--weights", "order"]], ids=str)
+def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
+    """With no file: molecules that come with RDKit; predictions are those of a dense float64 solve with kernel.py,
+    at the ridge that is best on the validation rows. One line of runs.jsonl with all there is to know."""
+    monkeypatch.setattr(train_molecule, "FEW", 60)
+    result = train_molecules(tmp_path, *flags, "--ridge", "0.1,1e-3,1e-5")
+    assert json.loads((tmp_path / "runs.jsonl").read_text()) == result and result["cg_converged"]
+    rows = molecules.load("nci", limit=60)
+    parts = molecules.split(rows)
+    mols, y = [rows.mols[i] for i in np.concatenate(parts)], [rows.y[part] for part in parts]
+    config, n = result["config"], len(parts[0])
+    x = molecules.graphs(mols, config["weights"])
+    fns = [(kernel.gcn(x.degree, config["depth"], pool=config["pool"], jump=config["jump"]), x[np.arange(60)])]
+    fns += [(kernel.network("fc", config["depth"]), molecules.fingerprints(mols))] * (config["kernel"] == "sum")
+    K = 0
+    for layers, inputs in fns:
+        one = np.asarray(kernel.kernel_fn(layers, config["kind"])(inputs.astype(np.float64)))
+        K = K + one / np.diag(one)[:n].mean()
+    scores = {}
+    for ridge in (0.1, 1e-3, 1e-5):
+        A = K[:n, :n] + ridge * np.diag(K)[:n].mean() * np.eye(n)
+        f = y[0].mean() + K[n:, :n] @ np.linalg.solve(A, y[0] - y[0].mean())
+        m = len(y[1])
+        scores[ridge] = [np.sqrt(np.mean((part - label) ** 2)) for part, label in ((f[:m], y[1]), (f[m:], y[2]))]
+    assert result["ridge"] == min(scores, key=lambda ridge: scores[ridge][0])
+    assert abs(result["test_rmse"] / scores[result["ridge"]][1] - 1) < 1e-3
+
+
+@needs_rdkit
+def test_molecules_train_tasks(tmp_path, molecule_folder):
+    """Missing labels, both kinds, two sizes, tiles on disk that are found again: the score is scikit-learn's
+    average precision of each task's own dense solution."""
+    flags = ["--dataset", "molpcba", "--data", str(molecule_folder / "pcba"), "--kernel", "fingerprint", "--depth",
+             "1", "--ridge", "0.01", "--store", str(tmp_path / "K")]
+    both = train_molecules(tmp_path, *flags, "--kind", "both", "--sizes", "10,20")
+    assert set(both) == set(kernel.KINDS) and set(both["ntk"]) == {10, 20}
+    result = train_molecules(tmp_path, *flags, "--kind", "nngp")
+    assert result["test_ap"] == both["nngp"][20]["test_ap"] and result["tasks"] == 2
+    rows = molecules.load("molpcba", str(molecule_folder / "pcba"))
+    parts = molecules.split(rows, "official")
+    x, (y, _, y_test) = molecules.fingerprints(rows.mols).astype(np.float64), (rows.y[part] for part in parts)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(x))
+    found = []
+    for t in range(2):
+        known, seen = ~np.isnan(y[:, t]), ~np.isnan(y_test[:, t])
+        mine = parts[0][known]
+        A = K[np.ix_(mine, mine)] + 0.01 * np.diag(K)[parts[0]].mean() * np.eye(len(mine))
+        f = K[np.ix_(parts[2], mine)] @ np.linalg.solve(A, y[known, t] - y[known, t].mean())
+        found.append(average_precision_score(y_test[seen, t], f[seen]))
+    assert abs(result["test_ap"] - np.mean(found)) < 1e-6
+
+
+@needs_rdkit
+@needs_molecules
+def test_molecules_official_split_is_ogbs():
+    """The files of ogbg-molhiv are read: 41,127 rows in three parts, 1,443 active, none left out."""
+    path = os.path.join(MOLECULES, "HIV.csv")
+    smiles, y, _ = molecules.table(path, ["HIV_active"])
+    parts = molecules._npz_split(os.path.join(MOLECULES, "ogbg-molhiv_scaffold_split.npz"))
+    assert len(smiles) == 41_127 and y.sum() == 1443 and [len(part) for part in parts] == [32_901, 4113, 4113]
+    assert (np.sort(np.concatenate(parts)) == np.arange(41_127)).all()
+    hard = [i for i, one in enumerate(smiles) if "->" in one or "[Co" in one][:50]
+    assert all(molecules.read(smiles[i]) is not None for i in hard)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "esol"], "ValueError: esol needs --data FOLDER with its files"),
+    (["--dataset", "muv", "--data", "nowhere"], "FileNotFoundError: .*muv.csv.gz is not there; give --data"),
+    (["--ridge", "often"], "--ridge and --sizes take numbers separated by commas"),
+    (["--n_train", "5000"], "ValueError: n_train=5000, .*nci has 1 to 1200 molecules to train on"),
+    (["--split", "official"], "ValueError: split 'official': this data set has random, scaffold"),
+    (["--depth", "0"], "--depth 0: expected at least 1"),
+])
+def test_molecules_train_errors(flags, words, tmp_path, capsys):
+    """What is wrong is said in one sentence."""
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        train_molecules(tmp_path, *flags)
+    said = capsys.readouterr().err if error.type is SystemExit else f"{error.type.__name__}: {error.value}"
+    assert re.search(words, said.splitlines()[-1])
+
+
+@needs_rdkit
+def test_molecules_train_error_without_traceback(tmp_path):
+    """And at the command line in one line."""
+    done = subprocess.run([sys.executable, "train_molecule.py", "--dataset", "esol", "--out", tmp_path], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode and done.stderr.splitlines()[-1].startswith("ValueError: esol needs --data FOLDER")
+    assert "Traceback" not in done.stderr
 
 
 # ----------------------------------------------------------------------------------------- hosts
@@ -2461,6 +2869,15 @@ def time_it(benchmark, call, what, amount):
     return out
 
 
+def fastest(call, sizes):
+    """The n of these for which call(n)() takes the least time an entry."""
+    def seconds_per_entry(n):
+        with as_users_have_it():
+            call(n)()
+            return timeit.timeit(call(n), number=1) / n**2
+    return min(sizes, key=seconds_per_entry)
+
+
 @every_network
 @both_kinds
 @pytest.mark.parametrize("engine", ["fused", "kernel", "neural_tangents"])
@@ -2484,11 +2901,42 @@ def test_benchmark(benchmark, name, kind, engine):
             return lambda: tiles.cross(fn, x1, x2, n // 2, devices, quiet=True).dense()
         return lambda: fn(x1, x2).block_until_ready()
     if isinstance(n, tuple):
-        def seconds_per_entry(n):
-            with as_users_have_it():
-                call(n)()
-                return timeit.timeit(call(n), number=1) / n**2
-        n = min(n, key=seconds_per_entry)
+        n = fastest(call, n)
+    benchmark.extra_info["n"] = n
+    K = time_it(benchmark, call(n), "entries", n * n)
+    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
+
+
+@both_kinds
+@pytest.mark.parametrize("engine", ["graphs", "neural_tangents"])
+def test_benchmark_graphs(benchmark, kind, engine):
+    """Seconds for a block of n x n entries of `gcn`, three rounds, float32: random trees of 25 nodes, all of one
+    size, so that neural_tangents pads nothing. graphs.py in tiles on one CPU device a core, as for images."""
+    benchmark.group, degree = f"gcn {kind}", 5
+    n = 3 if benchmark.disabled else {"graphs": 256, "neural_tangents": (4, 8, 16, 32)}[engine]
+    layers, devices = kernel.gcn(degree, 1 if benchmark.disabled else 3), jax.local_devices()[:os.cpu_count()]
+    fn = {"graphs": graphs.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](layers, kind)
+
+    def tree(rng):
+        lists = [[node] for node in range(25)]
+        for node in range(1, 25):
+            parent = rng.choice([p for p in range(node) if len(lists[p]) < degree])
+            lists[node].append(parent)
+            lists[parent].append(node)
+        x = np.zeros((25, 40 + 2 * degree), np.float32)
+        x[:, :40] = rng.normal(size=(25, 40))
+        for row, one in zip(x, lists):
+            row[40:40 + len(one)], row[40 + degree:40 + degree + len(one)] = one, 1 / len(one)
+        return x
+
+    def call(n):
+        rng = np.random.default_rng(0)
+        x1, x2 = (np.stack([tree(rng) for _ in range(n)]) for _ in range(2))
+        if engine == "graphs":
+            return lambda: tiles.cross(fn, x1, x2, -(-n // 2), devices, quiet=True).dense()
+        return lambda: fn(x1, x2).block_until_ready()
+    if isinstance(n, tuple):
+        n = fastest(call, n)
     benchmark.extra_info["n"] = n
     K = time_it(benchmark, call(n), "entries", n * n)
     assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()

@@ -1,0 +1,291 @@
+"""Molecules: files -> SMILES, targets and splits; SMILES -> graphs and fingerprints, by RDKit.
+
+  nci      organic molecules that come with RDKit; target: its log P (Crippen); no file, no network
+  esol     delaney-processed.csv: 1,128 molecules, log solubility (Delaney 2004)
+  molhiv   HIV.csv and ogbg-molhiv_scaffold_split.npz (row numbers: train, val, test), or mapping/mol.csv.gz and
+           split/scaffold/{train,valid,test}.csv.gz of OGB's own archive: does it stop HIV
+  muv      muv.csv.gz: 93,127 molecules, 17 assays, 84 % of the labels missing
+  molpcba  OGB's archive, as above: 437,929 molecules, 128 assays, labels missing
+
+    rows = molecules.load("esol", "FOLDER"); x = molecules.graphs(rows.mols)
+
+Targets are float64 (n, tasks), NaN where there is none. Splits: 80 % to train, 10 % to choose by, 10 % to test;
+random; or by scaffold (Bemis and Murcko 1996): molecules with one ring system stay together, the largest groups to
+train, so that test molecules are of other kinds; or official, where the data come with one. No pickle is read.
+
+A graph, as kernel.py wants it: of an atom one-hot its element, bonds, charge, hydrogens, and whether it is
+aromatic, in a ring, chiral; the numbers of itself and its neighbours; their weights, of D^-1/2 (A + I) D^-1/2
+or A + I, where A has 1, or the order of the bond.      Proved by: test_all.py, section molecules
+"""
+
+import csv
+import gzip
+import os
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+
+DATASETS = {"nci": "rmse", "esol": "rmse", "molhiv": "auc", "muv": "ap", "molpcba": "ap"}  # and their score
+SPLITS = ("random", "scaffold", "official")
+ELEMENTS = ("C", "N", "O", "S", "F", "Cl", "Br", "I", "P", "Si", "B", "Se", "Na", "K", "Cu", "Fe", "Zn", "Sn")
+COUNTS = {"bonds": range(7), "charge": range(-2, 3), "hydrogens": range(5)}  # the last stands for more
+
+
+class Molecules(NamedTuple):
+    """What `load` returns; `rows` are numbers of rows in the file, from 0, as all others here are not."""
+    smiles: list
+    mols: list  # of RDKit
+    y: np.ndarray  # (n, tasks)
+    tasks: list
+    rows: np.ndarray
+    official: object  # (train, val, test), positions in these lists, or None
+
+
+class Graphs:
+    """Graphs kept without padding; x[rows] is the padded array (b, nodes, features + 2 degree) of kernel.py."""
+
+    def __init__(self, atoms, starts, degree, nodes):
+        """atoms: (atoms of all, features + 2 degree).   starts: where each begins, and the end."""
+        self.atoms, self.starts, self.degree, self.nodes = atoms, starts, degree, nodes
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, rows):
+        if isinstance(rows, slice):
+            rows = np.arange(len(self))[rows]
+        out = np.zeros((len(rows), self.nodes, self.atoms.shape[1]), np.float32)
+        for into, row in zip(out, rows):
+            part = self.atoms[self.starts[row]:self.starts[row + 1]]
+            into[:len(part)] = part
+        return out
+
+    def take(self, rows):
+        """Those graphs, in that order, as Graphs."""
+        lengths = np.diff(self.starts)[rows]
+        inside = np.concatenate([np.arange(self.starts[row], self.starts[row + 1]) for row in rows])
+        return Graphs(self.atoms[inside], np.concatenate([[0], np.cumsum(lengths)]), self.degree, self.nodes)
+
+
+def chemistry():
+    """RDKit's module Chem, silent.  ImportError where RDKit is not installed."""
+    try:
+        from rdkit import Chem, RDLogger
+    except ImportError as error:
+        raise ImportError("RDKit, which reads molecules, is not installed: pip install --no-deps -r "
+                          "requirements.txt") from error
+    RDLogger.DisableLog("rdApp.*")
+    return Chem
+
+
+def read(smiles):
+    """A molecule, or None where the text is none. Unusual valences (boron clusters, metals) are let pass."""
+    Chem = chemistry()
+    mol = Chem.MolFromSmiles(smiles, sanitize=False) if smiles.strip() else None
+    if mol is None or not mol.GetNumAtoms():
+        return None
+    if Chem.SanitizeMol(mol, catchErrors=True):
+        mol = Chem.MolFromSmiles(smiles, sanitize=False)
+        mol.UpdatePropertyCache(strict=False)
+        if Chem.SanitizeMol(mol, Chem.SANITIZE_ALL ^ Chem.SANITIZE_PROPERTIES, catchErrors=True):
+            return None
+    Chem.AssignStereochemistry(mol)
+    return mol
+
+
+def load(name, folder=None, limit=None, quiet=True):
+    """The molecules of a data set named above, in the order of the file.
+
+    limit: read the first rows only, where the data set has no official split.
+    Rows whose SMILES RDKit cannot read are named and left out.
+    Raises ValueError: unknown name, a missing column, a target that is no number, with its row.
+    FileNotFoundError: a file that is not there.   ImportError: no RDKit.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
+    if name == "nci":
+        return _nci(limit, quiet)
+    if folder is None:
+        raise ValueError(f"{name} needs --data FOLDER with its files: see --help")
+    official, tasks = None, None
+    if name == "esol":
+        path, tasks = os.path.join(folder, "delaney-processed.csv"), ["measured log solubility in mols per litre"]
+    elif name == "molhiv" and not os.path.exists(os.path.join(folder, "mapping")):
+        path, tasks = os.path.join(folder, "HIV.csv"), ["HIV_active"]
+        official = _npz_split(os.path.join(folder, "ogbg-molhiv_scaffold_split.npz"))
+    elif name == "muv":
+        path = os.path.join(folder, "muv.csv.gz")
+    else:
+        path = os.path.join(folder, "mapping", "mol.csv.gz")
+        official = [_numbers(os.path.join(folder, "split", "scaffold", f"{part}.csv.gz"))
+                    for part in ("train", "valid", "test")]
+    smiles, y, tasks = table(path, tasks, limit if official is None else None)
+    return checked(smiles, y, tasks, official, path, quiet)
+
+
+def table(path, tasks=None, limit=None):
+    """SMILES, targets (n, tasks) and names of tasks of a .csv or .csv.gz file; tasks None: every column but
+    smiles and mol_id."""
+    smiles, y = [], []
+    with (gzip.open if path.endswith(".gz") else open)(data._existing(path), "rt", newline="") as lines:
+        reader = csv.DictReader(lines)
+        columns = reader.fieldnames or []
+        tasks = tasks or [name for name in columns if name not in ("smiles", "mol_id")]
+        for name in ["smiles", *tasks]:
+            if name not in columns:
+                raise ValueError(f"{path} has no column {name!r}, but {', '.join(columns[:20])}")
+        for row, line in enumerate(reader):
+            if row == limit:
+                break
+            try:
+                y.append([float(line[task]) if line[task] else np.nan for task in tasks])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, row {row} (from 0, after the header): {error}; expected a number or "
+                                 "nothing for each task") from error
+            smiles.append(line["smiles"])
+    y = np.array(y).reshape(-1, len(tasks))
+    constant = [task for task, of in zip(tasks, y.T) if len(set(of[~np.isnan(of)])) < 2]
+    if constant:
+        raise ValueError(f"{path}: {', '.join(constant[:5])} has the same value in every row, or none: nothing to "
+                         "learn; leave that column out")
+    return smiles, y, tasks
+
+
+def checked(smiles, y, tasks, official, path, quiet=True):
+    """Molecules of these rows, without those that RDKit cannot read."""
+    mols = [read(one) for one in tqdm(smiles, desc="molecules", unit=" rows", disable=quiet or None, leave=False)]
+    kept = np.array([i for i, mol in enumerate(mols) if mol is not None], int)
+    if len(kept) < len(mols):
+        bad = sorted(set(range(len(mols))) - set(kept.tolist()))
+        print(f"{path}: {len(bad)} of {len(mols)} rows left out, RDKit cannot read their SMILES: " + ", ".join(
+            f"row {row} ({smiles[row][:40]!r})" for row in bad[:5]) + (" ..." if len(bad) > 5 else ""))
+    if not len(kept):
+        raise ValueError(f"{path}: RDKit can read none of its {len(mols)} SMILES")
+    if official is not None:
+        position = np.full(len(smiles), -1)
+        position[kept] = np.arange(len(kept))
+        for part in official:
+            if len(part) and not 0 <= part.min() <= part.max() < len(smiles):
+                raise ValueError(f"the split of {path} has rows {part.min()} to {part.max()}; the file has 0 to "
+                                 f"{len(smiles) - 1}")
+        official = tuple(position[part][position[part] >= 0] for part in official)
+    return Molecules([smiles[i] for i in kept], [mols[i] for i in kept], y[kept], list(tasks), kept, official)
+
+
+def _nci(limit, quiet):
+    """Molecules of the National Cancer Institute's open collection, in RDKit's own data folder."""
+    chemistry()
+    from rdkit import RDConfig
+    from rdkit.Chem import Crippen
+    path = os.path.join(RDConfig.RDDataDir, "NCI", "first_5K.smi")
+    with open(data._existing(path)) as lines:
+        smiles = [line.split()[0] for line in lines][:limit]
+    rows = checked(smiles, np.zeros((len(smiles), 1)), ["log P"], None, path, quiet)
+    return rows._replace(y=np.array([[Crippen.MolLogP(mol)] for mol in rows.mols]))
+
+
+def _npz_split(path):
+    data._open_npz(path, ("train", "val", "test")).close()
+    with np.load(path, allow_pickle=False) as file:
+        return [file[part].astype(np.int64).ravel() for part in ("train", "val", "test")]
+
+
+def _numbers(path):
+    """A row number a line."""
+    with gzip.open(data._existing(path), "rt") as lines:
+        try:
+            return np.array([int(line) for line in lines if line.strip()], np.int64)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; expected a row number a line") from error
+
+
+def split(rows, how="random", seed=0):
+    """(train, val, test), positions; train shuffled by `seed`, so that its first n are a random part of it.
+
+    random: by `seed` as well.   scaffold: the same for every seed; groups in order of size, then of scaffold.
+    """
+    rng, n = np.random.default_rng(seed), len(rows.mols)
+    if how not in SPLITS or how == "official" and rows.official is None:
+        raise ValueError(f"split {how!r}: this data set has {', '.join(SPLITS[:2 + (rows.official is not None)])}")
+    if how == "official":
+        train, val, test = rows.official
+        return rng.permutation(train), val, test
+    cut = [n * 8 // 10, n * 9 // 10]
+    if how == "random":
+        return tuple(np.split(rng.permutation(n), cut))
+    chemistry()
+    from rdkit.Chem.Scaffolds import MurckoScaffold
+    groups = {}
+    for i, mol in enumerate(rows.mols):
+        groups.setdefault(MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=False), []).append(i)
+    parts = [], [], []
+    for scaffold, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        room = [cut[0] - len(parts[0]), cut[1] - cut[0] - len(parts[1])]
+        parts[0 if len(group) <= room[0] else 1 if len(group) <= room[1] else 2].extend(group)
+    train, val, test = (np.array(part, int) for part in parts)
+    return rng.permutation(train), val, test
+
+
+def graphs(mols, weights="normal", quiet=True, least=0):
+    """The `Graphs` of molecules of RDKit.
+
+    weights: "normal", D^-1/2 (A + I) D^-1/2 with D the row sums of A + I; "sum", A + I; "order", as normal with
+    the orders of bonds (1, 1.5, 2, 3) in A.   least: nodes, at least.
+    """
+    everything = []
+    for mol in tqdm(mols, desc="graphs", unit=" molecules", disable=quiet or None, leave=False):
+        everything.append((_atoms(mol), _neighbours(mol, weights)))
+    degree = max(len(one) for _, lists in everything for one in lists)
+    rows = []
+    for features, lists in everything:
+        out = np.zeros((len(features), features.shape[1] + 2 * degree), np.float32)
+        out[:, :features.shape[1]] = features
+        for atom, one in enumerate(lists):
+            out[atom, -2 * degree:][:len(one)], out[atom, -degree:][:len(one)] = zip(*one)
+        rows.append(out)
+    starts = np.concatenate([[0], np.cumsum([len(out) for out in rows])])
+    return Graphs(np.concatenate(rows), starts, degree, max(least, int(np.diff(starts).max())))
+
+
+def _atoms(mol):
+    """Features (atoms, f)."""
+    counts = list(COUNTS.values())
+    widths = [len(ELEMENTS) + 1, *map(len, counts), 3, 3]
+    offsets = np.cumsum([0, *widths])
+    out = np.zeros((mol.GetNumAtoms(), offsets[-1]), np.float32)
+    for i, atom in enumerate(mol.GetAtoms()):
+        symbol = atom.GetSymbol()
+        places = [ELEMENTS.index(symbol) if symbol in ELEMENTS else len(ELEMENTS)]
+        values = atom.GetDegree(), atom.GetFormalCharge(), atom.GetTotalNumHs()
+        places += [min(max(value, of[0]), of[-1]) - of[0] for value, of in zip(values, counts)]
+        places += [atom.GetIsAromatic() + (atom.IsInRing() and 1), min(int(atom.GetChiralTag()), 2)]
+        out[i, offsets[:-1] + places] = 1
+    return out
+
+
+def _neighbours(mol, weights):
+    """Of every atom [(neighbour, weight), ...], itself first."""
+    lists = [[(i, 1.0)] for i in range(mol.GetNumAtoms())]
+    for bond in mol.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        weight = max(bond.GetBondTypeAsDouble(), 1.0) if weights == "order" else 1.0
+        lists[i].append((j, weight))
+        lists[j].append((i, weight))
+    if weights == "sum":
+        return lists
+    sums = [sum(weight for _, weight in one) for one in lists]
+    return [[(j, weight / (sums[i] * sums[j]) ** 0.5) for j, weight in one] for i, one in enumerate(lists)]
+
+
+def fingerprints(mols, radius=2, bits=2048, quiet=True):
+    """How often each hashed neighbourhood of up to `radius` bonds occurs (Morgan), log(1 + count), (n, bits)."""
+    chemistry()
+    from rdkit.Chem import rdFingerprintGenerator
+    make = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=bits)
+    out = np.zeros((len(mols), bits), np.float32)
+    for row, mol in zip(out, tqdm(mols, desc="fingerprints", unit=" molecules", disable=quiet or None, leave=False)):
+        row += make.GetCountFingerprintAsNumPy(mol)
+    return np.log1p(out)

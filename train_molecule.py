@@ -1,0 +1,260 @@
+"""Kernel regression with an infinitely wide graph network on molecules, top to bottom.
+
+  f(x) = k(x, X) (K + lambda I)^-1 y,   K = k(X, X),   lambda = ridge * mean(diag K)
+
+k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts), or the sum of the
+two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the training
+rows; where labels are missing every task is solved on its own rows, all together (tasks.py). Nothing weighs the rare
+class: the score, area under the ROC curve or average precision, asks for the order only. The ridge is that with the
+least squared error on validation rows, which are never fitted; test rows are looked at once.
+
+  python train_molecule.py                                      1,500 molecules that come with RDKit, a minute
+  python train_molecule.py --dataset esol --data DIR --split scaffold
+  python train_molecule.py --dataset molhiv --data DIR --kernel fingerprint
+  python train_molecule.py --dataset molhiv --data DIR --sizes 1000,2000,4000 --kind both --store K
+"""
+
+import argparse
+import os
+from dataclasses import replace
+
+import jax
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import graphs
+import hosts
+import kernel
+import molecules
+import precondition
+import regression
+import runs
+import store
+import tasks
+import tiles
+
+try:
+    from fused import kernel_fn as vector_kernel
+except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
+    from kernel import kernel_fn as vector_kernel
+
+FEW = 1500  # rows of nci that are read: a minute
+RANK = 512  # of the preconditioner where tasks have rows of their own, at most
+PARTS = {"gcn": ("gcn",), "fingerprint": ("fingerprint",), "sum": ("gcn", "fingerprint")}
+WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # not what was computed: not recorded
+SOURCES = """files that DIR must hold: esol: delaney-processed.csv; molhiv: HIV.csv, and the official split as
+ogbg-molhiv_scaffold_split.npz (arrays train, val, test of row numbers); muv: muv.csv.gz; all three from MoleculeNet's
+page, deepchemdata.s3-us-west-1.amazonaws.com/datasets/. Or for molhiv and molpcba the folder mapping and split of
+OGB's archive, as unpacked: snap.stanford.edu/ogb/data/graphproppred/csv_mol_download/{hiv,pcba}.zip"""
+
+
+def flags():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    rows = parser.add_argument_group("molecules")
+    rows.add_argument("--dataset", default="nci", choices=molecules.DATASETS)
+    rows.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
+    rows.add_argument("--split", choices=molecules.SPLITS, help="None: official where there is one, else random")
+    rows.add_argument("--n_train", type=int, help="training molecules; None is all")
+    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training molecules too, the first "
+                      "ones of n_train, on blocks of the same kernel")
+    network = parser.add_argument_group("kernel")
+    network.add_argument("--kernel", default="gcn", choices=PARTS)
+    network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
+                         help="both: two runs on one pass over the kernel")
+    network.add_argument("--depth", type=int, default=3, help="rounds of gcn, hidden layers on fingerprints")
+    network.add_argument("--pool", default="sum", choices=["sum", "mean"], help="of gcn, over atoms")
+    network.add_argument("--jump", action="store_true", help="pool the atoms after every round, and add up")
+    network.add_argument("--weights", default="normal", choices=["normal", "sum", "order"],
+                         help="A of gcn: D^-1/2 (A + I) D^-1/2, A + I, or the first with the orders of bonds")
+    network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
+    network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there; None: in "
+                         "memory")
+    solver = parser.add_argument_group("solver")
+    solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
+                        "commas, or auto (10 down to 1e-6): chosen on validation rows")
+    solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
+    solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="of random splits, of the order of training rows, of pivots")
+    run.add_argument("--devices", type=int, help="devices to use; None is every GPU, or else every core")
+    run.add_argument("--out", default="results", metavar="DIR", help="runs.jsonl in it gets a line")
+    run.add_argument("--quiet", action="store_true", help="print the result line only")
+    return parser
+
+
+def parse(argv):
+    """The flags, checked against each other; ridge and sizes as lists of numbers."""
+    parser = flags()
+    args = parser.parse_args(argv)
+    try:
+        args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
+        args.sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
+    except ValueError as error:
+        parser.error(f"--ridge and --sizes take numbers separated by commas: {error}")
+    if min(args.ridge) < 0:
+        parser.error(f"--ridge {min(args.ridge)}: expected numbers >= 0")
+    for flag in ("n_train", "depth", "tile", "rank", "devices"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    args.n_train = args.n_train or max(args.sizes, default=None)
+    return args
+
+
+def main(argv=None):
+    """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
+    kind, with --sizes by size."""
+    args = parse(argv)
+    run, seconds = runs.provenance(), {}
+    kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
+    with runs.phase("data", seconds):
+        rows = molecules.load(args.dataset, args.data, FEW if args.dataset == "nci" else None, args.quiet)
+        args.split = args.split or ("official" if rows.official is not None else "random")
+        parts = molecules.split(rows, args.split, args.seed)
+        derive(args, parts)
+        parts = (parts[0][:args.n_train], *parts[1:])
+        mols = [rows.mols[i] for i in np.concatenate(parts)]
+        inputs = {part: (molecules.graphs(mols, args.weights, args.quiet) if part == "gcn" else
+                         molecules.fingerprints(mols, quiet=args.quiet)) for part in PARTS[args.kernel]}
+    if not args.quiet:
+        print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
+              + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
+    with runs.phase("kernel", seconds):
+        starts = np.cumsum([len(part) for part in parts])[:2]
+        matrices = [kernels(args, part, kinds, x, starts) for part, x in inputs.items()]
+    results = {kind: {} for kind in kinds}
+    for kind, *of_parts in zip(kinds, *matrices):
+        scales = [1 / K.diagonal().mean() for K, _, _ in of_parts]
+        for n in args.sizes:
+            blocks = [added([block.leading(n).merged() for block in of], scales) for of in zip(*of_parts)]
+            y = [rows.y[part] for part in (parts[0][:n], *parts[1:])]
+            result = {**experiment(args, *blocks, y), "entries": sum(block.entries for block in blocks)}
+            result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
+            runs.record(args.out, config(args, kind, n), result, run)
+            print(describe(result), flush=True)
+            results[kind][n] = result
+    if args.dataset == "nci" and not args.quiet:
+        print("Here a network learns a formula. For something measured: --dataset esol --data DIR; --help says what "
+              "DIR must hold")
+    results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
+    return results if args.kind == "both" else results[args.kind]
+
+
+def derive(args, parts):
+    """Fill in what was not asked for; refuse more rows than there are."""
+    have = len(parts[0])
+    if not all(1 <= n <= have for n in [args.n_train or have, *args.sizes]):
+        raise ValueError(f"n_train={args.n_train}, sizes={args.sizes}: {args.dataset} has 1 to {have} molecules to "
+                         "train on")
+    args.n_train, args.n_test = args.n_train or have, len(parts[2])
+    args.sizes = sorted({*args.sizes, args.n_train})
+    if args.sizes[-1] > args.n_train:
+        raise ValueError(f"--sizes {args.sizes}: expected 1 to n_train={args.n_train}")
+    if args.tile is None:
+        args.tile = max(1, min(1024 if args.kernel == "fingerprint" else 256, -(-args.n_train // 4)))
+
+
+def network(args, part, x):
+    """The engine of a part, and its layers."""
+    if part == "gcn":
+        return graphs.kernel_fn, kernel.gcn(x.degree, args.depth, pool=args.pool, jump=args.jump)
+    return vector_kernel, kernel.network("fc", args.depth)
+
+
+def kernels(args, part, kinds, x, starts):
+    """K of the training rows, K_val and K_test of the others with these: [(K, K_val, K_test) of each kind].
+
+    x: rows of all three.   starts: where the second and the third begin."""
+    train, val, test = (x.take(r) if part == "gcn" else x[r] for r in np.split(np.arange(len(x)), starts))
+    engine, layers = network(args, part, x)
+    fn, where = engine(layers, kinds), {"devices": jax.local_devices()[:args.devices], "quiet": args.quiet}
+    out = []
+    for name, rows in (("train", None), ("val", val), ("test", test)):
+        inputs = [train] if rows is None else [rows, train]
+        kept = args.store and tuple(
+            store.create(os.path.join(args.store, f"{name}-{part}-{kind}"),
+                         {"kernel": part, "layers": layers, "kind": kind, "tile": args.tile},
+                         *map(store.digests, inputs)) for kind in kinds)
+        out.append((tiles.gram if rows is None else tiles.cross)(fn, *inputs, args.tile, store=kept, **where))
+    return list(zip(*out))
+
+
+def added(blocks, scales):
+    """The sum of these matrices times their scales; one alone as it is.  Tiles of the same keys, in memory."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return replace(blocks[0], tiles={key: sum(np.float32(s) * block.tiles[key] for s, block in zip(scales, blocks))
+                                     for key in blocks[0].keys()})
+
+
+def experiment(args, K, K_val, K_test, y):
+    """Choose the ridge on validation rows, solve, predict, for one size: what came of it, as a dict.
+
+    K (n, n), K_val (rows, n), K_test (rows, n).   y: of their rows, (rows, tasks), NaN where there is no label.
+    """
+    masks = [~np.isnan(part) for part in y]
+    mean = np.where(masks[0], y[0], 0).sum(axis=0) / np.maximum(masks[0].sum(axis=0), 1)
+    train, val = (np.where(mask, part - mean, 0) for mask, part in zip(masks[:2], y))
+    measure, options = SCORES[molecules.DATASETS[args.dataset]], {"rank": args.rank}
+    if not all(mask.all() for mask in masks[:2]):
+        low = precondition.low_rank(K, args.rank or min(RANK, max(1, len(train) // 2)), args.seed, quiet=args.quiet)
+        options["look"] = tasks.Look(low, masks[0])
+        K, K_val = tasks.Labelled(K, masks[0]), tasks.Labelled(K_val, masks[1])
+    _, f, result, _ = regression.fit(
+        K, K_test, train, args.ridge, len(train), (K_val, val), lambda f: measure(f + mean, y[1]), args.tol,
+        seed=args.seed, quiet=args.quiet, **options)
+    return {f"test_{molecules.DATASETS[args.dataset]}": measure(f + mean, y[2]),
+            "tasks": len(mean), "labels": int(masks[0].sum()), **result}
+
+
+def rmse(f, y):
+    """Root mean squared error over the labels, mean over tasks."""
+    return float(np.mean(np.sqrt(np.nanmean((f - y) ** 2, axis=0))))
+
+
+def per_task(measure):
+    """The mean over tasks of measure(labels, f) on the labelled rows; tasks without both classes there do not
+    count, as OGB has it."""
+    def mean(f, y):
+        known = [(f[rows, t], y[rows, t]) for t, rows in enumerate(~np.isnan(y).T)]
+        found = [measure(labels, one) for one, labels in known if len(set(labels)) > 1]
+        if not found:
+            raise ValueError(f"no task has labels of both classes among {len(y)} rows: nothing to measure; take more")
+        return float(np.mean(found))
+    return mean
+
+
+SCORES = {"rmse": rmse, "auc": per_task(roc_auc_score), "ap": per_task(average_precision_score)}
+
+
+def config(args, kind, n):
+    """What decides the result of this run; whiten is what scaling.py calls the encoding."""
+    encoding = [args.split]
+    if args.kernel != "fingerprint":
+        encoding += [args.weights, args.pool] + ["jump"] * args.jump
+    return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
+            "whiten": " ".join(encoding)}
+
+
+def describe(result):
+    """The result line."""
+    config = result["config"]
+    name = molecules.DATASETS[config["dataset"]]
+    best = next((row[1] for row in result["validation"] if row[0] == result["ridge"]), float("nan"))
+    return (f"{config['dataset']} {config['kernel']} {config['kind']} {config['whiten']} n_train={config['n_train']} "
+            f"n_test={config['n_test']}: test {name} {result['test_' + name]:.4f}, validation {best:.4f}, ridge "
+            f"{result['ridge']:.2g}, CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
+            f"{result['entries'] / max(result['seconds']['kernel'], 1e-9):.3g} entries/s, "
+            + ", ".join(f"{name} {s:.1f} s" for name, s in result["seconds"].items())
+            + f", peak memory {result['peak_memory_gb']:.1f} GB")
+
+
+if __name__ == "__main__":
+    # Vectors of 512 bits where the processor has them (XLA prefers 256)
+    os.environ["XLA_FLAGS"] = ("--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", ""))
+    jax.config.update("jax_num_cpu_devices", parse(None).devices or os.cpu_count())  # without a GPU
+    jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
+    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError):
+        main()
