@@ -5,10 +5,10 @@
 k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts), or the sum of the
 two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the training
 rows; where labels are missing every task is solved on its own rows, all together (tasks.py). Nothing weighs the rare
-class: the score, area under the ROC curve or average precision, asks for the order only. So is the ridge
-that with the best score on validation rows, which are never fitted, or the least squared error of numbers; by squared
-error it came out ten times larger on molhiv, fingerprints, for the rare class has little weight in it. Test rows are
-looked at once.
+class: the score, area under the ROC curve or average precision, asks for the order only. Ridges are
+compared by that score on validation rows, which are never fitted, and where numbers are predicted by squared error
+(classes by squared error: on all of molhiv, fingerprints, ten times the ridge and a validation AUC of 0.807 in place
+of 0.823). Test rows are looked at once.
 
   python train_molecule.py                                      1,500 molecules that come with RDKit, a minute
   python train_molecule.py --dataset esol --data DIR --split scaffold
