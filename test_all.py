@@ -2402,6 +2402,9 @@ def test_molecules_ridge_from_rows_outside():
     apart = regression.choose_ridge(regression.Solver(part, "none", prior=np.ones(80)), y[:80], 80, outside, ridges,
                                     np.mean)
     assert inside[0] == apart[0] and np.allclose(inside[1], apart[1], rtol=1e-6)
+    by_score, table = regression.choose_ridge(regression.Solver(part, "none", prior=np.ones(80)), y[:80], 80, outside,
+                                              ridges, np.mean, by="score")
+    assert by_score == max(table, key=lambda row: row[1])[0] and len({row[1] for row in table}) == 3
 
 
 def train_molecules(tmp_path, *flags):

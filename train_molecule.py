@@ -5,8 +5,10 @@
 k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts), or the sum of the
 two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the training
 rows; where labels are missing every task is solved on its own rows, all together (tasks.py). Nothing weighs the rare
-class: the score, area under the ROC curve or average precision, asks for the order only. The ridge is that with the
-least squared error on validation rows, which are never fitted; test rows are looked at once.
+class: the score, area under the ROC curve or average precision, asks for the order only. Ridges are
+compared by that score on validation rows, which are never fitted, and where numbers are predicted by squared error
+(classes by squared error: on all of molhiv, fingerprints, ten times the ridge and a validation AUC of 0.807 in place
+of 0.823). Test rows are looked at once.
 
   python train_molecule.py                                      1,500 molecules that come with RDKit, a minute
   python train_molecule.py --dataset esol --data DIR --split scaffold
@@ -74,7 +76,7 @@ def flags():
                          "memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
-                        "commas, or auto (10 down to 1e-6): chosen on validation rows")
+                        "commas, or auto (10 down to 1e-6): chosen on validation rows, by their score")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
     run = parser.add_argument_group("run")
@@ -204,7 +206,7 @@ def experiment(args, K, K_val, K_test, y):
         K, K_val = tasks.Labelled(K, masks[0]), tasks.Labelled(K_val, masks[1])
     _, f, result, _ = regression.fit(
         K, K_test, train, args.ridge, len(train), (K_val, val), lambda f: measure(f + mean, y[1]), args.tol,
-        seed=args.seed, quiet=args.quiet, **options)
+        "mse" if measure is rmse else "score", seed=args.seed, quiet=args.quiet, **options)
     return {f"test_{molecules.DATASETS[args.dataset]}": measure(f + mean, y[2]),
             "tasks": len(mean), "labels": int(masks[0].sum()), **result}
 
