@@ -168,6 +168,29 @@ def augmentation(groups, dataset):
         for (key, n), copies in found.items()])
 
 
+def elsewhere(groups, metric):
+    """Proteins and molecules: the mean score of every kernel with its sd over seeds, at its largest n; a column for
+    each data set whose score is `metric`. Settings that were all run stand one after the other."""
+    found, most = {}, {}
+    for runs in groups:
+        config = runs[0]["config"]
+        if next(name for name in SCORES if name in runs[0]) == metric and config["n_test"] >= FEW:
+            row, n = f"{config['kernel']} {config['kind'].upper()}", config["n_train"]
+            column = " ".join(dict.fromkeys([config["dataset"], config["split"]]))
+            most[column] = max(most.get(column, 0), n)
+            values = [run[metric] for run in runs]
+            sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            found.setdefault(row, {}).setdefault(column, {}).setdefault(n, []).append(
+                f"{statistics.mean(values):.3f}{sd}")
+
+    def cell(sizes, largest):
+        n = max(sizes, default=largest)
+        return ", ".join(sizes.get(n, [])) + ("" if n == largest else f" (n = {n:,})")
+    rows = sorted(found, key=lambda row: KERNELS.index(row.split()[0]))
+    return table(["kernel", *(f"{column}, n = {n:,}" for column, n in most.items())], [
+        [row, *(cell(found[row].get(column, {}), n) for column, n in most.items())] for row in rows])
+
+
 def results(groups, dataset):
     """A row for each experiment that is no point of such a curve, or its largest, nor has crops."""
     in_curve = curves(groups, 3)
@@ -270,12 +293,15 @@ def digest(found):
 
 def filled(text, groups, dataset):
     """The README with every <!-- NAME: written by scaling.py --> ... <!-- end of NAME --> filled anew."""
-    for part in (results, learning, laws, augmentation, cost):
-        begin, end = f"<!-- {part.__name__}: written by scaling.py -->", f"<!-- end of {part.__name__} -->"
+    parts = {part.__name__: part(groups, dataset) for part in (results, learning, laws, augmentation, cost)}
+    for name, metric in (("proteins", "test_spearman"), ("molecules", "test_auc"), ("numbers", "test_rmse")):
+        parts[name] = elsewhere(groups, metric)
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}: written by scaling.py -->", f"<!-- end of {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"README.md needs the markers {begin} and {end}, once each")
         before, rest = text.split(begin)
-        text = f"{before}{begin}\n{part(groups, dataset)}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
     return text
 
 

@@ -2727,17 +2727,20 @@ def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
 
 def test_scaling_tables_of_known_runs(tmp_path, capsys):
     """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
-    same; copies of the same images are a row; runs with few test images are cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
+    same; copies of the same images are a row; scores of proteins are those at the largest n; runs with few test images are cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
     runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
     lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
              fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
              *(fake_run(n, 1 - n**-0.25, kernel="cnn_vec", flips=True) for n in (100, 200)),
              fake_run(400, 1 - 400**-0.25, kernel="cnn_vec", flips="symmetric", fit_on=500),
+             *({**fake_run(n, 0, seed, dataset="a", split="a", kernel=name), "test_spearman": score, "test_accuracy": None}
+               for n, seed, name, score in ((5, 0, "seq_fc", 0.1), (9, 0, "seq_fc", 0.2), (9, 1, "seq_fc", 0.4),
+                                            (5, 0, "linear", 0.3))),
              fake_run(1000, 0.54, crops=2, flips="explicit"), fake_run(1000, 0.56, 1, crops=2, flips="symmetric")]
-    runs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs.write_text("".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
     page.write_text("above" + "".join(f"\n<!-- {part}: written by scaling.py -->\nold\n<!-- end of {part} -->"
-                                      for part in ("results", "learning", "laws", "augmentation", "cost"))
-                    + "\nbelow\n")
+                                      for part in ("results", "learning", "laws", "augmentation", "cost",
+                                                   "proteins", "molecules", "numbers")) + "\nbelow\n")
     paths = ["--runs", str(runs), "--readme", str(page)]
     assert scaling.main([*paths, "--check"]) == 1 and "old" in page.read_text()
     assert scaling.main(paths) == 0 and scaling.main([*paths, "--check"]) == 0
@@ -2746,6 +2749,8 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert "| n | cnn_vec NTK, flips |" in text and "| 400 | 77.64 |" in text
     assert "| cnn_vec NTK, flips | 100 … 400 | 10,000 | 1 | 0.25 | 0 |" in text
     assert "| kernel | n | test images | 1 | 2 × 2 |" in text
+    assert "| kernel | a, n = 9 |" in text and "| seq_fc NTK | 0.300 ± 0.141 |" in text
+    assert "| linear NTK | 0.300 (n = 5) |" in text
     assert "| fc NTK | 1,000 | 10,000 | 51.00 ± 1.41 | 55.00 ± 1.41 |" in text
     assert re.search(r"\| fc NTK: kernel, s \| 0.02 \| 0.2 \| 2 \| 1.00 \|", text)
     assert text.startswith("above") and text.endswith("below\n")
@@ -2790,10 +2795,10 @@ def test_docs_requirements_are_pinned():
                 assert re.match(r"[\w.-]+", need)[0].lower().replace("_", "-") in pinned, (name, need)
 
 
-def commands():
-    """The flags of every command with train_cifar.py that README and docstrings show, as lists."""
-    everything = re.sub(r"\\\n *", "", readme() + train_cifar.__doc__ + hosts.__doc__ + plan.__doc__)
-    shown = re.findall(r"python (?:-u )?train_cifar.py ([^`\n#&]*)", everything)
+def commands(script=train_cifar):
+    """The flags of every command with this script that README and docstrings show, as lists."""
+    everything = re.sub(r"\\\n *", "", readme() + script.__doc__ + hosts.__doc__ + plan.__doc__)
+    shown = re.findall(rf"python (?:-u )?{script.__name__}.py ([^`\n#&]*)", everything)
     return [re.sub(r"  .*", "", command).split() for command in shown if "--" in command and "--help" not in command]
 
 
@@ -2803,7 +2808,8 @@ SMALL = {"--dataset": "digits", "--n_train": "40", "--n_test": "20", "--crops": 
 
 def test_docs_commands_run(tmp_path, monkeypatch):
     """Every command that README and docstrings show runs, made small: digits in place of CIFAR, 40 images, fc in
-    place of convolutions. Those of several processes are parsed only; section hosts runs some."""
+    place of convolutions. Those of several processes are parsed only; section hosts runs some. So are those of
+    proteins and molecules that need files; their sections run such."""
     monkeypatch.chdir(tmp_path)
     np.save("images.npy", data.load("digits", None, 10, 10)[2])
     assert len(commands()) > 20
@@ -2816,6 +2822,10 @@ def test_docs_commands_run(tmp_path, monkeypatch):
         if "--process" not in small:
             shutil.rmtree("K", ignore_errors=True)
             train_cifar.main(["--n_train", "40", "--n_test", "20", *small, "--quiet"])
+    for script in (train_protein, train_molecule):
+        assert len(commands(script)) > 3
+        for command in commands(script):
+            script.parse(command)
 
 
 def test_docs_forks(monkeypatch):
