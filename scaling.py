@@ -187,6 +187,7 @@ def elsewhere(groups, metric):
         n = max(sizes, default=largest)
         return ", ".join(sizes.get(n, [])) + ("" if n == largest else f" (n = {n:,})")
     rows = sorted(found, key=lambda row: KERNELS.index(row.split()[0]))
+    most = dict(sorted(most.items(), key=lambda of: of[1]))
     return table(["kernel", *(f"{column}, n = {n:,}" for column, n in most.items())], [
         [row, *(cell(found[row].get(column, {}), n) for column, n in most.items())] for row in rows])
 
