@@ -58,7 +58,7 @@ def load(path):
     return [list(runs.values()) for runs in groups.values()]
 
 
-def error(run):
+def test_error(run):
     """1 - accuracy, and where there is none 1 - area under the curve, average precision or Spearman's correlation,
     or the root mean squared error."""
     score = next(name for name in SCORES if name in run)
@@ -72,7 +72,7 @@ def curves(groups, least=1):
         config = runs[0]["config"]
         if config["n_test"] >= FEW and runs[0].get("validation"):
             points = out.setdefault(tuple(config[name] for name in CURVE), {})
-            points.setdefault(config["n_train"], []).extend(error(run) for run in runs)
+            points.setdefault(config["n_train"], []).extend(test_error(run) for run in runs)
     order = sorted(out, key=lambda key: (KERNELS.index(key[1]), *map(str, key)))
     return {key: dict(sorted(out[key].items())) for key in order if len(out[key]) >= least}
 
@@ -160,10 +160,11 @@ def augmentation(groups, dataset):
         if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0].get("validation"):
             key = tuple(1 if k == "crops" else k != "flips" and config[k] for k in CURVE), config["n_train"]
             found.setdefault(key, {})[config["crops"], config["flips"]] = percent(
-                [error(run) for run in runs])
+                [test_error(run) for run in runs])
     found = {key: copies for key, copies in found.items() if any(crops > 1 for crops, _ in copies)}
     columns = sorted({key for copies in found.values() for key in copies})
-    return table(["kernel", "n", "test images", *(f"{crops}{' × 2' if flips else ''}" for crops, flips in columns)], [
+    head = [f"{crops}{' × 2' if flips else ''}" for crops, flips in columns]
+    return table(["kernel", "n", "test images", *head], [
         [name(key), f"{n:,}", f"{key[-1]:,}", *(copies.get(column, "") for column in columns)]
         for (key, n), copies in found.items()])
 
@@ -213,7 +214,7 @@ def results(groups, dataset):
             return f"{statistics.median(value(run) for run in runs):.0f}" if runs else "–"
         rows.append([
             name(key), f"{config['n_train']:,}" + (f" × {copies}" if copies > 1 else ""), f"{config['n_test']:,}",
-            len(runs), percent([error(run) for run in runs]),
+            len(runs), percent([test_error(run) for run in runs]),
             " … ".join(f"{ridge:.2g}" for ridge in (ridges[:1] + ridges[1:][-1:])),
             median(lambda run: run["cg_iterations"]), median(lambda run: run["seconds"]["kernel"], at_once),
             median(lambda run: run["seconds"]["ridge"] + run["seconds"]["solve"]),

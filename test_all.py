@@ -2727,15 +2727,16 @@ def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
 
 def test_scaling_tables_of_known_runs(tmp_path, capsys):
     """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
-    same; copies of the same images are a row; scores of proteins are those at the largest n; runs with few test images are cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
+    same; copies of the same images are a row; scores of proteins are those at the largest n; runs with few test
+    images are cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
     runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
     lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
              fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
              *(fake_run(n, 1 - n**-0.25, kernel="cnn_vec", flips=True) for n in (100, 200)),
              fake_run(400, 1 - 400**-0.25, kernel="cnn_vec", flips="symmetric", fit_on=500),
-             *({**fake_run(n, 0, seed, dataset="a", split="a", kernel=name), "test_spearman": score, "test_accuracy": None}
-               for n, seed, name, score in ((5, 0, "seq_fc", 0.1), (9, 0, "seq_fc", 0.2), (9, 1, "seq_fc", 0.4),
-                                            (5, 0, "linear", 0.3))),
+             *({**fake_run(n, 0, seed, dataset="a", split="a", kernel=name), "test_spearman": score,
+                "test_accuracy": None} for n, seed, name, score in (
+                    (5, 0, "seq_fc", 0.1), (9, 0, "seq_fc", 0.2), (9, 1, "seq_fc", 0.4), (5, 0, "linear", 0.3))),
              fake_run(1000, 0.54, crops=2, flips="explicit"), fake_run(1000, 0.56, 1, crops=2, flips="symmetric")]
     runs.write_text("".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
     page.write_text("above" + "".join(f"\n<!-- {part}: written by scaling.py -->\nold\n<!-- end of {part} -->"
