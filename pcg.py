@@ -21,8 +21,9 @@ Differs from the textbook, and from jax.scipy.sparse.linalg.cg, in:
      directions, and at condition 1e9 CG without a preconditioner never converged;
   3) a column that rounding keeps from the tolerance is noticed and left, with what it has reached;
   4) the Lanczos matrix behind the coefficients is kept: condition numbers for free;
-  5) negative curvature is an error, for then A is not positive definite and X means nothing; a few
-     steps of Lanczos' method say how much ridge is missing.
+  5) negative curvature is an error, for then A is not positive definite and X means nothing; so is one that
+     is zero but for rounding, whose sign depends on the processor; a few steps of Lanczos' method say how
+     much ridge is missing.
 
     X, info = pcg.solve(K.matvec, Y, ridge, precondition.low_rank(K)(ridge))
 
@@ -38,6 +39,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from tqdm import tqdm
 
 PLOTS = ".png", ".svg", ".pdf"
+SINGULAR = 1e-14  # of the largest <d, A d> / <d, d>: one below it is rounding
 CHECK = 20  # steps between true residuals: one product more in twenty
 
 
@@ -85,7 +87,7 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     save({name: array}, finished), as store.Checkpoint; a solve goes on from what it has.
     Returns X, float64, shaped as y, and Info.
     Warns where tol is not reached. Raises ValueError: shapes, NaN in y, ridge < 0.
-    Indefinite: a direction with <d, A d> <= 0.
+    Indefinite: a direction with <d, A d> <= 0, or so little above that rounding may have put it there.
     """
     begun, shape, y = time.perf_counter(), np.shape(y), np.array(y, np.float64).reshape(len(y), -1)
     if not np.isfinite(y).all() or ridge < 0:
@@ -112,11 +114,14 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     x, r, d, rz, active, stepping, restarted, history, alphas, betas = state
     bar = tqdm(total=max_iters, initial=len(alphas), unit="step", desc="solve", disable=quiet or None,
                leave=False)
+    highest = 0.0  # Rayleigh quotient, at most the largest eigenvalue
     known = False  # whether `residual` is the true one of x
     while active.any() and len(alphas) < max_iters:
         q = product(d)
         curvature = _dot(d, q)
-        if np.any(curvature[stepping] <= 0):
+        quotient = curvature[stepping] / _dot(d, d)[stepping]
+        highest = max(highest, quotient.max(initial=0))
+        if np.any(quotient <= SINGULAR * highest):
             bar.close()
             raise _indefinite(product, d[:, stepping], curvature[stepping], ridge, len(alphas) + 1)
         alpha = np.divide(rz, curvature, out=np.zeros_like(rz), where=stepping)
