@@ -273,7 +273,7 @@ def figure(groups, dataset, path):
                       markerfacecolor="none" if config["flips"] or config["crops"] > 1 else colour)
     axes.set_xlabel("training images n", color=grey)
     axes.set_ylabel("test error", color=grey)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
