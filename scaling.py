@@ -50,7 +50,8 @@ def load(path):
                 run = json.loads(line)
                 config = run["config"] = {**IMAGES_ONLY, **run["config"]}
                 config["flips"] = bool(config["flips"])  # symmetric and explicit ones: the same predictions
-                fixed = () if run.get("validation") else (run["ridge"], config.get("rank"))
+                solver = run["ridge"], config.get("rank"), config.get("precondition")
+                fixed = () if run.get("validation") else solver
                 key = tuple(config[name] for name in SAME) + fixed
                 groups.setdefault(key, {})[config["seed"]] = run
             except (ValueError, KeyError, TypeError) as error:
