@@ -220,7 +220,11 @@ def split(rows, how="random", seed=0):
     from rdkit.Chem.Scaffolds import MurckoScaffold
     groups = {}
     for i, mol in enumerate(rows.mols):
-        groups.setdefault(MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=False), []).append(i)
+        try:
+            scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=False)
+        except ValueError:  # an unusual valence, which `read` lets pass: a group of its own
+            scaffold = f"row {rows.rows[i]}"
+        groups.setdefault(scaffold, []).append(i)
     parts = [], [], []
     for scaffold, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
         room = [cut[0] - len(parts[0]), cut[1] - cut[0] - len(parts[1])]

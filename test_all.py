@@ -1672,6 +1672,19 @@ def test_train_without_fused(tmp_path):
     assert "--engine: invalid choice: 'fused'" in run("--engine", "fused").stderr
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_train_store_refuses_before_it_computes(tmp_path, part):
+    """Where the store of K or of K_test holds something else, no tile of either is computed first."""
+    flags = ["--n_train", "60", "--ridge", "1", "--store", str(tmp_path / "K")]
+    train(tmp_path, *flags, "--n_test", "30")
+    for name in os.listdir(tmp_path / "K"):
+        if not name.startswith(part):
+            shutil.rmtree(tmp_path / "K" / name)
+    with pytest.raises(ValueError, match=f"{part}-nngp holds another matrix|{part}-nngp was made from other inputs"):
+        train(tmp_path, *flags, "--n_test", "30", "--seed", "1", "--depth", "2")
+    assert not [path for path in (tmp_path / "K").rglob("*-*.npy") if not path.parent.name.startswith(part)]
+
+
 def test_train_store(tmp_path):
     """With a store the answers are those without; a second run computes no entry; with --fit_on a larger
     n_train takes up the tiles of the smaller; --kind both takes up what one kind has left."""
@@ -2076,8 +2089,8 @@ def test_proteins_variance(tmp_path):
     (["--split", "two_vs_rest"], "needs --data FOLDER, the folder that holds flip_gb1_splits.zip"),
     (["--split", "landscape", "--data", "nowhere"], "nowhere.*is there; fetch it from https"),
     (["--n_train", "2000"], "n_train=2000, but made has 2 to 1037 rows"),
+    (["--devices", "5"], "--devices 5, but JAX sees 4 here"),
     (["--n_test", "300"], "n_test=300, but made has 2 to 259 rows"),
-    (["--sizes", "10,50", "--n_train", "20"], "--sizes 50: expected at most n_train=20"),
     (["--n_train", "4"], "n_train=4 has no validation rows to choose on"),
     (["--n_train", "4", "--encoding", "onehot", "--target", "raw"], "n_train=4 has no validation rows to choose on"),
 ])
@@ -2094,9 +2107,10 @@ def test_proteins_commands(capsys):
     assert len(shown) >= 4
     for command in shown:
         train_protein.parse(command.split())
-    for flags, words in ((["--ridge", "often"], "--ridge and --sizes take numbers"),
+    for flags, words in ((["--ridge", "often"], "--ridge often: expected a number"),
                          (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
                          (["--tile", "0"], "at least 1"),
+                         (["--n_train", "20", "--sizes", "10,50"], "expected 1 to n_train=20"),
                          (["--split", "sampled", "--sizes", "9"], "FLIP says which rows to train on")):
         with pytest.raises(SystemExit):
             train_protein.parse(flags)
@@ -2312,16 +2326,19 @@ def test_molecules_files(molecule_folder):
 
 @needs_rdkit
 def test_molecules_splits():
-    """Random: disjoint, all, another for another seed. Scaffold: no ring system in two parts, the same each time."""
+    """Random: disjoint, all, another for another seed. Scaffold: no ring system in two parts, the same each time;
+    an aluminium complex, whose valence RDKit's scaffolds refuse, included."""
     rings = ["c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccc2ccccc2c1", "C1CCOC1", "c1ccsc1"]
     smiles = [ring + "C" * i for k, ring in enumerate(rings) for i in range(1, 9 - k)] + ["CCO", "CCN"]
+    smiles.append("O=C1O[Al]23(OC1=O)(OC(=O)C(=O)O2)OC(=O)C(=O)O3")
     rows = molecules.checked(smiles, np.zeros((len(smiles), 1)), ["y"], None, "made")
     for how in ("random", "scaffold"):
         parts = molecules.split(rows, how, seed=0)
         assert (np.sort(np.concatenate(parts)) == np.arange(len(smiles))).all() and all(map(len, parts))
     for part, other in zip(parts, molecules.split(rows, "scaffold", seed=7)):
         assert set(part) == set(other)
-    ring_of = [next((k for k, ring in enumerate(rings) if one.startswith(ring)), -1) for one in smiles]
+    ring_of = [next((k for k, ring in enumerate(rings) if one.startswith(ring)), one[:2])
+               for one in smiles]
     of_part = [{ring_of[i] for i in part} for part in parts]
     assert not (of_part[0] & of_part[1] or of_part[0] & of_part[2] or of_part[1] & of_part[2])
     with pytest.raises(ValueError, match="split 'official': this data set has random, scaffold$"):
@@ -2482,7 +2499,9 @@ def test_molecules_official_split_is_ogbs():
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "esol"], "ValueError: esol needs --data FOLDER with its files"),
     (["--dataset", "muv", "--data", "nowhere"], "FileNotFoundError: .*muv.csv.gz is not there; give --data"),
-    (["--ridge", "often"], "--ridge and --sizes take numbers separated by commas"),
+    (["--ridge", "often"], "--ridge often: expected a number, numbers separated by commas, or auto"),
+    (["--store", "none"], "--store none: not here; give a folder"),
+    (["--devices", "5"], "ValueError: --devices 5, but JAX sees 4 here"),
     (["--n_train", "5000"], "ValueError: n_train=5000, .*nci has 1 to 1200 molecules to train on"),
     (["--split", "official"], "ValueError: split 'official': this data set has random, scaffold"),
     (["--depth", "0"], "--depth 0: expected at least 1"),

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 import augment
+import command
 import data
 import hosts
 import kernel
@@ -35,7 +36,6 @@ import plan
 import regression
 import runs
 import store
-import tiles
 
 try:
     import fused
@@ -129,23 +129,7 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    try:
-        args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
-    except ValueError:
-        parser.error(f"--ridge {args.ridge}: expected a number, numbers separated by commas, or auto")
-    if min(args.ridge) < 0:
-        parser.error(f"--ridge {min(args.ridge)}: expected numbers >= 0")
-    try:
-        sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
-    except ValueError:
-        parser.error(f"--sizes {args.sizes}: expected whole numbers separated by commas")
-    args.n_train = args.n_train or max(sizes, default=None)
-    args.sizes = sorted({*sizes, *([args.n_train] if args.n_train else [])})
-    if args.sizes and not 1 <= args.sizes[0] <= args.sizes[-1] <= args.n_train:
-        parser.error(f"--sizes {sizes}: expected 1 to n_train={args.n_train}")
-    for flag in ("devices", "hosts", "fit_on", "rank", "max_iters", "average"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    command.numbers(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
     if args.kind != "nngp" and args.variance:
@@ -199,11 +183,11 @@ def main(argv=None):
 
     with runs.phase("kernel", seconds):
         matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
-        priors = scales(args, kinds, matrices[0], x, team)
+        priors = scales(args, kinds, [K for K, _ in matrices], x, team)
     del x, x_train  # a gigabyte of CIFAR-10, of no more use but to a matrix that is kept nowhere
 
     results = {kind: {} for kind in kinds}
-    for kind, K, K_test, prior in zip(kinds, *matrices, priors):
+    for kind, (K, K_test), prior in zip(kinds, matrices, priors):
         for n in args.sizes:
             blocks = [block.leading(n * view.copies) for block in (K, K_test)]
             merged, targets = [block.merged() for block in blocks], y[:n * view.copies]
@@ -269,29 +253,14 @@ def on_disk(args):
 
 
 def kernels(args, kernel_fn, kinds, x, x_test, team):
-    """A K and a K_test of each kind: ((K, ...), (K_test, ...))."""
-    devices = jax.local_devices()[:args.devices]
-    if args.devices and len(devices) < args.devices:
-        raise ValueError(f"--devices {args.devices}, but JAX sees {len(devices)} here: {devices}")
-    where = {"devices": devices, "quiet": args.quiet, "team": team}
-    if args.store == "none":
-        fns = [kernel_fn(kind) for kind in kinds]
-        return ([lazy.matrix(fn, x, None, args.tile, **where) for fn in fns],
-                [lazy.matrix(fn, x_test, x, args.tile, **where) for fn in fns])
-    kept = None, None
-    if on_disk(args):
-        options = {} if args.depth is None else {"depth": args.depth}
-        depth = sum(layer[0] == "relu" for layer in kernel.network(args.kernel, **options))
-        about = {"kernel": args.kernel, "depth": depth, "engine": args.engine, "tile": args.tile}
-        if args.flips == "symmetric":
-            about["flips"] = args.flips  # of the kernel; explicit ones are rows
-        rows, test_rows = store.digests(x), store.digests(x_test)
-        kept = [tuple(store.create(os.path.join(args.store, f"{part}-{kind}"), {**about, "kind": kind},
-                                   *inputs, process=team.index) for kind in kinds)
-                for part, inputs in (("train", [rows]), ("test", [test_rows, rows]))]
-    fn = kernel_fn(kinds)
-    return (tiles.gram(fn, x, args.tile, store=kept[0], **where),
-            tiles.cross(fn, x_test, x, args.tile, store=kept[1], **where))
+    """[(K, K_test) of each kind]."""
+    options = {} if args.depth is None else {"depth": args.depth}
+    depth = sum(layer[0] == "relu" for layer in kernel.network(args.kernel, **options))
+    about = {"kernel": args.kernel, "depth": depth, "engine": args.engine}
+    if args.flips == "symmetric":
+        about["flips"] = args.flips  # of the kernel; explicit ones are rows
+    return command.matrices(kernel_fn, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
+                            devices=command.devices(args.devices), quiet=args.quiet, team=team)
 
 
 def scales(args, kinds, matrices, x, team):
@@ -418,9 +387,4 @@ def derive(args, shape, n_test, rows):
 
 
 if __name__ == "__main__":
-    # Vectors of 512 bits where the processor has them (XLA prefers 256): fused.py is 1.4 times faster.
-    os.environ["XLA_FLAGS"] = ("--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", ""))
-    jax.config.update("jax_num_cpu_devices", parse(None).devices or os.cpu_count())  # without a GPU
-    jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
-    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError):
-        main()
+    command.run(main, parse(None).devices)

@@ -17,23 +17,20 @@ of 0.823). Test rows are looked at once.
 """
 
 import argparse
-import os
 from dataclasses import replace
+from functools import partial
 
-import jax
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+import command
 import graphs
-import hosts
 import kernel
 import molecules
 import precondition
 import regression
 import runs
-import store
 import tasks
-import tiles
 
 try:
     from fused import kernel_fn as vector_kernel
@@ -91,17 +88,9 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    try:
-        args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
-        args.sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
-    except ValueError as error:
-        parser.error(f"--ridge and --sizes take numbers separated by commas: {error}")
-    if min(args.ridge) < 0:
-        parser.error(f"--ridge {min(args.ridge)}: expected numbers >= 0")
-    for flag in ("n_train", "depth", "tile", "rank", "devices"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
-    args.n_train = args.n_train or max(args.sizes, default=None)
+    command.numbers(parser, args, "depth", "tile", "rank", "devices")
+    if args.store == "none":
+        parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
     return args
 
 
@@ -153,9 +142,7 @@ def derive(args, parts):
         raise ValueError(f"n_train={args.n_train}, sizes={args.sizes}: {args.dataset} has 1 to {have} molecules to "
                          "train on")
     args.n_train, args.n_test = args.n_train or have, len(parts[2])
-    args.sizes = sorted({*args.sizes, args.n_train})
-    if args.sizes[-1] > args.n_train:
-        raise ValueError(f"--sizes {args.sizes}: expected 1 to n_train={args.n_train}")
+    args.sizes = args.sizes or [args.n_train]
     if args.tile is None:
         args.tile = max(1, min(1024 if args.kernel == "fingerprint" else 256, -(-args.n_train // 4)))
 
@@ -168,21 +155,14 @@ def network(args, part, x):
 
 
 def kernels(args, part, kinds, x, starts):
-    """K of the training rows, K_val and K_test of the others with these: [(K, K_val, K_test) of each kind].
+    """[(K, K_val, K_test) of each kind]: K of the training rows, of the others with these.
 
     x: rows of all three.   starts: where the second and the third begin."""
     train, val, test = (x.take(r) if part == "gcn" else x[r] for r in np.split(np.arange(len(x)), starts))
     engine, layers = network(args, part, x)
-    fn, where = engine(layers, kinds), {"devices": jax.local_devices()[:args.devices], "quiet": args.quiet}
-    out = []
-    for name, rows in (("train", None), ("val", val), ("test", test)):
-        inputs = [train] if rows is None else [rows, train]
-        kept = args.store and tuple(
-            store.create(os.path.join(args.store, f"{name}-{part}-{kind}"),
-                         {"kernel": part, "layers": layers, "kind": kind, "tile": args.tile},
-                         *map(store.digests, inputs)) for kind in kinds)
-        out.append((tiles.gram if rows is None else tiles.cross)(fn, *inputs, args.tile, store=kept, **where))
-    return list(zip(*out))
+    inputs = {f"train-{part}": train, f"val-{part}": val, f"test-{part}": test}
+    return command.matrices(partial(engine, layers), kinds, inputs, args.store, {"kernel": part, "layers": layers},
+                            args.tile, devices=command.devices(args.devices), quiet=args.quiet)
 
 
 def added(blocks, scales):
@@ -256,9 +236,4 @@ def describe(result):
 
 
 if __name__ == "__main__":
-    # Vectors of 512 bits where the processor has them (XLA prefers 256)
-    os.environ["XLA_FLAGS"] = ("--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", ""))
-    jax.config.update("jax_num_cpu_devices", parse(None).devices or os.cpu_count())  # without a GPU
-    jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
-    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError):
-        main()
+    command.run(main, parse(None).devices)

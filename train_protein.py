@@ -16,21 +16,19 @@ rows are fitted, and the test rows are looked at once. proteins.py says what the
 """
 
 import argparse
-import os
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
 from scipy.special import ndtri
 from scipy.stats import rankdata
 
-import hosts
+import command
 import kernel
 import lazy
 import proteins
 import regression
 import runs
-import store
 import tiles
 
 try:
@@ -87,16 +85,7 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    try:
-        args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
-        args.sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
-    except ValueError as error:
-        parser.error(f"--ridge and --sizes take numbers separated by commas: {error}")
-    if min(args.ridge) < 0:
-        parser.error(f"--ridge {min(args.ridge)}: expected numbers >= 0")
-    for flag in ("n_train", "n_test", "rank", "devices", "tile"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    command.numbers(parser, args, "n_test", "rank", "devices", "tile")
     if args.kind != "nngp" and args.variance:
         parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that the "
                      "network samples; use --kind nngp")
@@ -123,9 +112,11 @@ def main(argv=None):
     with runs.phase("kernel", seconds):
         x = proteins.encode(split.sequences, args.encoding, args.sizes[0])
         x, x_test = x[:args.n_train], x[split.n_train:][:args.n_test]
-        matrices = kernels(args, kinds, x, x_test)
+        matrices = command.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, args.store,
+                                    {"kernel": args.kernel, "depth": args.depth or 3}, args.tile,
+                                    devices=command.devices(args.devices), quiet=args.quiet)
     results = {kind: {} for kind in kinds}
-    for kind, K, K_test in zip(kinds, *matrices):
+    for kind, (K, K_test) in zip(kinds, matrices):
         for n in args.sizes:
             blocks = [block.leading(n).merged() for block in (K, K_test)]
             result = {**experiment(args, kind, *blocks, split, n, x_test), "compared": compared,
@@ -143,15 +134,13 @@ def main(argv=None):
 
 def derive(args, split):
     """Fill in what was not asked for: sizes and tile side."""
-    args.n_train = args.n_train or max(args.sizes, default=split.n_train)
+    args.n_train = args.n_train or split.n_train
     args.n_test = args.n_test or len(split.targets) - split.n_train
-    args.sizes = sorted({*args.sizes, args.n_train})
+    args.sizes = args.sizes or [args.n_train]
     for what, n, have in (("n_train", args.n_train, split.n_train), ("n_train", args.sizes[0], split.n_train),
                           ("n_test", args.n_test, len(split.targets) - split.n_train)):
         if not 2 <= n <= have:
             raise ValueError(f"{what}={n}, but {args.split} has 2 to {have} rows to give")
-    if args.sizes[-1] > args.n_train:
-        raise ValueError(f"--sizes {args.sizes[-1]}: expected at most n_train={args.n_train}")
     several = len(args.ridge) > 1 or "auto" in (args.encoding, args.target)
     if several and n_fit(split, args.sizes[0]) == args.sizes[0]:
         raise ValueError(f"{args.split} with n_train={args.sizes[0]} has no validation rows to choose on; give "
@@ -209,7 +198,7 @@ def choose(args, split, kind):
     held_out, table = np.arange(fitted, len(rows)), []
     for encoding in encodings:
         x = proteins.encode(split.sequences, encoding, n)[rows]
-        K = tiles.gram(network_kernel(args, kind, x), x, args.tile, devices(args), args.quiet).merged()
+        K = tiles.gram(network_kernel(args, kind, x), x, args.tile, command.devices(args.devices), args.quiet).merged()
         solver = regression.Solver(K, ridges=args.ridge, tol=regression.SEARCH, c=len(names), seed=args.seed,
                                    prior=scale(args, K))
         _, found = regression.choose_ridge(solver, columns, fitted, held_out, args.ridge, lambda f: [
@@ -225,28 +214,6 @@ def choose(args, split, kind):
     return table
 
 
-def devices(args):
-    return jax.local_devices()[:args.devices]
-
-
-def kernels(args, kinds, x, x_test):
-    """A K and a K_test of each kind: ((K, ...), (K_test, ...))."""
-    where = {"devices": devices(args), "quiet": args.quiet}
-    if args.store == "none":
-        fns = [network_kernel(args, kind, x) for kind in kinds]
-        return ([lazy.matrix(fn, x, None, args.tile, **where) for fn in fns],
-                [lazy.matrix(fn, x_test, x, args.tile, **where) for fn in fns])
-    kept = None, None
-    if args.store:
-        about = {"kernel": args.kernel, "depth": args.depth or 3, "tile": args.tile}
-        rows, test_rows = store.digests(x), store.digests(x_test)
-        kept = [tuple(store.create(os.path.join(args.store, f"{part}-{kind}"), {**about, "kind": kind}, *inputs)
-                      for kind in kinds) for part, inputs in (("train", [rows]), ("test", [test_rows, rows]))]
-    fn = network_kernel(args, kinds, x)
-    return (tiles.gram(fn, x, args.tile, store=kept[0], **where),
-            tiles.cross(fn, x_test, x, args.tile, store=kept[1], **where))
-
-
 def experiment(args, kind, K, K_test, split, n, x_test):
     """Choose the ridge, solve, predict, for one size: what came of it, as a dict."""
     y, y_test = split.targets[:n], split.targets[split.n_train:][:args.n_test]
@@ -260,7 +227,7 @@ def experiment(args, kind, K, K_test, split, n, x_test):
               "test_mse": float(np.mean((f[:, 0] - forward(y_test)) ** 2)), **result}  # of forward(y)
     if args.variance:
         with runs.phase("variance", result["seconds"]):
-            k_test = lazy.matrix(network_kernel(args, kind, x_test), x_test, None, 16, devices(args),
+            k_test = lazy.matrix(network_kernel(args, kind, x_test), x_test, None, 16, command.devices(args.devices),
                                  args.quiet).diagonal()
             variance = regression.scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
         result.update(calibration(f[:, 0], np.sqrt(variance), forward(y_test)))
@@ -300,9 +267,4 @@ def describe(result):
 
 
 if __name__ == "__main__":
-    # Vectors of 512 bits where the processor has them (XLA prefers 256): fused.py is 1.4 times faster.
-    os.environ["XLA_FLAGS"] = ("--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", ""))
-    jax.config.update("jax_num_cpu_devices", parse(None).devices or os.cpu_count())  # without a GPU
-    jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
-    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError):
-        main()
+    command.run(main, parse(None).devices)
