@@ -119,6 +119,14 @@ def _cifar10(folder):
     return (np.concatenate(x), np.concatenate(y)), batch("test_batch.bin")
 
 
+def compare(content, sha256, path):
+    """Says so where the bytes of a file, unpacked, are not those that README's figures were made from."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        print(f"note: {path} is not the file that the figures in README.md were made from: sha256 {found}, there "
+              f"{sha256}")
+
+
 def _existing(path):
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} is not there; give --data the folder that holds it")

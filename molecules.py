@@ -20,7 +20,9 @@ or A + I, where A has 1, or the order of the bond.      Proved by: test_all.py, 
 
 import csv
 import gzip
+import io
 import os
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +31,13 @@ from tqdm import tqdm
 import data
 
 DATASETS = {"nci": "rmse", "esol": "rmse", "molhiv": "auc", "muv": "ap", "molpcba": "ap"}  # and their score
+SHA256 = {  # of the tables, unpacked, that README's figures were made from
+    "esol": "8c06a76f0c6487d29ab0f903e6a7a7139f189ab3c1178f159c8be8964602f189",
+    "molhiv": "54713c3205055055ea4214e8c4b0d22d93af7e54ad2c48f4edc866e161e57262",
+    "muv": "feac9a780cb5f2e5e1c51e6ba61491a524da544ca1d6e4b542f9ad358fe0527b"}
 SPLITS = ("random", "scaffold", "official")
 ELEMENTS = ("C", "N", "O", "S", "F", "Cl", "Br", "I", "P", "Si", "B", "Se", "Na", "K", "Cu", "Fe", "Zn", "Sn")
+FINGERPRINTS = ("morgan", "pairs", "torsions")
 COUNTS = {"bonds": range(7), "charge": range(-2, 3), "hydrogens": range(5)}  # the last stands for more
 
 
@@ -122,15 +129,18 @@ def load(name, folder=None, limit=None, quiet=True):
         path = os.path.join(folder, "mapping", "mol.csv.gz")
         official = [_numbers(os.path.join(folder, "split", "scaffold", f"{part}.csv.gz"))
                     for part in ("train", "valid", "test")]
-    smiles, y, tasks = table(path, tasks, limit if official is None else None)
+    smiles, y, tasks = table(path, tasks, limit if official is None else None, None if quiet else SHA256.get(name))
     return checked(smiles, y, tasks, official, path, quiet)
 
 
-def table(path, tasks=None, limit=None):
+def table(path, tasks=None, limit=None, sha256=None):
     """SMILES, targets (n, tasks) and names of tasks of a .csv or .csv.gz file; tasks None: every column but
-    smiles and mol_id."""
+    smiles and mol_id.  sha256: what to compare the file with."""
     smiles, y = [], []
-    with (gzip.open if path.endswith(".gz") else open)(data._existing(path), "rt", newline="") as lines:
+    content = _content(path)
+    if sha256:
+        data.compare(content, sha256, path)
+    with io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
         columns = reader.fieldnames or []
         tasks = tasks or [name for name in columns if name not in ("smiles", "mol_id")]
@@ -193,13 +203,21 @@ def _npz_split(path):
         return [file[part].astype(np.int64).ravel() for part in ("train", "val", "test")]
 
 
+def _content(path):
+    """The bytes of a file, unpacked where its name ends in .gz."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(data._existing(path), "rb") as file:
+            return file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or not packed by gzip: {error}") from error
+
+
 def _numbers(path):
     """A row number a line."""
-    with gzip.open(data._existing(path), "rt") as lines:
-        try:
-            return np.array([int(line) for line in lines if line.strip()], np.int64)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; expected a row number a line") from error
+    try:
+        return np.array([int(line) for line in _content(path).decode().split()], np.int64)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; expected a row number a line") from error
 
 
 def split(rows, how="random", seed=0):
@@ -284,12 +302,23 @@ def _neighbours(mol, weights):
     return [[(j, weight / (sums[i] * sums[j]) ** 0.5) for j, weight in one] for i, one in enumerate(lists)]
 
 
-def fingerprints(mols, radius=2, bits=2048, quiet=True):
-    """How often each hashed neighbourhood of up to `radius` bonds occurs (Morgan), log(1 + count), (n, bits)."""
+def fingerprints(mols, names=("morgan",), radius=2, bits=2048, quiet=True):
+    """How often each hashed pattern occurs, log(1 + count), (n, bits len(names)).
+
+    names: "morgan", neighbourhoods of up to `radius` bonds; "pairs", two atoms and how many bonds are between them;
+    "torsions", paths of four atoms. Of several, each is divided by its own norm (without a pattern it stays zero).
+    """
     chemistry()
-    from rdkit.Chem import rdFingerprintGenerator
-    make = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=bits)
-    out = np.zeros((len(mols), bits), np.float32)
+    from rdkit.Chem import rdFingerprintGenerator as make
+    makers = {"morgan": lambda: make.GetMorganGenerator(radius=radius, fpSize=bits),
+              "pairs": lambda: make.GetAtomPairGenerator(fpSize=bits),
+              "torsions": lambda: make.GetTopologicalTorsionGenerator(fpSize=bits)}
+    makers = [makers[name]() for name in names]
+    out = np.zeros((len(mols), len(names), bits), np.float32)
     for row, mol in zip(out, tqdm(mols, desc="fingerprints", unit=" molecules", disable=quiet or None, leave=False)):
-        row += make.GetCountFingerprintAsNumPy(mol)
-    return np.log1p(out)
+        for part, maker in zip(row, makers):
+            part += maker.GetCountFingerprintAsNumPy(mol)
+    np.log1p(out, out=out)
+    if len(names) > 1:
+        out /= np.maximum(np.linalg.norm(out, axis=2, keepdims=True), 1e-30)
+    return out.reshape(len(mols), -1)

@@ -28,7 +28,6 @@ A regression on targets y may be one on a monotone function of them, of mean 0 a
 Proved by: test_all.py, section proteins
 """
 
-import contextlib
 import csv
 import io
 import os
@@ -38,6 +37,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm, rankdata
 
+import data
+
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
 FLIP = ("one_vs_rest", "two_vs_rest", "three_vs_rest", "low_vs_high", "sampled")
 SPLITS = ("made", *FLIP, "landscape")
@@ -46,6 +47,13 @@ TARGETS = ("raw", "log", "rank")
 FILES = {  # the archive, which FLIP itself has without the first two words of the name, and the table in it
     **{split: ("flip_gb1_splits.zip", f"splits/{split}.csv") for split in FLIP},
     "landscape": ("flip_gb1_four_mutations_full_data.csv.zip", "four_mutations_full_data.csv")}
+SHA256 = {  # of the tables that README's figures were made from
+    "one_vs_rest": "e901db7f88f5851f6d5177ca78d8ba9c7b01b4712cd553cb309f29a34f569d02",
+    "two_vs_rest": "b368e4564e10e33735f897c9b63f1be7030082e565c6d4e1368d6f1641a310de",
+    "three_vs_rest": "b8aa60cc061013a5c2e6f4070593c82976b1d9e5c9058a66ad57c6e9c3cec023",
+    "low_vs_high": "190217d19cdafec40d8a961fce2dcbfd9fc89c9f4c6fa994aa90861b06e073fa",
+    "sampled": "19bcb946fb9f8fe5ac1d5ed0aa85d4a85848b44744560d9684cc278935f3bd16",
+    "landscape": "14cfb23e04edcaf99daa106743782b9289c1c673fcb6193ed90f8f19d33755f3"}
 SOURCE = "https://github.com/J-SNACKKB/FLIP, folder splits/gb1"
 MADE_LINEAR = 0.6
 BLOSUM62_ROWS = """
@@ -66,10 +74,11 @@ class Split(NamedTuple):
     n_train: int
 
 
-def load(name, folder=None, seed=0):
+def load(name, folder=None, seed=0, quiet=True):
     """The Split named above.
 
     folder: holds the archives of FILES, or their tables (in `splits` or beside).   seed: of `landscape`, `made`.
+    quiet: do not compare the file with that of SHA256.
     Raises ValueError: unknown name; with its line, a residue, target or set that is none, an empty sequence; a
     column that is not there; targets all the same.   FileNotFoundError: a file that is not there.
     """
@@ -81,8 +90,8 @@ def load(name, folder=None, seed=0):
         raise ValueError(f"split {name} needs --data FOLDER, the folder that holds {FILES[name][0]} "
                          f"(fetch it from {SOURCE}); --split made needs none")
     if name == "landscape":
-        return _shuffled(*_columns(name, folder, "Fitness"), seed)
-    sequences, targets, part, held_out = _columns(name, folder, "target", "set", "validation")
+        return _shuffled(*_columns(name, folder, quiet, "Fitness"), seed)
+    sequences, targets, part, held_out = _columns(name, folder, quiet, "target", "set", "validation")
     kind = np.where(part == "test", 2, held_out == "True")
     order, sizes = np.argsort(kind, kind="stable"), np.bincount(kind, minlength=3)
     if not sizes[0] or not sizes[2]:
@@ -112,10 +121,13 @@ def _made(letters=6, length=4):
     return ["".join(RESIDUES[i] for i in row) for row in states], targets
 
 
-def _columns(name, folder, target, *others):
+def _columns(name, folder, quiet, target, *others):
     """sequences (list), targets float64 and the other columns of a table, checked line by line."""
     sequences, targets, rest, known = [], [], [], set(RESIDUES)
-    with _table(name, folder) as (file, path):
+    content, path = _table(name, folder)
+    if not quiet:
+        data.compare(content, SHA256[name], path)
+    with io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="") as file:
         reader = csv.DictReader(file)
         missing = {"sequence", target, *others} - set(reader.fieldnames or [])
         if missing:
@@ -150,23 +162,21 @@ def _number(text, column, path, line):
     return value
 
 
-@contextlib.contextmanager
 def _table(name, folder):
-    """The csv file of a split, open, and what to call it; from the folder or an archive in it."""
+    """The csv file of a split, as bytes, and what to call it; from the folder or an archive in it."""
     archive, member = FILES[name]
     for path in (os.path.join(folder, member), os.path.join(folder, os.path.basename(member))):
         if os.path.exists(path):
-            with open(path, newline="") as file:
-                yield file, path
-            return
+            with open(path, "rb") as file:
+                return file.read(), path
     path, own = os.path.join(folder, archive), os.path.join(folder, archive.removeprefix("flip_gb1_"))
     path = own if os.path.exists(own) else path
     if not os.path.exists(path):
         raise FileNotFoundError(f"none of {path}, {own} and {os.path.join(folder, member)} is there; fetch it from "
                                 f"{SOURCE}, and give --data the folder that holds it")
     try:
-        with zipfile.ZipFile(path) as file, file.open(member) as binary:
-            yield io.TextIOWrapper(binary, newline=""), f"{member} in {path}"
+        with zipfile.ZipFile(path) as file:
+            return file.read(member), f"{member} in {path}"
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{path} is truncated or holds no {member}: {error}") from error
 

@@ -1875,16 +1875,17 @@ def protein(tmp_path, *flags):
 
 
 @needs_gb1
-def test_proteins_gb1():
+def test_proteins_gb1(capsys):
     """FLIP's files: rows fitted, held out and test as its README counts them, 4 of 265 residues vary, the wild
     type has fitness 1; the landscape's test rows are the same for every seed, its training rows in another order."""
     for split, counts in zip(proteins.FLIP, ((25, 28), (381, 424), (2691, 2990), (4580, 5089), (6289, 6988))):
-        loaded = proteins.load(split, GB1)
+        loaded = proteins.load(split, GB1, quiet=False)
         assert loaded[2:] == counts and len(loaded.sequences) == len(loaded.targets) == 8733
         assert proteins.encode(loaded.sequences, "onehot", loaded.n_train).shape == (8733, 4, 20)
     wild = "MQYKLILNGKTLKGETTTEAVDAATAEKVFKQYANDNGVDGEWTYDDATKTFTVTE"
     assert [y for s, y in zip(*loaded[:2]) if s.startswith(wild)] == [1.0]
-    first, second = (proteins.load("landscape", GB1, seed) for seed in (0, 1))
+    first, second = (proteins.load("landscape", GB1, seed, quiet=False) for seed in (0, 1))
+    assert capsys.readouterr().out == ""  # no note that these were other files than those of SHA256
     n = first.n_train
     assert (len(first.targets), n, first.n_fit) == (149361, 119489, 119489 - 119489 // 5)
     assert first.sequences[n:] == second.sequences[n:] and first.sequences[:9] != second.sequences[:9]
@@ -1954,7 +1955,7 @@ def test_proteins_bad_files(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
-def test_proteins_files_elsewhere(tmp_path):
+def test_proteins_files_elsewhere(tmp_path, capsys):
     """The same rows from an archive, from its folder unpacked, from a bare table; a sentence where there is none."""
     text = "sequence,target,set,validation\nMA,1,train,\nMW,3,test,\nML,2,train,True\n"
     with pytest.raises(FileNotFoundError, match="flip_gb1_splits.zip, .* is there; fetch it from https"):
@@ -1965,7 +1966,8 @@ def test_proteins_files_elsewhere(tmp_path):
     with pytest.raises(ValueError, match="holds no splits/one_vs_rest.csv"):
         proteins.load("one_vs_rest", str(tmp_path))
     os.replace(tmp_path / "flip_gb1_splits.zip", tmp_path / "splits.zip")  # FLIP's own name for it
-    found.append(proteins.load("sampled", str(tmp_path)))
+    found.append(proteins.load("sampled", str(tmp_path), quiet=False))
+    assert "splits.zip is not the file that the figures in README.md were made from" in capsys.readouterr().out
     (tmp_path / "splits.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="truncated"):
         proteins.load("sampled", str(tmp_path))
@@ -2270,15 +2272,25 @@ def test_molecules_graph_of_one():
 
 
 @needs_rdkit
-def test_molecules_fingerprints():
-    """log(1 + counts) of RDKit's Morgan environments; where there are counts there are bits."""
+@pytest.mark.parametrize("name", molecules.FINGERPRINTS)
+def test_molecules_fingerprints(name):
+    """log(1 + counts) of RDKit's patterns, of all and no others; where there are counts there are bits. Several
+    stand one after the other, each of norm 1, or zero where a molecule has no such pattern."""
     from rdkit.Chem import rdFingerprintGenerator
-    mols = [molecules.read(one) for one in ODD]
-    x, make = molecules.fingerprints(mols, bits=512), rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=512)
+    mols = [molecules.read(one) for one in (*ODD, "CCO")]
+    x, make = molecules.fingerprints(mols, [name], bits=512), {
+        "morgan": rdFingerprintGenerator.GetMorganGenerator, "pairs": rdFingerprintGenerator.GetAtomPairGenerator,
+        "torsions": rdFingerprintGenerator.GetTopologicalTorsionGenerator}[name](fpSize=512, **(
+            {"radius": 2} if name == "morgan" else {}))
     for row, mol in zip(x, mols):
         counts = make.GetCountFingerprint(mol).GetNonzeroElements()
-        assert set(np.flatnonzero(row)) == set(counts) == set(make.GetFingerprint(mol).GetOnBits())
+        assert set(np.flatnonzero(row)) == set(counts)
         assert np.allclose(np.exp(row[list(counts)]) - 1, list(counts.values()))
+        assert name != "morgan" or set(counts) == set(make.GetFingerprint(mol).GetOnBits())
+    other = "pairs" if name != "pairs" else "torsions"
+    both = molecules.fingerprints(mols, [other, name], bits=512)[:, 512:]
+    assert np.allclose(both * np.linalg.norm(x, axis=1, keepdims=True), x, atol=1e-6)
+    assert np.allclose(np.linalg.norm(both, axis=1), x.any(axis=1)) and x[-1].any() == (name != "torsions")
 
 
 def write_csv(path, head, lines):
@@ -2375,6 +2387,32 @@ def test_molecules_damaged_files(molecule_folder, file, old, new, words):
     assert file in str(error.value) and "\n" not in str(error.value)
 
 
+@needs_rdkit
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"nothing",
+                                    lambda content: content[:40] + b"damaged" + content[47:]])
+def test_molecules_damaged_archives(molecule_folder, damage):
+    """A packed file that is cut short, none, or altered is named in one sentence."""
+    for name, folder, file in (("muv", molecule_folder, "muv.csv.gz"),
+                               ("molpcba", molecule_folder / "pcba", "split/scaffold/train.csv.gz")):
+        path = folder / file
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(ValueError, match=f"{file} is truncated or not packed by gzip"):
+            molecules.load(name, folder)
+
+
+@needs_rdkit
+@needs_molecules
+def test_molecules_files_are_ours(capsys, molecule_folder):
+    """A note says where a file is not the one that README's figures were made from."""
+    for name in molecules.SHA256:
+        for folder, count in ((MOLECULES, 0), (str(molecule_folder), 1)):
+            molecules.load(name, folder, quiet=False) if folder != MOLECULES else molecules.table(os.path.join(
+                folder, {"esol": "delaney-processed.csv", "molhiv": "HIV.csv", "muv": "muv.csv.gz"}[name]),
+                {"molhiv": ["HIV_active"], "muv": None}.get(name, ["measured log solubility in mols per litre"]),
+                sha256=molecules.SHA256[name])
+            assert capsys.readouterr().out.count("is not the file that the figures in README.md") == count
+
+
 def test_molecules_need_rdkit(monkeypatch):
     """Without RDKit: one sentence that says what to install."""
     monkeypatch.setitem(sys.modules, "rdkit", None)
@@ -2429,7 +2467,8 @@ def train_molecules(tmp_path, *flags):
 
 
 @needs_rdkit
-@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "2", "--pool", "mean"],
+@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "2", "--pool", "mean",
+                                    "--fingerprints", "morgan,pairs"],
                                    ["--depth", "1", "--jump", "--weights", "order"]], ids=str)
 def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
     """With no file: molecules that come with RDKit; predictions are those of a dense float64 solve with kernel.py,
@@ -2443,7 +2482,8 @@ def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
     config, n = result["config"], len(parts[0])
     x = molecules.graphs(mols, config["weights"])
     fns = [(kernel.gcn(x.degree, config["depth"], pool=config["pool"], jump=config["jump"]), x[np.arange(60)])]
-    fns += [(kernel.network("fc", config["depth"]), molecules.fingerprints(mols))] * (config["kernel"] == "sum")
+    fns += [(kernel.network("fc", config["depth"]), molecules.fingerprints(mols, config["fingerprints"]))] * (
+        config["kernel"] == "sum")
     K = 0
     for layers, inputs in fns:
         one = np.asarray(kernel.kernel_fn(layers, config["kind"])(inputs.astype(np.float64)))
@@ -2501,6 +2541,8 @@ def test_molecules_official_split_is_ogbs():
     (["--dataset", "muv", "--data", "nowhere"], "FileNotFoundError: .*muv.csv.gz is not there; give --data"),
     (["--ridge", "often"], "--ridge often: expected a number, numbers separated by commas, or auto"),
     (["--store", "none"], "--store none: not here; give a folder"),
+    (["--fingerprints", "morgan,maccs"], "--fingerprints morgan,maccs: expected morgan, pairs, torsions"),
+    (["--fingerprints", "morgan,morgan"], "--fingerprints morgan,morgan: expected"),
     (["--devices", "5"], "ValueError: --devices 5, but JAX sees 4 here"),
     (["--n_train", "5000"], "ValueError: n_train=5000, .*nci has 1 to 1200 molecules to train on"),
     (["--split", "official"], "ValueError: split 'official': this data set has random, scaffold"),

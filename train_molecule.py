@@ -2,17 +2,17 @@
 
   f(x) = k(x, X) (K + lambda I)^-1 y,   K = k(X, X),   lambda = ridge * mean(diag K)
 
-k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts), or the sum of the
-two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the training
-rows; where labels are missing every task is solved on its own rows, all together (tasks.py). Nothing weighs the rare
-class: the score, area under the ROC curve or average precision, asks for the order only. Ridges are
+k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts, or others), or the
+sum of the two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the
+training rows; where labels are missing every task is solved on its own rows, all together (tasks.py). Nothing weighs
+the rare class: the score, area under the ROC curve or average precision, asks for the order only. Ridges are
 compared by that score on validation rows, which are never fitted, and where numbers are predicted by squared error
 (classes by squared error: on all of molhiv, fingerprints, ten times the ridge and a validation AUC of 0.807 in place
 of 0.823). Test rows are looked at once.
 
   python train_molecule.py                                      1,500 molecules that come with RDKit, a minute
   python train_molecule.py --dataset esol --data DIR --split scaffold
-  python train_molecule.py --dataset molhiv --data DIR --kernel fingerprint
+  python train_molecule.py --dataset molhiv --data DIR --kernel fingerprint --fingerprints morgan,pairs,torsions
   python train_molecule.py --dataset molhiv --data DIR --sizes 1000,2000,4000 --kind both --store K
 """
 
@@ -68,6 +68,8 @@ def flags():
     network.add_argument("--jump", action="store_true", help="pool the atoms after every round, and add up")
     network.add_argument("--weights", default="normal", choices=["normal", "sum", "order"],
                          help="A of gcn: D^-1/2 (A + I) D^-1/2, A + I, or the first with the orders of bonds")
+    network.add_argument("--fingerprints", default="morgan", metavar="NAME,...", help="what is counted: "
+                         f"{', '.join(molecules.FINGERPRINTS)}, or several; see molecules.fingerprints")
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
     network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there; None: in "
                          "memory")
@@ -89,6 +91,10 @@ def parse(argv):
     parser = flags()
     args = parser.parse_args(argv)
     command.numbers(parser, args, "depth", "tile", "rank", "devices")
+    args.fingerprints = args.fingerprints.split(",")
+    if len(set(args.fingerprints) & set(molecules.FINGERPRINTS)) < len(args.fingerprints):
+        parser.error(f"--fingerprints {','.join(args.fingerprints)}: expected {', '.join(molecules.FINGERPRINTS)}, "
+                     "or several of these with commas between")
     if args.store == "none":
         parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
     return args
@@ -107,8 +113,8 @@ def main(argv=None):
         derive(args, parts)
         parts = (parts[0][:args.n_train], *parts[1:])
         mols = [rows.mols[i] for i in np.concatenate(parts)]
-        inputs = {part: (molecules.graphs(mols, args.weights, args.quiet) if part == "gcn" else
-                         molecules.fingerprints(mols, quiet=args.quiet)) for part in PARTS[args.kernel]}
+        inputs = {part: molecules.graphs(mols, args.weights, args.quiet) if part == "gcn" else
+                  molecules.fingerprints(mols, args.fingerprints, quiet=args.quiet) for part in PARTS[args.kernel]}
     if not args.quiet:
         print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
               + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
@@ -218,6 +224,8 @@ def config(args, kind, n):
     encoding = [args.split]
     if args.kernel != "fingerprint":
         encoding += [args.weights, args.pool] + ["jump"] * args.jump
+    if args.kernel != "gcn" and args.fingerprints != ["morgan"]:
+        encoding += args.fingerprints
     return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
             "whiten": " ".join(encoding)}
 

@@ -102,7 +102,7 @@ def main(argv=None):
     run, seconds = runs.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     with runs.phase("data", seconds):
-        split = proteins.load(args.split, args.data, args.seed)
+        split = proteins.load(args.split, args.data, args.seed, args.quiet)
         derive(args, split)
     if not args.quiet:
         print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
