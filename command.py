@@ -1,6 +1,6 @@
 """What the three scripts have in common: flags to numbers, devices, kernel matrices, one-line errors.
 
-    args = parser.parse_args(argv); command.numbers(parser, args, "devices", "rank")
+    args = parser.parse_args(argv); command.check(parser, args, "devices", "rank")
     (K, K_test), = command.matrices(kernel_fn, ("nngp",), {"train": x, "test": x_test}, args.store, about, tile)
     if __name__ == "__main__": command.run(main, parse(None).devices)
 
@@ -18,22 +18,31 @@ import store
 import tiles
 
 
-def numbers(parser, args, *positive):
+def check(parser, args, *positive):
     """Makes lists of args.ridge and args.sizes, n_train the largest size unless given; or the parser's error.
 
     ridge: "auto", or numbers separated by commas, none negative.   sizes: whole numbers, 1 to n_train; they get
     n_train too, and are sorted; [] where neither is given.   positive: names of flags that must be at least 1.
+    tol, seed, kind and, where there is one, variance must be possible.
     """
     try:
         args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
     except ValueError:
         parser.error(f"--ridge {args.ridge}: expected a number, numbers separated by commas, or auto")
-    if not min(args.ridge) >= 0:
-        parser.error(f"--ridge {min(args.ridge)}: expected numbers >= 0")
+    for ridge in args.ridge:
+        if not 0 <= ridge < float("inf"):
+            parser.error(f"--ridge {ridge}: expected numbers >= 0")
     try:
         sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
     except ValueError:
         parser.error(f"--sizes {args.sizes}: expected whole numbers separated by commas")
+    if not 0 < args.tol < 1:
+        parser.error(f"--tol {args.tol}: expected a number between 0 and 1")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: expected a whole number >= 0")
+    if args.kind != "nngp" and getattr(args, "variance", False):
+        parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that the network "
+                     "samples; use --kind nngp")
     for flag in ("n_train", *positive):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
@@ -58,20 +67,21 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
     folder: of a store for each matrix, NAME-KIND; None: tiles stay in memory; "none": kept nowhere, computed in
     every product.   about: what decides a tile but kind and side, {name: value}.   where: devices, quiet, team.
     """
-    x, *others = inputs.values()
-    pairs = [(x, None), *((other, x) for other in others)]
+    first, *others = inputs
+    x = inputs[first]
     if folder == "none":
-        return [tuple(lazy.matrix(fn, *pair, tile, **where) for pair in pairs) for fn in map(kernel_fn, kinds)]
-    kept = [None] * len(pairs)
+        return [(lazy.matrix(fn, x, None, tile, **where),
+                 *(lazy.matrix(fn, inputs[name], x, tile, **where) for name in others)) for fn in map(kernel_fn, kinds)]
+    kept = dict.fromkeys(inputs)
     if folder:
-        first, *rest = map(store.digests, inputs.values())
+        seen = {name: store.digests(rows) for name, rows in inputs.items()}
         process = where["team"].index if "team" in where else 0
-        sides = [[first], *([one, first] for one in rest)]
-        kept = [tuple(store.create(os.path.join(folder, f"{name}-{kind}"), {**about, "tile": tile, "kind": kind},
-                                   *of, process=process) for kind in kinds) for name, of in zip(inputs, sides)]
+        kept = {name: tuple(store.create(os.path.join(folder, f"{name}-{kind}"), {**about, "tile": tile, "kind": kind},
+                                         seen[name], None if name == first else seen[first], process)
+                            for kind in kinds) for name in inputs}
     fn = kernel_fn(kinds)
-    return list(zip(tiles.gram(fn, x, tile, store=kept[0], **where),
-                    *(tiles.cross(fn, other, x, tile, store=one, **where) for other, one in zip(others, kept[1:]))))
+    return list(zip(tiles.gram(fn, x, tile, store=kept[first], **where),
+                    *(tiles.cross(fn, inputs[name], x, tile, store=kept[name], **where) for name in others)))
 
 
 def run(main, count):

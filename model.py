@@ -59,6 +59,8 @@ def load(path):
                 or not np.isfinite(model.alpha).all()):
             raise ValueError("its arrays do not fit each other")
         return model
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not there; --load takes a file that --save has written") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a model that --save has written, or damaged: {error!r}") from error
 
@@ -67,6 +69,9 @@ def images(path, shape):
     """The images of an .npy file, checked: uint8 (m, *shape)."""
     try:
         x = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not there; --predict takes an .npy file of uint8 images, (m, h, w, "
+                                "channels)") from error
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a complete .npy array without pickle: {error}") from error
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):

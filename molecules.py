@@ -37,7 +37,8 @@ SHA256 = {  # of the tables, unpacked, that README's figures were made from
     "muv": "feac9a780cb5f2e5e1c51e6ba61491a524da544ca1d6e4b542f9ad358fe0527b"}
 SPLITS = ("random", "scaffold", "official")
 ELEMENTS = ("C", "N", "O", "S", "F", "Cl", "Br", "I", "P", "Si", "B", "Se", "Na", "K", "Cu", "Fe", "Zn", "Sn")
-FINGERPRINTS = ("morgan", "pairs", "torsions")
+FINGERPRINTS = {"morgan": ("GetMorganGenerator", {"radius": 2}), "pairs": ("GetAtomPairGenerator", {}),
+                "torsions": ("GetTopologicalTorsionGenerator", {})}  # of RDKit, with these options
 COUNTS = {"bonds": range(7), "charge": range(-2, 3), "hydrogens": range(5)}  # the last stands for more
 
 
@@ -302,18 +303,16 @@ def _neighbours(mol, weights):
     return [[(j, weight / (sums[i] * sums[j]) ** 0.5) for j, weight in one] for i, one in enumerate(lists)]
 
 
-def fingerprints(mols, names=("morgan",), radius=2, bits=2048, quiet=True):
+def fingerprints(mols, names=("morgan",), bits=2048, quiet=True):
     """How often each hashed pattern occurs, log(1 + count), (n, bits len(names)).
 
-    names: "morgan", neighbourhoods of up to `radius` bonds; "pairs", two atoms and how many bonds are between them;
+    names: "morgan", neighbourhoods of up to two bonds; "pairs", two atoms and how many bonds are between them;
     "torsions", paths of four atoms. Of several, each is divided by its own norm (without a pattern it stays zero).
     """
     chemistry()
-    from rdkit.Chem import rdFingerprintGenerator as make
-    makers = {"morgan": lambda: make.GetMorganGenerator(radius=radius, fpSize=bits),
-              "pairs": lambda: make.GetAtomPairGenerator(fpSize=bits),
-              "torsions": lambda: make.GetTopologicalTorsionGenerator(fpSize=bits)}
-    makers = [makers[name]() for name in names]
+    from rdkit.Chem import rdFingerprintGenerator
+    makers = [getattr(rdFingerprintGenerator, make)(fpSize=bits, **options)
+              for make, options in map(FINGERPRINTS.get, names)]
     out = np.zeros((len(mols), len(names), bits), np.float32)
     for row, mol in zip(out, tqdm(mols, desc="fingerprints", unit=" molecules", disable=quiet or None, leave=False)):
         for part, maker in zip(row, makers):

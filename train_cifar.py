@@ -129,12 +129,9 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    command.numbers(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
+    command.check(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
-    if args.kind != "nngp" and args.variance:
-        parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that "
-                     "the network samples; use --kind nngp")
     if args.average and args.variance:
         parser.error("--variance with --average: choose one; the variance is of single images")
     if args.kind == "both" and args.save:

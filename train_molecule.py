@@ -90,7 +90,7 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    command.numbers(parser, args, "depth", "tile", "rank", "devices")
+    command.check(parser, args, "depth", "tile", "rank", "devices")
     args.fingerprints = args.fingerprints.split(",")
     if len(set(args.fingerprints) & set(molecules.FINGERPRINTS)) < len(args.fingerprints):
         parser.error(f"--fingerprints {','.join(args.fingerprints)}: expected {', '.join(molecules.FINGERPRINTS)}, "

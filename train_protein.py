@@ -85,10 +85,7 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    command.numbers(parser, args, "n_test", "rank", "devices", "tile")
-    if args.kind != "nngp" and args.variance:
-        parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that the "
-                     "network samples; use --kind nngp")
+    command.check(parser, args, "n_test", "rank", "devices", "tile")
     if args.split in proteins.FLIP and (args.n_train or args.sizes):
         parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; they are "
                      "for landscape and made")
