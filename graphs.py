@@ -37,9 +37,10 @@ from jax import lax
 
 import kernel
 
-NODES = 256  # of a bin, at least; an array of 256 KB, and the five in use stay in a core's cache
-GRAPHS = 16  # of a bin, at most: its pool is a product with as many rows; 32 of them cost a fifth of the speed
+NODES = {"cpu": 256, "gpu": 4096}  # of a bin, at least; 256 KB: the five arrays in use stay in a core's cache
+GRAPHS = {"cpu": 16, "gpu": 256}  # of a bin, at most: its pool is a product with as many rows; 32 cost a core a fifth
 FEW = 5  # neighbours summed in one pass; more of them one by one
+SPARE = {"cpu": 8, "gpu": 0}  # rows of a buffer beyond the N of a bin, see `write`
 STRIPE = 16  # rows transposed at a time
 
 
@@ -56,6 +57,11 @@ def parse(layers):
     return degrees.pop(), layers[1:end], names[end], layers[end + 1:]
 
 
+def on(numbers):
+    """The one of {"cpu": ..., "gpu": ...} for where this runs."""
+    return numbers.get(jax.default_backend(), numbers["gpu"])
+
+
 def packed(x, b1, pool, N):
     """Graphs x (b, nodes, width), b1 of them and others, laid into bins of N rows: (flat, starts, counts).
 
@@ -69,7 +75,7 @@ def packed(x, b1, pool, N):
 
     def place(carry, graph):
         (bin, used, graphs), (size, apart) = carry, graph
-        new = (used + size > N) | (graphs == GRAPHS) | apart
+        new = (used + size > N) | (graphs == on(GRAPHS)) | apart
         bin, used, graphs = bin + new.astype(jnp.int32), jnp.where(new, 0, used), jnp.where(new, 0, graphs)
         return (bin, used + size, graphs + 1), (bin, used, graphs)
     _, (bin, offset, rank) = lax.scan(place, (jnp.int32(0),) * 3, (sizes, jnp.arange(b) == b1))
@@ -91,7 +97,7 @@ def unpacked(flat, i, degree, N):
     ends = rows.shape[1] - np.array([2 * degree + 3, degree + 3, 3, 2, 1])
     features, numbers, weights, rank, offset, share = jnp.split(rows, ends, axis=1)
     numbers = (numbers + jnp.broadcast_to(offset, numbers.shape)) * (weights != 0).astype(flat.dtype)
-    pool = (rank.T == jnp.arange(GRAPHS, dtype=flat.dtype)[:, None]).astype(flat.dtype) * share.T
+    pool = (rank.T == jnp.arange(on(GRAPHS), dtype=flat.dtype)[:, None]).astype(flat.dtype) * share.T
     return features, (numbers.astype(jnp.int32), weights, jnp.max(last_true(weights != 0))), pool
 
 
@@ -102,8 +108,8 @@ def last_true(condition):
 
 
 def write(buffer, value):
-    """`value` into the first rows of a buffer that has more, in place."""
-    return lax.dynamic_update_slice(buffer, value, (0, 0))
+    """`value` into the first rows of a buffer that has more, in place; on a GPU it has no more, and XLA decides."""
+    return value if value.shape == buffer.shape else lax.dynamic_update_slice(buffer, value, (0, 0))
 
 
 def sum_rows(target, K, neighbours):
@@ -121,6 +127,9 @@ def sum_rows(target, K, neighbours):
 
 def transpose(target, K):
     """target <- K^T."""
+    if target.shape == K.shape:
+        return K.T
+
     def stripe(i, target):
         part = lax.dynamic_slice_in_dim(K, i * STRIPE, STRIPE)
         return lax.dynamic_update_slice_in_dim(target, part.T, i * STRIPE, 1)
@@ -140,7 +149,7 @@ def walk(rounds, features, neighbours, stds, pools, buffers, tangent):
 
     features: those of both after the first aggregate.   neighbours: (numbers, weights, most) of both.
     stds: (relu's number, K, turned) -> std of rows and of columns.   pools: of both, (GRAPHS, N).
-    buffers: four (N + 8, N).   tangent: whether T is wanted.
+    buffers: four (N + SPARE, N).   tangent: whether T is wanted.
     """
     a, b, spare = *buffers[:2], buffers[2:]
     N, turned, relus = len(features[0]), False, 0
@@ -199,10 +208,10 @@ def prepare(rounds, degree, N, packed, buffers):
 
 
 def pairs(rounds, degree, N, tangent, packed, b1):
-    """K and T (b1 + GRAPHS, b - b1 + GRAPHS) of the first b1 graphs with the others after the pool, as far as there
-    are graphs.  packed: see there."""
+    """K and T of the first b1 graphs with the others after the pool, as far as there are graphs, in arrays with
+    rows and columns to spare.  packed: see there."""
     flat, starts, (count1, count) = packed
-    buffers = (jnp.zeros((N + 8, N), flat.dtype),) * 4
+    buffers = (jnp.zeros((N + on(SPARE), N), flat.dtype),) * 4
     parts = prepare(rounds, degree, N, packed, buffers)
 
     def row(i, carry):
@@ -219,7 +228,7 @@ def pairs(rounds, degree, N, tangent, packed, b1):
             place = starts[i], starts[j] - b1  # beyond the graphs of these bins the next ones overwrite it
             return tuple(lax.dynamic_update_slice(o, k, place) for o, k in zip(out, new)), buffers
         return lax.fori_loop(count1, count, column, carry)
-    out = (jnp.zeros((b1 + GRAPHS, len(starts) - b1 + GRAPHS), flat.dtype),) * 2
+    out = (jnp.zeros((b1 + on(GRAPHS), len(starts) - b1 + on(GRAPHS)), flat.dtype),) * 2
     return lax.fori_loop(jnp.int32(0), count1, row, (out, buffers))[0]
 
 
@@ -240,7 +249,7 @@ def kernel_fn(name, kind, **options):
         if x2 is None:
             return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
         x1, x2 = (x[:, :, 0] for x in kernel.as_pair(layers, x1, x2))
-        N = max(NODES, -(-x1.shape[1] // STRIPE) * STRIPE)
+        N = max(on(NODES), -(-x1.shape[1] // STRIPE) * STRIPE)
         b1, x = len(x1), jnp.concatenate([x1, x2])
         K, T = (z[:b1, :len(x2)] for z in pairs(rounds, degree, N, tangent, packed(x, b1, pool, N), b1))
         for layer in tail:

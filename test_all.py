@@ -50,6 +50,7 @@ import augment  # noqa: E402
 import compare_solvers  # noqa: E402
 import data  # noqa: E402
 import fused  # noqa: E402
+import gpu  # noqa: E402
 import graphs  # noqa: E402
 import hosts  # noqa: E402
 import kernel  # noqa: E402
@@ -489,6 +490,34 @@ def test_fused_flips(name, shape, monkeypatch):
                 assert relative_error(K, np.asarray(K_exact)) < 1e-12 and K.shape == K_exact.shape
                 assert relative_error(single, np.asarray(K_exact)) < 1e-5
         assert np.array_equal(K, K.T)
+
+
+@pytest.mark.parametrize("name, flips", [("cnn_vec", False), ("cnn_gap", True), ("myrtle5", False), ("seq_cnn", False)])
+def test_fused_on_a_gpu(name, flips, monkeypatch):
+    """gpu.py, run by Pallas' interpreter: kernel.py to 1e-5 in float32 and 1e-12 in float64; images of other heights
+    than widths, with bias, several blocks of columns, sequences."""
+    x = (proteins.encode(PEPTIDES, "blosum", 0).astype(float) if name == "seq_cnn" else
+         images(np.random.default_rng(0), 9, (8, 8, 2) if name == "myrtle5" else (4, 6, 2)))
+    layers = kernel.network(name, b_std=0.3, **({} if name == "myrtle5" else {"depth": 2}))
+    exact = kernel.kernel_fn(layers, kernel.KINDS)
+    exact = (augment.symmetric(exact) if flips else exact)(x, x[2:])
+    monkeypatch.setattr(fused, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "INTERPRET", True)
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
+    for dtype, tolerance in ((np.float32, 1e-5), (float, 1e-12)):
+        monkeypatch.setattr(fused, "conv_relu", in_prepare_only(fused.conv_relu))
+        for kinds in (kernel.KINDS, "nngp"):
+            fast = fused.kernel_fn(layers, kinds, flips=flips)(x.astype(dtype), x[2:].astype(dtype))
+            for K, K_exact in zip(fast if kinds == kernel.KINDS else [fast], exact):
+                assert K.dtype == dtype and relative_error(K, np.asarray(K_exact)) < tolerance
+
+
+def in_prepare_only(conv_relu):
+    """`fused.conv_relu`, which refuses what gpu.py should have done: a pair of different images."""
+    def checked(source, target, first, *rest):
+        assert first[0].shape[2] > 1
+        return conv_relu(source, target, first, *rest)
+    return checked
 
 
 @pytest.mark.parametrize("tail", [
@@ -1662,15 +1691,18 @@ def test_train_engines_and_both_kinds(tmp_path):
 
 
 def test_train_without_fused(tmp_path):
-    """fused.py can be deleted: kernel.py does the work, and --engine fused is no longer offered."""
+    """fused.py and gpu.py can be deleted: kernel.py does the work, and --engine fused is no longer offered; and
+    gpu.py alone."""
     for name in os.listdir(HERE):
-        if name.endswith(".py") and name != "fused.py":
+        if name.endswith(".py") and name not in ("fused.py", "gpu.py"):
             shutil.copy(os.path.join(HERE, name), tmp_path)
     def run(*flags):
         return subprocess.run([sys.executable, "train_cifar.py", "--n_train", "50", "--ridge", "1", *flags],
                               cwd=tmp_path, capture_output=True, text=True)
     assert "engine=plain" in run().stdout
     assert "--engine: invalid choice: 'fused'" in run("--engine", "fused").stderr
+    shutil.copy(os.path.join(HERE, "fused.py"), tmp_path)
+    assert "engine=fused" in run().stdout
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -2181,12 +2213,13 @@ def test_graphs_are_neural_tangents(options):
             assert all(relative_error(K[block], want) < 1e-10 for K, want in zip(exact, expected))
 
 
-@pytest.mark.parametrize("options", [{}, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}, {"jump": True}], ids=str)
-def test_graphs_are_the_formula(options, monkeypatch):
+@pytest.mark.parametrize("spare, options", [
+    (8, {}), (8, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}), (8, {"jump": True}), (0, {"jump": True})], ids=str)
+def test_graphs_are_the_formula(spare, options, monkeypatch):
     """graphs.py, in bins of 32 nodes and 3 graphs, is the dense formula in NumPy, and kernel.py is where all rounds
-    are pooled: to 1e-10 in float64 and 1e-5 in float32."""
-    monkeypatch.setattr(graphs, "NODES", 32)
-    monkeypatch.setattr(graphs, "GRAPHS", 3)
+    are pooled: to 1e-10 in float64 and 1e-5 in float32. spare: as on a CPU, and as on a GPU."""
+    for what, number in (("NODES", 32), ("GRAPHS", 3), ("SPARE", spare)):
+        monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     rng, layers, sizes = np.random.default_rng(0), kernel.gcn(7, 2, **options), (1, 20, 3, 2, 1, 9, 17, 16, 12, 1, 1)
     x = np.stack([random_graph(rng, n, 20) for n in sizes])
     expected = np.moveaxis([[dense_graphs(layers, a[:n], b[:m]) for m, b in zip(sizes[4:], x[4:])]

@@ -379,7 +379,7 @@ def derive(args, shape, n_test, rows):
             side = {"fc": 1024, "cnn_vec": 256}[args.kernel]
         else:
             side = 32 * 1024 // (shape[1] * shape[2]) if args.engine == "fused" else 16
-        side *= 8 if jax.default_backend() == "gpu" else 1
+        side *= 16 if jax.default_backend() == "gpu" else 1
         args.tile = max(1, min(side, -(-rows // 4)))
 
 

@@ -144,7 +144,7 @@ def derive(args, split):
                          "--encoding, --target, and one number with --ridge")
     if args.tile is None:
         side = 256 if args.kernel.startswith("seq_cnn") else 1024
-        args.tile = max(1, min(side * (8 if jax.default_backend() == "gpu" else 1), -(-args.n_train // 4)))
+        args.tile = max(1, min(8192 if jax.default_backend() == "gpu" else side, -(-args.n_train // 4)))
 
 
 def network_kernel(args, kind, x):
