@@ -12,6 +12,7 @@ import os
 import jax
 
 import hosts
+import kernel
 import lazy
 import regression
 import store
@@ -50,6 +51,11 @@ def check(parser, args, *positive):
     args.sizes = sorted({*sizes, *([args.n_train] if args.n_train else [])})
     if args.sizes and not 1 <= args.sizes[0] <= args.sizes[-1] <= args.n_train:
         parser.error(f"--sizes {sizes}: expected 1 to n_train={args.n_train}")
+
+
+def tile_side(cpu, gpu, rows):
+    """Side of a tile that takes a second or so, `cpu` or `gpu` by where this runs; a small problem still has ten."""
+    return max(1, min(kernel.on({"cpu": cpu, "gpu": gpu}), -(-rows // 4)))
 
 
 def devices(count):

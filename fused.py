@@ -281,7 +281,7 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
     symmetric, x2 = x2 is None, x1 if x2 is None else x2
     (n1, h, w, _), n2 = x1.shape, len(x2)
     one_column = w == 1 or len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
-    fit = SHEET.get(jax.default_backend(), SHEET["gpu"]) // (h * w * (8 if one_column else w))
+    fit = kernel.on(SHEET) // (h * w * (8 if one_column else w))
     pairs = 8 * min(max(fit // 8, 1), -(-n2 * mirrors // 8))
     wide = pairs // mirrors  # images of x2 in a block
 

@@ -57,11 +57,6 @@ def parse(layers):
     return degrees.pop(), layers[1:end], names[end], layers[end + 1:]
 
 
-def on(numbers):
-    """The one of {"cpu": ..., "gpu": ...} for where this runs."""
-    return numbers.get(jax.default_backend(), numbers["gpu"])
-
-
 def packed(x, b1, pool, N):
     """Graphs x (b, nodes, width), b1 of them and others, laid into bins of N rows: (flat, starts, counts).
 
@@ -75,7 +70,7 @@ def packed(x, b1, pool, N):
 
     def place(carry, graph):
         (bin, used, graphs), (size, apart) = carry, graph
-        new = (used + size > N) | (graphs == on(GRAPHS)) | apart
+        new = (used + size > N) | (graphs == kernel.on(GRAPHS)) | apart
         bin, used, graphs = bin + new.astype(jnp.int32), jnp.where(new, 0, used), jnp.where(new, 0, graphs)
         return (bin, used + size, graphs + 1), (bin, used, graphs)
     _, (bin, offset, rank) = lax.scan(place, (jnp.int32(0),) * 3, (sizes, jnp.arange(b) == b1))
@@ -97,7 +92,7 @@ def unpacked(flat, i, degree, N):
     ends = rows.shape[1] - np.array([2 * degree + 3, degree + 3, 3, 2, 1])
     features, numbers, weights, rank, offset, share = jnp.split(rows, ends, axis=1)
     numbers = (numbers + jnp.broadcast_to(offset, numbers.shape)) * (weights != 0).astype(flat.dtype)
-    pool = (rank.T == jnp.arange(on(GRAPHS), dtype=flat.dtype)[:, None]).astype(flat.dtype) * share.T
+    pool = (rank.T == jnp.arange(kernel.on(GRAPHS), dtype=flat.dtype)[:, None]).astype(flat.dtype) * share.T
     return features, (numbers.astype(jnp.int32), weights, jnp.max(last_true(weights != 0))), pool
 
 
@@ -211,7 +206,7 @@ def pairs(rounds, degree, N, tangent, packed, b1):
     """K and T of the first b1 graphs with the others after the pool, as far as there are graphs, in arrays with
     rows and columns to spare.  packed: see there."""
     flat, starts, (count1, count) = packed
-    buffers = (jnp.zeros((N + on(SPARE), N), flat.dtype),) * 4
+    buffers = (jnp.zeros((N + kernel.on(SPARE), N), flat.dtype),) * 4
     parts = prepare(rounds, degree, N, packed, buffers)
 
     def row(i, carry):
@@ -228,7 +223,7 @@ def pairs(rounds, degree, N, tangent, packed, b1):
             place = starts[i], starts[j] - b1  # beyond the graphs of these bins the next ones overwrite it
             return tuple(lax.dynamic_update_slice(o, k, place) for o, k in zip(out, new)), buffers
         return lax.fori_loop(count1, count, column, carry)
-    out = (jnp.zeros((b1 + on(GRAPHS), len(starts) - b1 + on(GRAPHS)), flat.dtype),) * 2
+    out = (jnp.zeros((b1 + kernel.on(GRAPHS), len(starts) - b1 + kernel.on(GRAPHS)), flat.dtype),) * 2
     return lax.fori_loop(jnp.int32(0), count1, row, (out, buffers))[0]
 
 
@@ -249,7 +244,7 @@ def kernel_fn(name, kind, **options):
         if x2 is None:
             return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
         x1, x2 = (x[:, :, 0] for x in kernel.as_pair(layers, x1, x2))
-        N = max(on(NODES), -(-x1.shape[1] // STRIPE) * STRIPE)
+        N = max(kernel.on(NODES), -(-x1.shape[1] // STRIPE) * STRIPE)
         b1, x = len(x1), jnp.concatenate([x1, x2])
         K, T = (z[:b1, :len(x2)] for z in pairs(rounds, degree, N, tangent, packed(x, b1, pool, N), b1))
         for layer in tail:

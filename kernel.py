@@ -112,6 +112,11 @@ def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0
     return (step + [("jump",)] * jump) * (depth - 1) + step + [(pool,), ("dense", w_std, b_std)]
 
 
+def on(numbers):
+    """The one of {"cpu": ..., "gpu": ...} for where this runs; that of a GPU for every other accelerator."""
+    return numbers.get(jax.default_backend(), numbers["gpu"])
+
+
 def _angle_coefficients(degree):
     """Chebyshev interpolant of arccos(1 - t) / (pi sqrt t), smooth on [0, 1], low power first."""
     interpolant = np.polynomial.Chebyshev.interpolate(

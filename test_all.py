@@ -494,8 +494,8 @@ def test_fused_flips(name, shape, monkeypatch):
 
 @pytest.mark.parametrize("name, flips", [("cnn_vec", False), ("cnn_gap", True), ("myrtle5", False), ("seq_cnn", False)])
 def test_fused_on_a_gpu(name, flips, monkeypatch):
-    """gpu.py, run by Pallas' interpreter: kernel.py to 1e-5 in float32 and 1e-12 in float64; images of other heights
-    than widths, with bias, several blocks of columns, sequences."""
+    """gpu.py, run by Pallas' interpreter: kernel.py to 1e-5 in float32 and 1e-12 in float64; images that are not
+    square, with bias, several blocks of columns, sequences."""
     x = (proteins.encode(PEPTIDES, "blosum", 0).astype(float) if name == "seq_cnn" else
          images(np.random.default_rng(0), 9, (8, 8, 2) if name == "myrtle5" else (4, 6, 2)))
     layers = kernel.network(name, b_std=0.3, **({} if name == "myrtle5" else {"depth": 2}))

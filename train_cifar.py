@@ -21,7 +21,6 @@ import shutil
 import zlib
 from functools import partial
 
-import jax
 import numpy as np
 
 import augment
@@ -374,13 +373,12 @@ def derive(args, shape, n_test, rows):
         known = store.manifest(os.path.join(args.store, f"train-{kind}"))
         if known and args.kind in (kind, "both"):
             args.tile = known["tile"]
-    if args.tile is None:  # a tile takes a second or so; a small problem still has ten
+    if args.tile is None:
         if args.kernel in ("fc", "cnn_vec"):
             side = {"fc": 1024, "cnn_vec": 256}[args.kernel]
         else:
             side = 32 * 1024 // (shape[1] * shape[2]) if args.engine == "fused" else 16
-        side *= 16 if jax.default_backend() == "gpu" else 1
-        args.tile = max(1, min(side, -(-rows // 4)))
+        args.tile = command.tile_side(side, (8 if args.kernel == "fc" else 16) * side, rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 from dataclasses import replace
 from functools import partial
 
-import jax
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -151,8 +150,8 @@ def derive(args, parts):
     args.n_train, args.n_test = args.n_train or have, len(parts[2])
     args.sizes = args.sizes or [args.n_train]
     if args.tile is None:
-        side = (1024 if args.kernel == "fingerprint" else 256) * (16 if jax.default_backend() == "gpu" else 1)
-        args.tile = max(1, min(side, -(-args.n_train // 4)))
+        sides = (1024, 8192) if args.kernel == "fingerprint" else (256, 4096)
+        args.tile = command.tile_side(*sides, args.n_train)
 
 
 def network(args, part, x):

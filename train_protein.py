@@ -18,7 +18,6 @@ rows are fitted, and the test rows are looked at once. proteins.py says what the
 import argparse
 from functools import lru_cache, partial
 
-import jax
 import numpy as np
 from scipy.special import ndtri
 from scipy.stats import rankdata
@@ -144,7 +143,7 @@ def derive(args, split):
                          "--encoding, --target, and one number with --ridge")
     if args.tile is None:
         side = 256 if args.kernel.startswith("seq_cnn") else 1024
-        args.tile = max(1, min(8192 if jax.default_backend() == "gpu" else side, -(-args.n_train // 4)))
+        args.tile = command.tile_side(side, 8192, args.n_train)
 
 
 def network_kernel(args, kind, x):
