@@ -150,7 +150,7 @@ def derive(args, parts):
     args.n_train, args.n_test = args.n_train or have, len(parts[2])
     args.sizes = args.sizes or [args.n_train]
     if args.tile is None:
-        sides = (1024, 8192) if args.kernel == "fingerprint" else (256, 4096)
+        sides = (1024, 8192) if args.kernel == "fingerprint" else (1024, 4096)
         args.tile = command.tile_side(*sides, args.n_train)
 
 
