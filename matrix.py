@@ -31,7 +31,8 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 TILE = 1024  # 4 MB in float32: small in memory, large enough that a call to a device is not felt
-PART = 64, 1024  # rows and columns turned to float64 at a time: they stay in cache between their two uses
+PART = 64, 1024  # rows and columns turned to float64 at a time: they stay in cache between their two uses. For one
+# column of v eight times the rows, where Python is felt in each part: 1.35 times faster, four columns 1.47
 
 
 class Team(NamedTuple):
@@ -209,20 +210,21 @@ class TiledMatrix:
         slower.
         """
         check_vectors(v, self.shape)
+        step = PART[0] * max(1, 8 // max(1, v.shape[1]))
 
         def product(key):
             rows, cols, tile = self._block(key)
             both = self.symmetric and key[0] != key[1]
             v_i, v_j = v[rows] if both else None, v[cols]
             y_i, y_j = np.zeros((tile.shape[0], v.shape[1])), np.zeros((tile.shape[1], v.shape[1]))
-            space = np.empty(PART)
-            for r, s in itertools.product(range(0, len(tile), PART[0]), range(0, len(v_j), PART[1])):
-                part = tile[r:r + PART[0], s:s + PART[1]]
+            space = np.empty((step, PART[1]))
+            for r, s in itertools.product(range(0, len(tile), step), range(0, len(v_j), PART[1])):
+                part = tile[r:r + step, s:s + PART[1]]
                 part64 = space[:len(part), :part.shape[1]]
                 np.copyto(part64, part)
-                y_i[r:r + PART[0]] += part64 @ v_j[s:s + PART[1]]
+                y_i[r:r + step] += part64 @ v_j[s:s + PART[1]]
                 if both:
-                    y_j[s:s + PART[1]] += part64.T @ v_i[r:r + PART[0]]
+                    y_j[s:s + PART[1]] += part64.T @ v_i[r:r + step]
             return rows, y_i, cols, y_j if both else None
 
         y = np.zeros((self.shape[0], v.shape[1]))
