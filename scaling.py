@@ -118,7 +118,8 @@ def name(key):
     return " ".join([config["kernel"] + (f" {config['depth']}" if config["depth"] else ""),
                      config["kind"].upper()]) + "".join(
         [", flips" if config["flips"] else "", f", {config['crops']} crops" if config["crops"] > 1 else "",
-         f", {config['whiten']}" if config["whiten"] != "channel" else ""])
+         f", {config['whiten']}" if config["whiten"] != "channel" else "",
+         f" {config['zca_eps']:g}" if config["whiten"] == "zca" else ""])
 
 
 def percent(errors, sign=1):
@@ -297,7 +298,8 @@ def digest(found):
 def filled(text, groups, dataset):
     """The README with every <!-- NAME: written by scaling.py --> ... <!-- end of NAME --> filled anew."""
     parts = {part.__name__: part(groups, dataset) for part in (results, learning, laws, augmentation, cost)}
-    for name, metric in (("proteins", "test_spearman"), ("molecules", "test_auc"), ("numbers", "test_rmse")):
+    for name, metric in (("proteins", "test_spearman"), ("molecules", "test_auc"), ("numbers", "test_rmse"),
+                         ("assays", "test_ap")):
         parts[name] = elsewhere(groups, metric)
     for name, part in parts.items():
         begin, end = f"<!-- {name}: written by scaling.py -->", f"<!-- end of {name} -->"

