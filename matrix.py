@@ -217,7 +217,7 @@ class TiledMatrix:
             both = self.symmetric and key[0] != key[1]
             v_i, v_j = v[rows] if both else None, v[cols]
             y_i, y_j = np.zeros((tile.shape[0], v.shape[1])), np.zeros((tile.shape[1], v.shape[1]))
-            space = np.empty((step, PART[1]))
+            space = np.empty((min(step, tile.shape[0]), min(PART[1], tile.shape[1])))
             for r, s in itertools.product(range(0, len(tile), step), range(0, len(v_j), PART[1])):
                 part = tile[r:r + step, s:s + PART[1]]
                 part64 = space[:len(part), :part.shape[1]]

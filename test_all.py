@@ -2885,11 +2885,12 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
              *({**fake_run(n, 0, seed, dataset="a", split="a", kernel=name), "test_spearman": score,
                 "test_accuracy": None} for n, seed, name, score in (
                     (5, 0, "seq_fc", 0.1), (9, 0, "seq_fc", 0.2), (9, 1, "seq_fc", 0.4), (5, 0, "linear", 0.3))),
+             {**fake_run(9, 0, dataset="muv", split="a", kernel="gcn"), "test_ap": 0.25, "test_accuracy": None},
              fake_run(1000, 0.54, crops=2, flips="explicit"), fake_run(1000, 0.56, 1, crops=2, flips="symmetric")]
     runs.write_text("".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
     page.write_text("above" + "".join(f"\n<!-- {part}: written by scaling.py -->\nold\n<!-- end of {part} -->"
                                       for part in ("results", "learning", "laws", "augmentation", "cost",
-                                                   "proteins", "molecules", "numbers")) + "\nbelow\n")
+                                                   "proteins", "molecules", "numbers", "assays")) + "\nbelow\n")
     paths = ["--runs", str(runs), "--readme", str(page)]
     assert scaling.main([*paths, "--check"]) == 1 and "old" in page.read_text()
     assert scaling.main(paths) == 0 and scaling.main([*paths, "--check"]) == 0
@@ -2900,6 +2901,7 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert "| kernel | n | test images | 1 | 2 × 2 |" in text
     assert "| kernel | a, n = 9 |" in text and "| seq_fc NTK | 0.300 ± 0.141 |" in text
     assert "| linear NTK | 0.300 (n = 5) |" in text
+    assert "| gcn NTK | 0.250 |" in text
     assert "| fc NTK | 1,000 | 10,000 | 51.00 ± 1.41 | 55.00 ± 1.41 |" in text
     assert re.search(r"\| fc NTK: kernel, s \| 0.02 \| 0.2 \| 2 \| 1.00 \|", text)
     assert text.startswith("above") and text.endswith("below\n")
