@@ -219,13 +219,13 @@ def deviations(convs, v, sequences):
     return stds * 0.5**0.5, jnp.where(stds > 0, 1 / jnp.where(stds > 0, stds, 1), 0)
 
 
-def walk(stages, ending, x1, x2, stds, buffers, step, reach=None):
-    """From the images to the ending: (K,) or (K, T), each (pairs,), and the buffers.
+def walk(stages, ending, rows, stds, buffers, step, reach=None):
+    """From `input_rows` to the ending: (K,) or (K, T), each (pairs,), and the buffers.
 
     stds(s, rows): `first` and `second` of `run_sheets` at resolution s.
     reach: how many sheets on either side of sheet 0 are wanted at each resolution, by default all.
     """
-    rows, buffers = input_rows(x1, x2), list(buffers)
+    buffers = list(buffers)
     for s, convs in enumerate(stages):
         first, second = stds(s, rows)
         n, w = first[0].shape[1:3]
@@ -259,7 +259,8 @@ def prepare(stages, ending, full, sequences, step, x):
         return [[jnp.tile(y, (w >> s) if step else 1) for y in found[-1]],
                 [as_second(y, step) for y in found[-1]]]
     reach = None if full else [2**k - 1 for k in reversed(range(len(stages)))]
-    (K,), _ = walk(stages, ending, jnp.tile(x, w if step else 1), as_second(x, step), stds,
+    rows = input_rows(jnp.tile(x, w if step else 1), as_second(x, step))
+    (K,), _ = walk(stages, ending, rows, stds,
                    empty(stages, h, w, step, pairs, 1, x.dtype), step, reach)
     return x, found, K
 
@@ -276,13 +277,14 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
     Where x2 is None: of x1 with itself, right on and above the diagonal. mirrors: 1, or 2 for the mirror
     images of x2 as n2 more columns: what is prepared for them is that of x2, mirrored.
 
-    Column blocks of `pairs` images, every row against them, one after the other.
+    Column blocks of `pairs` images, every row against them, one after the other; rows beyond n1 are dropped.
     """
     symmetric, x2 = x2 is None, x1 if x2 is None else x2
     (n1, h, w, _), n2 = x1.shape, len(x2)
     one_column = w == 1 or len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
-    fit = kernel.on(SHEET) // (h * w * (8 if one_column else w))
-    pairs = 8 * min(max(fit // 8, 1), -(-n2 * mirrors // 8))
+    fit = max(kernel.on(SHEET) // (h * w * (8 if one_column else w)) // 8 * 8, 8)
+    pairs = -(-n2 * mirrors // -(-n2 * mirrors // fit))  # blocks as even as they can be, of eights
+    pairs += -pairs % 8
     wide = pairs // mirrors  # images of x2 in a block
 
     def prepared(x):
@@ -299,16 +301,25 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
         x2, stds2 = jax.tree.map(lambda y: as_second(jnp.concatenate([y, y[..., ::-1, :]][:mirrors], axis=-1),
                                                      step), (x2, stds2))
 
-        def row(i, carry):
+        def row(i, rows, carry):
             out, buffers = carry
-            x1, stds1, _ = jax.tree.map(lambda y: y[i], by_image)
-            new, buffers = walk(stages, ending, x1, x2, lambda s, _: (stds1[s], stds2[s]),
-                                buffers, step)
+            stds1 = jax.tree.map(lambda y: y[i], by_image[1])
+            new, buffers = walk(stages, ending, rows, lambda s, _: (stds1[s], stds2[s]), buffers, step)
             return tuple(o.at[i].set(k) for o, k in zip(out, new)), buffers
+
+        def one(i, carry):
+            return row(i, input_rows(by_image[0][i], x2), carry)
+
+        def eight(i, carry):  # rows of sequences, whose K before the first conv is a product at each position
+            x1 = lax.dynamic_slice_in_dim(by_image[0], 8 * i, 8)[..., 0, 0]
+            K = jnp.einsum("icp,pcm->pim", x1, by_position, precision="highest") / x1.shape[1]
+            return lax.fori_loop(0, 8, lambda k, carry: row(8 * i + k, lambda a: (K[:, k, None],), carry), carry)
+        by_position = x2[:, :h + 1, 0].swapaxes(0, 1)  # once: within the loop it is a copy each time
         start = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
                  empty(stages, h, w, step, pairs, states, x1.dtype))
         end = jnp.minimum((block + 1) * wide, n1) if symmetric else n1
-        return lax.fori_loop(0, end, row, start)[0]
+        together, rows = (8, eight) if w == 1 and ending == "flatten" else (1, one)
+        return lax.fori_loop(0, -(-end // together), rows, start)[0]
     out = lax.map(columns, (jnp.arange(len(blocks[2])), blocks))  # (blocks, n1, pairs)
     out = tuple(y.reshape(-1, n1, mirrors, wide).transpose(1, 2, 0, 3).reshape(n1, mirrors, -1)[:, :, :n2]
                 .reshape(n1, -1) for y in out)

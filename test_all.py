@@ -3108,8 +3108,10 @@ def test_benchmark_sequences(benchmark, name, kind, length, engine):
     if benchmark.disabled and (length, kind) != (4, "nngp"):
         pytest.skip("one length shows that it runs; --benchmark-only times both")
     benchmark.group = f"{name} {kind}, {length} residues"
-    sizes = (8, 16) if name == "seq_cnn_gap" else {4: (512, 1024), 56: (32, 64)}[length]  # of neural_tangents
-    n = 3 if benchmark.disabled else {4: 2048, 56: 256}[length] if engine == "fused" else sizes
+    sizes = {("seq_fc", 4): (1024, 2048), ("seq_fc", 56): (512, 1024, 2048), ("seq_cnn", 4): (256, 512),
+             ("seq_cnn", 56): (64, 128), ("seq_cnn_gap", 4): (128, 256), ("seq_cnn_gap", 56): (16, 32)}[name, length]
+    n = 3 if benchmark.disabled else sizes if engine == "neural_tangents" else 1024 if length == 56 else \
+        2048 if name == "seq_fc" else 4096
     fn = {"fused": fused.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](name, kind)
 
     def call(n):
