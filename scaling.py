@@ -84,7 +84,7 @@ def fit(n, error, weight):
     v = 1 / error[:, None]  # (B, 1, k); the relative residual is a u + c v - 1
     u = n ** -POWERS[:, None] * v  # (B, powers, k)
     uu, uv, vv, u1, v1 = ((weight * z).sum(axis=2) for z in (u * u, u * v, v * v, u, v))
-    determinant = np.maximum(uu * vv - uv**2, 1e-300)
+    determinant = np.maximum(uu * vv - uv**2, 1e-12 * uu * vv)
     a, c = (u1 * vv - v1 * uv) / determinant, (uu * v1 - uv * u1) / determinant
     a, c = np.where(c < 0, u1 / uu, a), np.maximum(c, 0)
     a, c = np.maximum(a, 0), np.where(a < 0, v1 / vv, c)
