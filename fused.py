@@ -260,8 +260,8 @@ def prepare(stages, ending, full, sequences, step, x):
                 [as_second(y, step) for y in found[-1]]]
     reach = None if full else [2**k - 1 for k in reversed(range(len(stages)))]
     rows = input_rows(jnp.tile(x, w if step else 1), as_second(x, step))
-    (K,), _ = walk(stages, ending, rows, stds,
-                   empty(stages, h, w, step, pairs, 1, x.dtype), step, reach)
+    buffers = empty(stages, h, w, step, pairs, 1, x.dtype)
+    (K,), _ = walk(stages, ending, rows, stds, buffers, step, reach)
     return x, found, K
 
 
@@ -270,6 +270,12 @@ def empty(stages, h, w, step, pairs, states, dtype):
     shapes = [(states, (h >> s) + 3, (w >> s) + 2, ((w >> s) + 2) * step or pairs)
               for s in range(len(stages))]
     return [(jnp.zeros(shape, dtype),) * 2 for shape in shapes]
+
+
+def even(n, most):
+    """The side, a multiple of 8, of the fewest and most equal blocks of n columns; most: a multiple of 8."""
+    side = -(-n // -(-n // most))
+    return side + -side % 8
 
 
 def images(stages, ending, full, states, mirrors, sequences, x1, x2):
@@ -283,8 +289,7 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
     (n1, h, w, _), n2 = x1.shape, len(x2)
     one_column = w == 1 or len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
     fit = max(kernel.on(SHEET) // (h * w * (8 if one_column else w)) // 8 * 8, 8)
-    pairs = -(-n2 * mirrors // -(-n2 * mirrors // fit))  # blocks as even as they can be, of eights
-    pairs += -pairs % 8
+    pairs = even(n2 * mirrors, fit)
     wide = pairs // mirrors  # images of x2 in a block
 
     def prepared(x):
@@ -307,19 +312,18 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
             new, buffers = walk(stages, ending, rows, lambda s, _: (stds1[s], stds2[s]), buffers, step)
             return tuple(o.at[i].set(k) for o, k in zip(out, new)), buffers
 
-        def one(i, carry):
-            return row(i, input_rows(by_image[0][i], x2), carry)
+        by_position = x2[:, :h + 1, 0].swapaxes(0, 1)  # here, for in a loop it is a copy each time
 
-        def eight(i, carry):  # rows of sequences, whose K before the first conv is a product at each position
+        def eight(i, carry):  # rows of sequences, whose sheet 0 before the first conv is a product at each position
             x1 = lax.dynamic_slice_in_dim(by_image[0], 8 * i, 8)[..., 0, 0]
             K = jnp.einsum("icp,pcm->pim", x1, by_position, precision="highest") / x1.shape[1]
             return lax.fori_loop(0, 8, lambda k, carry: row(8 * i + k, lambda a: (K[:, k, None],), carry), carry)
-        by_position = x2[:, :h + 1, 0].swapaxes(0, 1)  # once: within the loop it is a copy each time
         start = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
                  empty(stages, h, w, step, pairs, states, x1.dtype))
         end = jnp.minimum((block + 1) * wide, n1) if symmetric else n1
-        together, rows = (8, eight) if w == 1 and ending == "flatten" else (1, one)
-        return lax.fori_loop(0, -(-end // together), rows, start)[0]
+        if w == 1 and ending == "flatten":
+            return lax.fori_loop(0, -(-end // 8), eight, start)[0]
+        return lax.fori_loop(0, end, lambda i, carry: row(i, input_rows(by_image[0][i], x2), carry), start)[0]
     out = lax.map(columns, (jnp.arange(len(blocks[2])), blocks))  # (blocks, n1, pairs)
     out = tuple(y.reshape(-1, n1, mirrors, wide).transpose(1, 2, 0, 3).reshape(n1, mirrors, -1)[:, :, :n2]
                 .reshape(n1, -1) for y in out)
