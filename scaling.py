@@ -135,11 +135,16 @@ def table(head, rows):
 
 
 def learning(groups, dataset):
-    """Accuracy against size, a column for each curve of three sizes or more."""
-    found = {key: points for key, points in curves(groups, 3).items() if key[0] == dataset}
-    sizes = sorted({n for points in found.values() for n in points})
-    return table(["n", *map(name, found)], [
-        [f"{n:,}", *(percent(points[n]) if n in points else "" for points in found.values())] for n in sizes])
+    """Accuracy against size: a table for each family of kernels (myrtle5 and myrtle10 are one), in it a column for
+    each curve of three sizes or more."""
+    families = {}
+    for key, points in curves(groups, 3).items():
+        if key[0] == dataset:
+            families.setdefault(key[1].rstrip("0123456789"), {})[key] = points
+    return "\n\n".join(
+        table(["n", *map(name, found)], [
+            [f"{n:,}", *(percent(points[n]) if n in points else "" for points in found.values())]
+            for n in sorted({n for points in found.values() for n in points})]) for found in families.values())
 
 
 def laws(groups, dataset):

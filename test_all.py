@@ -2875,13 +2875,14 @@ def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
 
 def test_scaling_tables_of_known_runs(tmp_path, capsys):
     """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
-    same; copies of the same images are a row; scores of proteins are those at the largest n; runs with few test
+    same, and kernels of a family share a table; copies of the same images are a row; scores of proteins are those at the largest n; runs with few test
     images are cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
     runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
     lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
              fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
              *(fake_run(n, 1 - n**-0.25, kernel="cnn_vec", flips=True) for n in (100, 200)),
              fake_run(400, 1 - 400**-0.25, kernel="cnn_vec", flips="symmetric", fit_on=500),
+             *(fake_run(n, 0.5, kernel=f"myrtle{depth}") for depth in (5, 10) for n in (100, 200, 400)),
              *({**fake_run(n, 0, seed, dataset="a", split="a", kernel=name), "test_spearman": score,
                 "test_accuracy": None} for n, seed, name, score in (
                     (5, 0, "seq_fc", 0.1), (9, 0, "seq_fc", 0.2), (9, 1, "seq_fc", 0.4), (5, 0, "linear", 0.3))),
@@ -2896,7 +2897,8 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert scaling.main(paths) == 0 and scaling.main([*paths, "--check"]) == 0
     text = page.read_text()
     assert "| fc NTK | 1,000 | 10,000 | 2 | 51.00 ± 1.41 | 0.1 | 7 | 2 | 7 | 1.5 |" in text
-    assert "| n | cnn_vec NTK, flips |" in text and "| 400 | 77.64 |" in text
+    assert "| n | cnn_vec NTK, flips |\n" in text and "| 400 | 77.64 |\n" in text
+    assert "\n\n| n | myrtle5 NTK | myrtle10 NTK |\n" in text
     assert "| cnn_vec NTK, flips | 100 … 400 | 10,000 | 1 | 0.25 | 0 |" in text
     assert "| kernel | n | test images | 1 | 2 × 2 |" in text
     assert "| kernel | a, n = 9 |" in text and "| seq_fc NTK | 0.300 ± 0.141 |" in text
