@@ -142,7 +142,7 @@ def derive(args, split):
         raise ValueError(f"{args.split} with n_train={args.sizes[0]} has no validation rows to choose on; give "
                          "--encoding, --target, and one number with --ridge")
     if args.tile is None:
-        side = 256 if args.kernel.startswith("seq_cnn") else 1024
+        side = 256 if args.kernel == "seq_cnn_gap" else 1024
         args.tile = command.tile_side(side, 8192, args.n_train)
 
 
