@@ -156,7 +156,7 @@ def laws(groups, dataset):
             rows.append([name(key), f"{min(points):,} … {max(points):,}", f"{key[-1]:,}", *(
                 f"{value:.3g}" + (f" ({low:.3g} … {high:.3g})" if intervals else "")
                 for value, (low, high) in zip(values, intervals or [(0, 0)] * 3))])
-    return table(["kernel", "n", "test images", "a", "b", "c"], rows)
+    return table(["kernel", "n", "tested on", "a", "b", "c"], rows)
 
 
 def augmentation(groups, dataset):
@@ -306,6 +306,7 @@ def filled(text, groups, dataset):
     for name, metric in (("proteins", "test_spearman"), ("molecules", "test_auc"), ("numbers", "test_rmse"),
                          ("assays", "test_ap")):
         parts[name] = elsewhere(groups, metric)
+    parts["landscape"] = "\n\n".join(part(groups, "landscape") for part in (learning, laws))
     for name, part in parts.items():
         begin, end = f"<!-- {name}: written by scaling.py -->", f"<!-- end of {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:

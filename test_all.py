@@ -2875,8 +2875,9 @@ def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
 
 def test_scaling_tables_of_known_runs(tmp_path, capsys):
     """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
-    same, and kernels of a family share a table; copies of the same images are a row; scores of proteins are those at the largest n; runs with few test
-    images are cost; the figure is noticed as well as the page where it is stale; a bad line is named."""
+    same, and kernels of a family share a table; copies of the same images are a row; scores of proteins are those
+    at the largest n, and have their curve; runs with few test images are cost; the figure is noticed as well as the
+    page where it is stale; a bad line is named."""
     runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
     lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
              fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
@@ -2886,12 +2887,15 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
              *({**fake_run(n, 0, seed, dataset="a", split="a", kernel=name), "test_spearman": score,
                 "test_accuracy": None} for n, seed, name, score in (
                     (5, 0, "seq_fc", 0.1), (9, 0, "seq_fc", 0.2), (9, 1, "seq_fc", 0.4), (5, 0, "linear", 0.3))),
+             *({**fake_run(n, 0, dataset="landscape", split="landscape", kernel="seq_cnn"),
+                "test_spearman": 1 - n**-0.5, "test_accuracy": None} for n in (100, 400, 900)),
              {**fake_run(9, 0, dataset="muv", split="a", kernel="gcn"), "test_ap": 0.25, "test_accuracy": None},
              fake_run(1000, 0.54, crops=2, flips="explicit"), fake_run(1000, 0.56, 1, crops=2, flips="symmetric")]
     runs.write_text("".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
     page.write_text("above" + "".join(f"\n<!-- {part}: written by scaling.py -->\nold\n<!-- end of {part} -->"
                                       for part in ("results", "learning", "laws", "augmentation", "cost",
-                                                   "proteins", "molecules", "numbers", "assays")) + "\nbelow\n")
+                                                   "proteins", "molecules", "numbers", "assays",
+                                                   "landscape")) + "\nbelow\n")
     paths = ["--runs", str(runs), "--readme", str(page)]
     assert scaling.main([*paths, "--check"]) == 1 and "old" in page.read_text()
     assert scaling.main(paths) == 0 and scaling.main([*paths, "--check"]) == 0
@@ -2904,6 +2908,7 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert "| kernel | a, n = 9 |" in text and "| seq_fc NTK | 0.300 ± 0.141 |" in text
     assert "| linear NTK | 0.300 (n = 5) |" in text
     assert "| gcn NTK | 0.250 |" in text
+    assert "| n | seq_cnn NTK |" in text and "| seq_cnn NTK | 100 … 900 | 10,000 | 1 | 0.5 | 0 |" in text
     assert "| fc NTK | 1,000 | 10,000 | 51.00 ± 1.41 | 55.00 ± 1.41 |" in text
     assert re.search(r"\| fc NTK: kernel, s \| 0.02 \| 0.2 \| 2 \| 1.00 \|", text)
     assert text.startswith("above") and text.endswith("below\n")
