@@ -144,7 +144,8 @@ class TiledMatrix:
         if not 1 <= n <= self.shape[1]:
             raise ValueError(f"leading({n}) of a {self.shape[0]} x {self.shape[1]} matrix: needs 1 <= n <= "
                              f"{self.shape[1]}")
-        return replace(self, shape=(n if self.symmetric else self.shape[0], n))
+        out = replace(self, shape=(n if self.symmetric else self.shape[0], n))
+        return replace(out, tiles=self.tiles.part(out.keys())) if hasattr(self.tiles, "part") else out
 
     def merged(self, side=TILE):
         """The same matrix in memory, in tiles of up to `side`; itself where they are large, shared by

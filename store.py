@@ -24,6 +24,7 @@ Cost: the bytes of a tile once to disk and through a CRC (3 GB/s); 15 microsecon
 Proved by: test_all.py, section store
 """
 
+import copy
 import errno
 import hashlib
 import io
@@ -129,8 +130,7 @@ class Store:
 
         The damaged are named, and forgotten, so that they are computed again.
         """
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.direct = sum(r * c for r, c in shapes.values()) * self.dtype.itemsize > memory / 2
+        self.direct = self._large(shapes.values())
         here = [key for key, shape in shapes.items()
                 if key in self.lines and np.all(np.array(self.lines[key][:2]) >= shape)]
         for key in tqdm(here, desc=f"checking {self.folder}", unit=" tiles", leave=False,
@@ -140,6 +140,17 @@ class Store:
                 tqdm.write(f"{problem}: it is computed again")
                 del self.lines[key]
         return {key for key in here if key in self.lines}
+
+    def _large(self, shapes):
+        """Whether tiles of these (rows, columns) are more than the page cache can hold: half of the memory."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize > memory / 2
+
+    def part(self, keys):
+        """The same tiles for one who reads only `keys`: through the page cache, where that can hold these."""
+        part = copy.copy(self)
+        part.direct = self.direct and self._large(self.lines[key][:2] for key in keys)
+        return part
 
     def damage(self, key):
         """A sentence on what is wrong with a finished tile, or None."""

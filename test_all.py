@@ -700,11 +700,15 @@ def test_store_is_memory(tmp_path):
 
 def test_store_past_the_page_cache(tmp_path, monkeypatch):
     """Tiles beyond half of the memory are read past the page cache, to the last bit the same, and damage is
-    found there too."""
+    found there too; a leading block within half of it is read through the cache."""
     K = stored(tmp_path, inputs(83))
     monkeypatch.setattr(os, "sysconf", lambda name: 100)  # 10 kB of memory
     direct = stored(tmp_path, inputs(83))
     assert not K.tiles.direct and direct.tiles.direct and (direct.dense() == K.dense()).all()
+    for n, past_cache in ((48, True), (32, False)):  # six and three tiles of 1,024 bytes
+        block = direct.leading(n)
+        assert block.tiles.direct == past_cache and (block.dense() == K.dense()[:n, :n]).all()
+    assert direct.tiles.direct
     flip(tmp_path / "1-3.npy")
     assert stored(tmp_path, inputs(83)).found == K.entries - 256
 
