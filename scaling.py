@@ -256,13 +256,14 @@ def cost(groups, dataset):
 def figure(groups, dataset, path):
     """Test error against n, both logarithmic: every size with its sd, the law through them; .svg, .png or .pdf.
 
-    Grey that is read on white and on black, no background, and a marker of its own for NNGP and NTK."""
+    Grey that is read on white and on black, no background; a marker of its own for NNGP and NTK, hollow
+    and dashed with mirror images or crops, half full and dotted where whitened otherwise than by channel."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     matplotlib.rcParams.update({"svg.hashsalt": "scaling", "svg.fonttype": "path"})
     grey, found = "#7d8590", {key: points for key, points in curves(groups).items() if key[0] == dataset}
-    page = Figure(figsize=(7, 4.6), layout="constrained", facecolor="none")
+    page = Figure(figsize=(8.5, 4.6), layout="constrained", facecolor="none")
     axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
     colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 3))
     for key, points in found.items():
@@ -273,11 +274,12 @@ def figure(groups, dataset, path):
         sd = [np.std(errors, ddof=1) if len(errors) > 1 else 0 for errors in points.values()]
         a, b, c = law(points, draws=2)[0]
         smooth, colour = np.geomspace(n.min(), n.max(), 100), colours[config["kernel"]]
-        axes.plot(smooth, a * smooth**-b + c, color=colour, linewidth=1,
-                  linestyle="--" if config["flips"] else "-")
+        line, fill = ("--", "none") if config["flips"] or config["crops"] > 1 else (
+            ("-", "full") if config["whiten"] == "channel" else (":", "bottom"))
+        axes.plot(smooth, a * smooth**-b + c, color=colour, linewidth=1, linestyle=line)
         axes.errorbar(n, mean, sd, color=colour, linestyle="none", capsize=2, markersize=5,
-                      marker="o" if config["kind"] == "nngp" else "s", label=f"{name(key)}: b = {b:.2f}",
-                      markerfacecolor="none" if config["flips"] or config["crops"] > 1 else colour)
+                      marker="o" if config["kind"] == "nngp" else "s", fillstyle=fill,
+                      label=f"{name(key)}: b = {b:.2f}")
     axes.set_xlabel("training images n", color=grey)
     axes.set_ylabel("test error", color=grey)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
@@ -290,7 +292,7 @@ def figure(groups, dataset, path):
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grey)
     if found:
-        axes.legend(frameon=False, labelcolor=grey, fontsize=8)
+        page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8)
     metadata = {"Description": digest(found), "Date": None} if path.endswith(".svg") else None
     page.savefig(path, dpi=150, metadata=metadata)
 
