@@ -3035,10 +3035,11 @@ POOLED = {"fused": 64, "kernel": 2, "neural_tangents": (1, 2, 4)}
 
 
 def time_it(benchmark, call, what, amount):
-    """Three rounds after a first call; extra_info holds what / s at the median."""
+    """Rounds for half a second, three at least, after a first call; extra_info holds what / s at the median."""
     with as_users_have_it():
         call()
-        out = benchmark.pedantic(call, rounds=1 if benchmark.disabled else 3)
+        rounds = 1 if benchmark.disabled else max(3, round(0.5 / timeit.timeit(call, number=1)))
+        out = benchmark.pedantic(call, rounds=rounds)
     if not benchmark.disabled:
         benchmark.extra_info[what + "/s"] = amount / benchmark.stats.stats.median
     return out
@@ -3049,7 +3050,7 @@ def fastest(call, sizes):
     def seconds_per_entry(n):
         with as_users_have_it():
             call(n)()
-            return timeit.timeit(call(n), number=1) / n**2
+            return min(timeit.repeat(call(n), number=1, repeat=3)) / n**2
     return min(sizes, key=seconds_per_entry)
 
 
