@@ -44,6 +44,8 @@ FEW = 100  # test images; runs with fewer measure cost, and their accuracy is no
 def load(path):
     """Runs of a jsonl file, grouped: [[run, ...], ...]; of a seed run twice, the later one counts."""
     groups = {}
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is not there; --runs takes the runs.jsonl that a run writes into its --out")
     with open(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -66,16 +68,16 @@ def test_error(run):
     return run[score] if score == "test_rmse" else 1 - run[score]
 
 
-def curves(groups, least=1):
-    """{what is equal: {n: [test error, ...]}} of runs whose ridge was chosen, those of `least` sizes or more."""
+def curves(groups, dataset):
+    """{what is equal: {n: [test error, ...]}} of a data set's runs whose ridge was chosen, at three sizes or more."""
     out = {}
     for runs in groups:
         config = runs[0]["config"]
-        if config["n_test"] >= FEW and runs[0].get("validation"):
+        if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0].get("validation"):
             points = out.setdefault(tuple(config[name] for name in CURVE), {})
             points.setdefault(config["n_train"], []).extend(test_error(run) for run in runs)
     order = sorted(out, key=lambda key: (KERNELS.index(key[1]), *map(str, key)))
-    return {key: dict(sorted(out[key].items())) for key in order if len(out[key]) >= least}
+    return {key: dict(sorted(out[key].items())) for key in order if len(out[key]) >= 3}
 
 
 def fit(n, error, weight):
@@ -136,11 +138,10 @@ def table(head, rows):
 
 def learning(groups, dataset):
     """Accuracy against size: a table for each family of kernels (myrtle5 and myrtle10 are one), in it a column for
-    each curve of three sizes or more."""
+    each curve."""
     families = {}
-    for key, points in curves(groups, 3).items():
-        if key[0] == dataset:
-            families.setdefault(key[1].rstrip("0123456789"), {})[key] = points
+    for key, points in curves(groups, dataset).items():
+        families.setdefault(key[1].rstrip("0123456789"), {})[key] = points
     return "\n\n".join(
         table(["n", *map(name, found)], [
             [f"{n:,}", *(percent(points[n]) if n in points else "" for points in found.values())]
@@ -150,12 +151,11 @@ def learning(groups, dataset):
 def laws(groups, dataset):
     """a, b, c of each such curve."""
     rows = []
-    for key, points in curves(groups, 3).items():
-        if key[0] == dataset:
-            values, intervals = law(points)
-            rows.append([name(key), f"{min(points):,} … {max(points):,}", f"{key[-1]:,}", *(
-                f"{value:.3g}" + (f" ({low:.3g} … {high:.3g})" if intervals else "")
-                for value, (low, high) in zip(values, intervals or [(0, 0)] * 3))])
+    for key, points in curves(groups, dataset).items():
+        values, intervals = law(points)
+        rows.append([name(key), f"{min(points):,} … {max(points):,}", f"{key[-1]:,}", *(
+            f"{value:.3g}" + (f" ({low:.3g} … {high:.3g})" if intervals else "")
+            for value, (low, high) in zip(values, intervals or [(0, 0)] * 3))])
     return table(["kernel", "n", "tested on", "a", "b", "c"], rows)
 
 
@@ -202,7 +202,7 @@ def elsewhere(groups, metric):
 
 def results(groups, dataset):
     """A row for each experiment that is no point of such a curve, or its largest, nor has crops."""
-    in_curve = curves(groups, 3)
+    in_curve = curves(groups, dataset)
     rows = []
     for runs in sorted(groups, key=lambda runs: (KERNELS.index(runs[0]["config"]["kernel"]), *(
             runs[0]["config"][k] for k in ("n_train", "kind", "crops", "flips")))):
@@ -262,14 +262,12 @@ def figure(groups, dataset, path):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     matplotlib.rcParams.update({"svg.hashsalt": "scaling", "svg.fonttype": "path"})
-    grey, found = "#7d8590", {key: points for key, points in curves(groups).items() if key[0] == dataset}
+    grey, found = "#7d8590", curves(groups, dataset)
     page = Figure(figsize=(8.5, 4.6), layout="constrained", facecolor="none")
     axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
     colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 3))
     for key, points in found.items():
         config, n = dict(zip(CURVE, key)), np.array(list(points))
-        if len(points) < 3:
-            continue
         mean = np.array([np.mean(errors) for errors in points.values()])
         sd = [np.std(errors, ddof=1) if len(errors) > 1 else 0 for errors in points.values()]
         a, b, c = law(points, draws=2)[0]
@@ -291,8 +289,7 @@ def figure(groups, dataset, path):
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grey)
-    if found:
-        page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8)
+    page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8)
     metadata = {"Description": digest(found), "Date": None} if path.endswith(".svg") else None
     page.savefig(path, dpi=150, metadata=metadata)
 
@@ -330,6 +327,10 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
     args = parser.parse_args(argv)
     groups = load(args.runs)
+    found = curves(groups, args.dataset)
+    if not found:
+        raise ValueError(f"{args.runs} has no kernel with three sizes of {args.dataset}; run --sizes of three or more, "
+                         "or give --dataset another")
     if args.figure:
         print(learning(groups, args.dataset), laws(groups, args.dataset), sep="\n\n")
         figure(groups, args.dataset, args.figure)
@@ -343,7 +344,6 @@ def main(argv=None):
             file.write(new)
         figure(groups, args.dataset, drawn)
         return 0
-    found = {key: points for key, points in curves(groups).items() if key[0] == args.dataset}
     stale = ["README.md"] if new != text else []
     if not os.path.exists(drawn) or digest(found) not in open(drawn).read():
         stale.append(drawn)

@@ -364,5 +364,5 @@ def report(folder):
                 damaged += 1
         print(f"{damaged} damaged: the next run computes them again" if damaged else "every tile is intact")
     if not found:
-        raise ValueError(f"{folder} has no store in it")
+        raise ValueError(f"{folder} has no store in it; give the folder of a run's --store")
     return damaged

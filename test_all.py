@@ -2103,7 +2103,7 @@ def test_proteins_sizes_store_and_kinds(tmp_path):
         assert abs(alone["test_rmse"] - sizes[kind][n]["test_rmse"]) < 1e-5
     path = tmp_path / "curve.png"
     assert scaling.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "made", "--figure", str(path)]) == 0
-    curve = scaling.curves(scaling.load(tmp_path / "runs.jsonl"))
+    curve = scaling.curves(scaling.load(tmp_path / "runs.jsonl"), "made")
     assert [points[100] for points in curve.values()] == [[1 - sizes[kind][100]["test_spearman"]]
                                                           for kind in kernel.KINDS]
 
@@ -2881,7 +2881,7 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
     same, and kernels of a family share a table; copies of the same images are a row; scores of proteins are those
     at the largest n, and have their curve; runs with few test images are cost; the figure is noticed as well as the
-    page where it is stale; a bad line is named."""
+    page where it is stale; a bad line is named, and what is missing."""
     runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
     lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
              fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
@@ -2920,6 +2920,12 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert scaling.main([*paths, "--check"]) == 1 and "curves.svg: stale" in capsys.readouterr().err
     runs.write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 is not a run"):
+        scaling.main(paths)
+    runs.write_text(json.dumps(fake_run(1000, 0.5)) + "\n")
+    with pytest.raises(ValueError, match="no kernel with three sizes of cifar10; run --sizes"):
+        scaling.main(paths)
+    runs.unlink()
+    with pytest.raises(FileNotFoundError, match="runs.jsonl is not there; --runs takes"):
         scaling.main(paths)
 
 
