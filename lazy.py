@@ -64,7 +64,7 @@ class Lazy:
         for key, (part,) in self._walk(_diagonal(self.kernel_fn), [(0, self.x1), (1, self.x2)], keys):
             rows, _ = self.form.slices(key)
             out[rows] = part[:rows.stop - rows.start]
-        return self.form.team.all_reduce(out)
+        return self._sum(out)
 
     def columns(self, indices):
         """K[:, indices], (n, len(indices)) float64, in the order asked for."""
@@ -75,7 +75,7 @@ class Lazy:
         for (i, _), (part,) in self._walk(self.kernel_fn, inputs, keys, (side, len(indices))):
             rows = slice(i * side, min(self.shape[0], (i + 1) * side))
             out[rows] = part[:rows.stop - rows.start]
-        return team.all_reduce(out)
+        return self._sum(out)
 
     def rows(self, start, stop):
         """K[start:stop], (stop - start, m) float64."""
@@ -86,7 +86,7 @@ class Lazy:
         for (_, j), (part,) in self._walk(self.kernel_fn, inputs, keys, (stop - start, side)):
             columns = slice(j * side, min(self.shape[1], (j + 1) * side))
             out[:, columns] = part[:, :columns.stop - columns.start]
-        return team.all_reduce(out)
+        return self._sum(out)
 
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64, on every device."""
@@ -100,7 +100,15 @@ class Lazy:
                     parts = [(parts[0] + parts[1]) / 2]
                 for rows, part in zip(self.form.slices(key), parts):
                     y[rows] += part[:rows.stop - rows.start]
-        return self.form.team.all_reduce(y)
+        return self._sum(y)
+
+    def _sum(self, out):
+        """What all processes have together, checked: no tile is seen whole where that could be done."""
+        out = self.team.all_reduce(out)
+        if not np.isfinite(out).all():
+            raise ValueError(f"{np.sum(~np.isfinite(out))} of {out.size} numbers made of the kernel's tiles are "
+                             "not finite: look for NaN or infinity in the inputs")
+        return out
 
     def _walk(self, fn, inputs, keys, sides=None):
         return tqdm(tiles.walk(fn, inputs, sides or self.form.sides, keys, self.devices), total=len(keys),

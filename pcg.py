@@ -86,11 +86,11 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     x0: where to start, shaped as y.   checkpoint: has load() -> {name: array} or None and
     save({name: array}, finished), as store.Checkpoint; a solve goes on from what it has.
     Returns X, float64, shaped as y, and Info.
-    Warns where tol is not reached. Raises ValueError: shapes, NaN in y, ridge < 0.
+    Warns where tol is not reached. Raises ValueError: shapes, NaN in y or K, ridge < 0.
     Indefinite: a direction with <d, A d> <= 0, or so little above that rounding may have put it there.
     """
     begun, shape, y = time.perf_counter(), np.shape(y), np.array(y, np.float64).reshape(len(y), -1)
-    if not np.isfinite(y).all() or ridge < 0:
+    if not np.isfinite(y).all() or not ridge >= 0:
         raise ValueError(f"y has {np.sum(~np.isfinite(y))} entries that are not finite, ridge is "
                          f"{ridge}: y must be finite and ridge >= 0")
     spent = []
@@ -99,6 +99,9 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
         start = time.perf_counter()
         out = matvec(v) + ridge * v
         spent.append(time.perf_counter() - start)
+        if not np.isfinite(out).all():
+            raise ValueError(f"product {len(spent)} with K has {np.sum(~np.isfinite(out))} entries that are not "
+                             "finite: look for NaN or infinity in K and in the preconditioner")
         return out
 
     def relative(residual):

@@ -634,6 +634,10 @@ def test_tiles_errors():
     x[2, 1] = np.nan
     with pytest.raises(ValueError, match="not finite: look for NaN"):
         tiles.gram(fn, x)
+    bad = lazy.matrix(fn, x, quiet=True)
+    for wrong in (bad.diagonal, lambda: bad.columns([2]), lambda: bad.rows(2, 3), lambda: bad.matvec(np.eye(4))):
+        with pytest.raises(ValueError, match="of the kernel's tiles are not finite: look for NaN"):
+            wrong()
     with pytest.raises(MemoryError, match="1000000 x 1000000 kernel needs 200.* GB .*--store DIR"):
         tiles.gram(fn, np.broadcast_to(np.float32(1), (1000000, 3)))
     with pytest.raises(MemoryError, match="dense 3000000 x 3000000 kernel needs 36000.* GB"):
@@ -1015,6 +1019,10 @@ def test_pcg_says_so():
     assert info.iterations < 1000 and info.residual.max() < 1e-10
     with pytest.raises(ValueError, match="y has 1 entries that are not finite"):
         pcg.solve(lambda v: v, np.array([1.0, np.nan]))
+    with pytest.raises(ValueError, match="ridge is nan: y must be finite and ridge >= 0"):
+        pcg.solve(lambda v: v, y, np.nan)
+    with pytest.raises(ValueError, match="product 1 with K has 400 entries that are not finite: look for NaN"):
+        pcg.solve(lambda v: np.nan * v, y)
 
 
 def test_pcg_edges():
