@@ -7,27 +7,46 @@
 Proved by: test_all.py, section train
 """
 
+import itertools
 import os
 
 import jax
 
+import choose
 import hosts
 import kernel
 import lazy
-import regression
 import store
 import tiles
 
 
+SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
+
+
+def network_flags(group, images_or_sequences=True):
+    """Adds the flags that describe a network; each takes several values, separated by commas, to choose from."""
+    group.add_argument("--w_std", default="1.4142135623730951", help="sd of weights, relative to 1 / sqrt(inputs)")
+    group.add_argument("--b_std", default="0", help="sd of biases")
+    if images_or_sequences:
+        group.add_argument("--head", default="linear", help=f"before the last layer: {', '.join(kernel.HEADS)}; "
+                           "cosine normalizes the features, relu and exp are kernels of that cosine")
+        group.add_argument("--gamma", default="1", help="of --head exp: exp(gamma (cosine - 1))")
+
+
+def select_flag(group, default):
+    group.add_argument("--select", choices=choose.CRITERIA, help="how ridge and network are chosen: leave-one-out, "
+                       f"generalised cross-validation, or rows held out; None is {default}")
+
+
 def check(parser, args, *positive):
-    """Makes lists of args.ridge and args.sizes, n_train the largest size unless given; or the parser's error.
+    """Makes lists of args.ridge, args.sizes and SETTINGS, n_train the largest size unless given; or the parser's error.
 
     ridge: "auto", or numbers separated by commas, none negative.   sizes: whole numbers, 1 to n_train; they get
     n_train too, and are sorted; [] where neither is given.   positive: names of flags that must be at least 1.
     tol, seed, kind and, where there is one, variance must be possible.
     """
     try:
-        args.ridge = regression.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
+        args.ridge = choose.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
     except ValueError:
         parser.error(f"--ridge {args.ridge}: expected a number, numbers separated by commas, or auto")
     for ridge in args.ridge:
@@ -37,6 +56,16 @@ def check(parser, args, *positive):
         sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else []
     except ValueError:
         parser.error(f"--sizes {args.sizes}: expected whole numbers separated by commas")
+    for flag, kind in SETTINGS.items():
+        text = getattr(args, flag, None)
+        try:
+            if isinstance(text, (str, int)):
+                setattr(args, flag, [kind(value) for value in str(text).split(",")])
+            elif hasattr(args, flag):
+                setattr(args, flag, [None])
+        except ValueError:
+            parser.error(f"--{flag} {text}: expected {'a whole number' if kind is int else 'a number'}, or several "
+                         "separated by commas")
     if not 0 < args.tol < 1:
         parser.error(f"--tol {args.tol}: expected a number between 0 and 1")
     if args.seed < 0:
@@ -45,12 +74,52 @@ def check(parser, args, *positive):
         parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that the network "
                      "samples; use --kind nngp")
     for flag in ("n_train", *positive):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)}: expected at least 1")
+        value = getattr(args, flag)
+        if not all(one is None or one >= 1 for one in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{flag} {value}: expected at least 1")
     args.n_train = args.n_train or max(sizes, default=None)
     args.sizes = sorted({*sizes, *([args.n_train] if args.n_train else [])})
     if args.sizes and not 1 <= args.sizes[0] <= args.sizes[-1] <= args.n_train:
         parser.error(f"--sizes {sizes}: expected 1 to n_train={args.n_train}")
+
+
+def settings(args):
+    """[{flag: value}, ...]: every combination of the values of SETTINGS that were given; what is not used is None."""
+    given, found = {flag: getattr(args, flag) for flag in SETTINGS if hasattr(args, flag)}, []
+    for values in itertools.product(*given.values()):
+        one = dict(zip(given, values))
+        unused = ["zca_eps"] * (one.get("whiten") in ("none", "channel")) + ["gamma"] * (one.get("head", "exp") != "exp")
+        one.update(dict.fromkeys(set(unused) & set(one)))
+        if one not in found:
+            found.append(one)
+    return found
+
+
+def compare(args, evaluate, by="mse"):
+    """Sets each of SETTINGS to one value: where several were given, those of the best row.
+
+    evaluate: a dict of `settings` -> [choose.Row, ...], a row for each ridge.   by: as in `choose.best`.
+    Returns [[settings, ridge, score, mse], ...] of what was compared, [] where there was nothing to choose.
+    """
+    found, several = settings(args), {flag for flag in SETTINGS if len(getattr(args, flag, [])) > 1}
+    rows = [choose.best(evaluate(one), by) for one in found] if several else [None] * len(found)
+    best = rows.index(choose.best(rows, by)) if several else 0
+    for flag, value in found[best].items():
+        setattr(args, flag, value)
+    table = [({flag: one[flag] for flag in one if flag in several}, row) for one, row in zip(found, rows) if several]
+    if several and not args.quiet:
+        print("\n".join(" ".join(f"{flag}={value}" for flag, value in one.items())
+                        + f": ridge {row.ridge:.2g}, {choose.describe(row)}" for one, row in table))
+        print("chosen: " + " ".join(f"{flag}={value}" for flag, value in table[best][0].items()))
+    return [[one, *row[:3]] for one, row in table]
+
+
+def described(args):
+    """The flags in one line."""
+    def text(value):
+        return ",".join(f"{one:.3g}" if isinstance(one, float) else str(one) for one in (
+            value if isinstance(value, list) else [value]))
+    return " ".join(f"{key}={text(value)}" for key, value in vars(args).items())
 
 
 def tile_side(cpu, gpu, rows):

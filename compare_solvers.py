@@ -46,7 +46,7 @@ EXACT = {"eps": 1e-30, "stop_updating_after": 1e-30}  # of linear_operator: with
 def ours(name, rank=None):
     def run(K, A, y, ridge, tol):
         solver = regression.Solver(K, name, rank, [ridge / K.diagonal().mean()], tol, y.shape[1], max_iters=MOST)
-        alpha, info = solver(y, ridge / solver.diagonal, tol)
+        alpha, info = solver(y, ridge / solver.scale, tol)
         return alpha, info.iterations, solver.rank
     return run
 
@@ -132,7 +132,7 @@ def measure(runs, K, A, y, ridge, tol, repeats):
 def problem(args):
     """K as a TiledMatrix and y, one-hot."""
     x, labels, _, _ = data.load("cifar10" if args.data else "digits", args.data, args.n, 1)
-    x, y = data.standardise(x)(x), data.one_hot(labels)
+    x, y = np.asarray(data.whitening("channel", x)()(x)), data.one_hot(labels)
     if not args.store:
         return tiles.gram(ENGINES[next(iter(ENGINES))](args.kernel, args.kind), x), y
     kept = store.Store(args.store)

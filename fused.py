@@ -68,9 +68,9 @@ def parse(layers):
         else:
             break
     names = [layer[0] for layer in rest]
-    if names[:1] not in (["gap"], ["flatten"]) or set(names[1:]) - {"dense", "relu"}:
+    if names[:1] not in (["gap"], ["flatten"]) or set(names[1:]) - {"dense", *kernel.ELEMENTWISE}:
         raise ValueError("fused.py takes (conv or conv1d, relu) and pool in any number, then gap or flatten, "
-                         f"then dense and relu; this network continues with {names}: "
+                         f"then dense, relu, normalize and exp; this network continues with {names}: "
                          "take kernel.kernel_fn")
     return stages, names[0], rest[1:]
 
@@ -357,11 +357,11 @@ def own_lengths(ending, x1, x2, out, v1, v2):
 
 
 def scalars(layers, K, T, v1, v2):
-    """K and T after the dense layers and relus that follow; v1, v2: k(x, x) of rows and columns."""
+    """K and T after the layers that follow; v1, v2: k(x, x) of rows and columns."""
     for layer in layers:
-        if layer[0] == "relu":
-            K, T = kernel.relu(K, T, jnp.sqrt(v1), jnp.sqrt(v2))
-            v1, v2 = v1 / 2, v2 / 2
+        if layer[0] in kernel.ELEMENTWISE:
+            K, T = kernel.elementwise(layer, K, T, jnp.sqrt(v1), jnp.sqrt(v2))
+            v1, v2 = ({"relu": v / 2, "normalize": (v > 0).astype(v.dtype), "exp": v}[layer[0]] for v in (v1, v2))
         else:
             K, T = kernel.linear(layer, K, T)
             v1, v2 = (layer[1]**2 * v + layer[2]**2 for v in (v1, v2))
@@ -373,7 +373,7 @@ def kernel_fn(name, kind, flips=False, **options):
 
     flips: k(x, x') + k(x, f x') in place of k(x, x'), f x' being the mirror image of x' (augment.py).
     Raises ValueError also for a list of layers of another form than (conv, relu) and pool in any
-    number, gap or flatten, then dense and relu. Runs on one device, `tiles.gram` on all of them.
+    number, gap or flatten, then dense, relu, normalize and exp. Runs on one device, `tiles.gram` on all of them.
     """
     layers = kernel.network(name, **options)
     stages, ending, tail = parse(layers)
@@ -391,7 +391,7 @@ def kernel_fn(name, kind, flips=False, **options):
             mirror = kernel.as_images(layers, augment.mirror(given)) if flips else None
             out, v1, v2 = vectors(x1, x2, mirror)
         else:
-            out, v1, v2 = images(stages, ending, ("relu",) in tail, states, mirrors, sequences, x1, x2)
+            out, v1, v2 = images(stages, ending, any(layer[0] in kernel.ELEMENTWISE for layer in tail), states, mirrors, sequences, x1, x2)
         if sequences:
             out, v1, v2 = own_lengths(ending, x1, x2, out, v1, v2)
         K, T = scalars(tail, out[0], out[1] if len(out) == 2 else jnp.zeros_like(out[0]), v1, v2)

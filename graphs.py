@@ -204,8 +204,8 @@ def walk(rounds, one, two, buffers, side):
             k = relus
             for layer in layers:
                 if layer[0] == "relu":
-                    K, T = kernel.relu(K, T, *(lax.dynamic_slice_in_dim(bin.stds[k], at, side)
-                                               for bin, at in ((one, r), (two, s))))
+                    K, T = kernel.elementwise(layer, K, T, *(lax.dynamic_slice_in_dim(bin.stds[k], at, side)
+                                                             for bin, at in ((one, r), (two, s))))
                     k += 1
                 else:
                     K, T = kernel.linear(layer, K, T)
@@ -237,7 +237,7 @@ def own(rounds, features, lists, groups):
             if layer[0] == "relu":
                 std = jnp.sqrt(jnp.maximum(jnp.diagonal(K), 0))
                 stds.append(std[groups[l][0]])
-                K, _ = kernel.relu(K, K, std, std)
+                K, _ = kernel.elementwise(layer, K, K, std, std)
             else:
                 K, _ = kernel.linear(layer, K, K)
     return jnp.stack(stds) if stds else jnp.zeros((0, len(K)), K.dtype)

@@ -9,6 +9,8 @@ plain vector) carry two arrays from layer to layer:
   input              K = <x_p, x'_q> / channels                            T = 0
   dense, conv        K <- w_std^2 A(K) + b_std^2                           T <- K_new + w_std^2 A(T)
   relu               K <- sqrt(v v') kappa1(c) / 2,  c = K / sqrt(v v')    T <- kappa0(c) T / 2
+  normalize          K <- c                                                T <- T / sqrt(v v')
+  exp                K <- sqrt(v v') exp(gamma (c - 1))                    T <- gamma exp(gamma (c - 1)) T
   pool, flatten, gap K <- A(K)                                             T <- A(T)
   mask               of a sequence: from here on layers read K[p, q] = T[p, q] = 0 where p or q does not exist
   aggregate          K <- A K A'^T, A and A' of the two graphs             T <- A T A'^T
@@ -51,16 +53,21 @@ NETWORKS = ("fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10")
 SEQUENCES = ("seq_fc", "seq_cnn", "seq_cnn_gap")
 KINDS = ("nngp", "ntk")
 LAYERS = {"dense": 2, "conv": 2, "conv1d": 2, "relu": 0, "pool": 0, "flatten": 0, "gap": 0, "mask": 0,  # parameters
-          "aggregate": 1, "jump": 0, "sum": 0, "mean": 0}
+          "aggregate": 1, "jump": 0, "sum": 0, "mean": 0, "normalize": 0, "exp": 1}
+ELEMENTWISE = ("relu", "normalize", "exp")  # layers that read the variances of both inputs
+HEADS = ("linear", "cosine", "relu", "exp")
 GRAPH = ("aggregate", "jump", "sum", "mean")  # layers that read the graph
 BLOCK = 2**18  # array elements worked on at a time where positions are carried: 1 MB stays in cache
 
 
-def network(name, depth=None, w_std=2**0.5, b_std=0.0):
+def network(name, depth=None, w_std=2**0.5, b_std=0.0, head="linear", gamma=1.0):
     """The layers of a named network: a list of (layer,) or (layer, w_std, b_std).
 
     depth: hidden layers of fc and seq_fc (default 3), convolutions of cnn_vec and cnn_gap (default 8), of
     seq_cnn and seq_cnn_gap (default 3); the number in a Myrtle network's name fixes its depth (Shankar et al. 2020).
+    head: what comes before the last dense layer. linear: nothing. cosine: a dense layer, normalized (layer norm), so
+    that k(x, x) is the same for all x. relu and exp: a relu on top of that, or exp(gamma (cosine - 1)); both are
+    heads of Shankar et al. 2020.
     name may also be such a list itself, which is checked and returned.
     """
     if not isinstance(name, str):
@@ -71,32 +78,38 @@ def network(name, depth=None, w_std=2**0.5, b_std=0.0):
             raise ValueError(f"in the list of layers {bad or layers}: expected (\"dense\" or \"conv\", "
                              "w_std, b_std), (\"relu\",), (\"pool\",), and (\"flatten\",) or (\"gap\",) "
                              "at least once; of graphs (\"aggregate\", degree), (\"jump\",), and (\"sum\",) or "
-                             "(\"mean\",)")
+                             "(\"mean\",); (\"normalize\",) and (\"exp\", gamma) anywhere")
         if {"conv1d", "mask"} & names and ({"conv", "pool", *GRAPH} & names or layers[0] != ("mask",)
                                            or ("mask",) in layers[1:]):
             raise ValueError(f"in the list of layers {layers}: a network of sequences begins with (\"mask\",), the "
                              "only one, and has (\"conv1d\", w_std, b_std) in place of conv, no pool and no graph")
-        if (depth, w_std, b_std) != network.__defaults__:
-            raise ValueError("depth, w_std and b_std are for named networks; a list of layers has its own")
+        if (depth, w_std, b_std, head, gamma) != network.__defaults__:
+            raise ValueError("depth, w_std, b_std, head and gamma are for named networks; a list of layers has its own")
         return layers
     if name not in NETWORKS + SEQUENCES:
         raise ValueError(f"kernel {name!r} is unknown; choose one of {', '.join(NETWORKS + SEQUENCES)}")
     if depth is not None and (name.startswith("myrtle") or depth < 1):
         raise ValueError(f"depth={depth} does not fit {name}: depth is a positive number of layers "
                          "for all but the Myrtle networks, whose depth is in their name")
+    if not w_std > 0 or not b_std >= 0:
+        raise ValueError(f"w_std={w_std}, b_std={b_std}: expected w_std > 0 and b_std >= 0")
     dense, conv, relu, pool = ("dense", w_std, b_std), ("conv", w_std, b_std), ("relu",), ("pool",)
+    heads = {"linear": [], "cosine": [dense, ("normalize",)], "relu": [dense, ("normalize",), relu],
+             "exp": [dense, ("normalize",), ("exp", gamma)]}
+    if head not in heads or not gamma > 0:
+        raise ValueError(f"head={head!r}, gamma={gamma}: expected one of {', '.join(heads)}, and gamma > 0")
+    last = heads[head] + [dense]
     if name == "fc":
-        return [("flatten",)] + [dense, relu] * (depth or 3) + [dense]
+        return [("flatten",)] + [dense, relu] * (depth or 3) + last
     if name in ("cnn_vec", "cnn_gap"):
-        return [conv, relu] * (depth or 8) + [("flatten" if name == "cnn_vec" else "gap",), dense]
+        return [conv, relu] * (depth or 8) + [("flatten" if name == "cnn_vec" else "gap",)] + last
     if name == "seq_fc":
-        return [("mask",), ("flatten",)] + [dense, relu] * (depth or 3) + [dense]
+        return [("mask",), ("flatten",)] + [dense, relu] * (depth or 3) + last
     if name in ("seq_cnn", "seq_cnn_gap"):
         return ([("mask",)] + [("conv1d", w_std, b_std), relu] * (depth or 3)
-                + [("flatten" if name == "seq_cnn" else "gap",), dense])
+                + [("flatten" if name == "seq_cnn" else "gap",)] + last)
     a, b, c = {"myrtle5": (2, 1, 1), "myrtle7": (2, 2, 2), "myrtle10": (3, 3, 3)}[name]
-    return ([conv, relu] * a + [pool] + [conv, relu] * b + [pool] + [conv, relu] * c
-            + [("gap",), dense])
+    return [conv, relu] * a + [pool] + [conv, relu] * b + [pool] + [conv, relu] * c + [("gap",)] + last
 
 
 def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0.0):
@@ -105,9 +118,9 @@ def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0
     degree: of x, see the top.   pool: "sum" or "mean" over nodes.   jump: pool the nodes after every round
     and add these up, each with weights of its own (jumping knowledge): K and T are the sums over rounds.
     """
-    if min(degree, depth, hidden) < 1 or pool not in ("sum", "mean"):
-        raise ValueError(f"degree={degree}, depth={depth}, hidden={hidden}, pool={pool!r}: expected three "
-                         "positive numbers, and sum or mean")
+    if min(degree, depth, hidden) < 1 or pool not in ("sum", "mean") or not w_std > 0 or not b_std >= 0:
+        raise ValueError(f"degree={degree}, depth={depth}, hidden={hidden}, pool={pool!r}, w_std={w_std}, "
+                         f"b_std={b_std}: expected three positive numbers, sum or mean, w_std > 0 and b_std >= 0")
     step = [("aggregate", degree)] + [("dense", w_std, b_std), ("relu",)] * hidden
     return (step + [("jump",)] * jump) * (depth - 1) + step + [(pool,), ("dense", w_std, b_std)]
 
@@ -174,7 +187,7 @@ def diagonal(K):
 
 
 def linear(layer, K, T):
-    """K and T after any layer but relu."""
+    """K and T after any layer that mixes positions or channels linearly."""
     name = layer[0]
     if name == "mask":
         return K, T  # what it does is done by `masked`, before every layer
@@ -215,14 +228,20 @@ def features(layers, x):
     return x[..., :x.shape[-1] - 2 * next((layer[1] for layer in layers if layer[0] == "aggregate"), 0)]
 
 
-def relu(K, T, std1, std2):
-    """K and T after a ReLU; std1 and std2 are sqrt(v) of the two inputs, zero for black patches."""
+def elementwise(layer, K, T, std1, std2):
+    """K and T after a layer of ELEMENTWISE; std1 and std2 are sqrt(v) of the two inputs, zero for black patches."""
     def outer(a, b):
         return a.reshape(a.shape + (1,) * (K.ndim - a.ndim)) * b[(None,) * (K.ndim - b.ndim)]
 
     def inverse(s):
         return jnp.where(s > 0, 1 / jnp.where(s > 0, s, jnp.ones_like(s)), jnp.zeros_like(s))
-    kappa0, kappa1 = kappas(K * outer(inverse(std1), inverse(std2)))
+    scale = outer(inverse(std1), inverse(std2))
+    if layer[0] == "normalize":
+        return K * scale, T * scale
+    if layer[0] == "exp":
+        E = jnp.exp(layer[1] * (K * scale - 1))
+        return outer(std1, std2) * E, layer[1] * E * T
+    kappa0, kappa1 = kappas(K * scale)
     return outer(std1, std2) * kappa1 / 2, kappa0 * T / 2
 
 
@@ -249,14 +268,14 @@ def masked(layer, K, T, exists1, exists2):
 
 
 def deviations(layers, x):
-    """sqrt(v) before each relu, for one input x (h, w, channels): the recursion of x with itself."""
+    """sqrt(v) before each layer of ELEMENTWISE, for one input x (h, w, channels): the recursion of x with itself."""
     K, there = covariance(features(layers, x), features(layers, x), carries_pairs(layers)), exists(layers, x)
     stds, kept = [], []
     for layer in layers:
         K, _ = masked(layer, K, K, there, there)
-        if layer[0] == "relu":
+        if layer[0] in ELEMENTWISE:
             stds.append(jnp.sqrt(diagonal(K)))
-            K, _ = relu(K, K, stds[-1], stds[-1])
+            K, _ = elementwise(layer, K, K, stds[-1], stds[-1])
         elif layer[0] in GRAPH:
             K, _ = graph_layer(layer, K, K, x, x, kept)
         else:
@@ -274,7 +293,7 @@ def pair(layers, kind, x1, x2, stds1, stds2):
         if layer[0] in GRAPH:
             K, T = graph_layer(layer, K, T, x1, x2, kept)
         else:
-            K, T = relu(K, T, *next(stds)) if layer[0] == "relu" else linear(layer, K, T)
+            K, T = elementwise(layer, K, T, *next(stds)) if layer[0] in ELEMENTWISE else linear(layer, K, T)
     return chosen(kind, K, T)
 
 
@@ -336,7 +355,7 @@ def kernel_fn(name, kind, **options):
 
     name: one of NETWORKS or SEQUENCES, or a list of layers as `network` returns.
     kind: "nngp", "ntk", or a tuple of them for a tuple of matrices in one pass.
-    options: depth, w_std, b_std of `network`.
+    options: depth, w_std, b_std, head, gamma of `network`.
     x1, x2: (n, h, w, channels), or (n, d) for fc, (n, length, channels) for sequences. Computed in float32, or
     in float64 where x1 is float64. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
     Raises ValueError: unknown name or kind, images that do not fit the network.
@@ -398,7 +417,8 @@ def reference_fn(name, kind, **options):
         "conv1d": lambda w_std, b_std: nt.Conv(1, (3, 1), padding="SAME", W_std=w_std, b_std=b_std),
         "relu": nt.Relu, "pool": lambda: nt.AvgPool((2, 2), (2, 2)), "flatten": nt.Flatten,
         "gap": nt.GlobalAvgPool, "mean": nt.GlobalAvgPool, "sum": nt.GlobalSumPool,
-        "aggregate": lambda degree: nt.Aggregate((1, 2), 0, 3)}
+        "aggregate": lambda degree: nt.Aggregate((1, 2), 0, 3),
+        "normalize": lambda: nt.LayerNorm(-1, eps=0.0), "exp": lambda gamma: nt.ExpNormalized(gamma)}
     kernel = nt.serial(*[build[layer[0]](*layer[1:]) for layer in layers if layer != ("mask",)])[2]
     mask = {"mask_constant": 0.0} if layers[0] == ("mask",) else {}
 

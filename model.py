@@ -22,7 +22,7 @@ import augment
 import data
 import store
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Model(NamedTuple):
@@ -31,7 +31,7 @@ class Model(NamedTuple):
     support: np.ndarray  # (n, h, w, channels) uint8, as they were read
     view: augment.View  # rows of alpha -> images
     whiten: data.Whitening
-    about: dict  # kernel, kind, depth, tile, and whatever else was recorded
+    about: dict  # layers, kind, flips, tile, and whatever else was recorded
 
 
 def save(path, model):

@@ -38,7 +38,6 @@ import numpy as np
 from scipy.linalg import eigvalsh_tridiagonal
 from tqdm import tqdm
 
-PLOTS = ".png", ".svg", ".pdf"
 SINGULAR = 1e-14  # of the largest <d, A d> / <d, d>: one below it is rounding
 CHECK = 20  # steps between true residuals: one product more in twenty
 
@@ -236,15 +235,9 @@ def _condition(alphas, betas):
     return float(ritz[-1] / ritz[0]) if ritz[0] > 0 else float("inf")
 
 
-def plot(infos, path, title=""):
-    """Residual against step, a line for each of {name: Info}, as an image, one of PLOTS."""
-    from matplotlib.figure import Figure  # no window, no global state
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="steps (products with K)", yscale="log",
-                              ylabel="largest |y - A x| / |y| over columns")
+def draw(axes, infos):
+    """Residual against step, a line for each of {name: Info}."""
     for name, info in infos.items():
         axes.plot(info.history, label=f"{name}: {info.iterations} steps, {info.seconds:.2g} s")
+    axes.set(xlabel="steps (products with K)", yscale="log", ylabel="largest |y - A x| / |y| over columns")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    return figure

@@ -1,4 +1,4 @@
-"""Kernel regression on a kernel matrix: which ridge, what prediction, how sure.
+"""Kernel regression on a kernel matrix: solve, predict, and how sure; which ridge: choose.py.
 
   f(x) = k(x, X) alpha,     alpha = A^-1 Y,     A = K + lambda I,     lambda = ridge * mean(diag K)
 
@@ -13,10 +13,9 @@ infinitely wide network itself is that of its NNGP kernel.
   n  training rows   m  test rows   c  outputs   ridge  relative: one number means the same for every kernel
 
 Nothing is computed anew for another ridge: K, the preconditioner's look at it, and the solution before,
-from which the next one starts. A validation split is a leading block of K. Predictions for its other
-rows are K times alpha padded with zeros.
+from which the next one starts.
 
-    alpha, f, result, solver = regression.fit(K, K_test, y, [0.01, 0.1, 1.0], fit, held_out, score)
+    alpha, f, result, solver = regression.fit(K, K_test, y, [0.01, 0.1, 1.0], "loo")
 
 Proved by: test_all.py, section regression
 """
@@ -25,12 +24,11 @@ import numpy as np
 from scipy.special import ndtr
 from tqdm import tqdm
 
+import choose
 import pcg
 import precondition
 import runs
 
-RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
-SEARCH = 1e-3  # residual to which ridges are compared
 COLUMNS = 256  # right sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": precondition.low_rank, "jacobi": precondition.jacobi,
@@ -48,11 +46,11 @@ class Solver:
         prior: (n,), to whose mean ridges are relative; None is the diagonal of K.
         """
         self.prior = K.diagonal() if prior is None else prior
-        self.K, self.name, self.look, self.diagonal = K, name, look, self.prior.mean()
+        self.K, self.name, self.look, self.scale = K, name, look, self.prior.mean()
         self.max_iters, self.quiet, self.keep = max_iters, quiet, keep
         if look is None and name == "lowrank":
-            n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.diagonal
-            solves = [(ridge, SEARCH) for ridge in ridges if len(ridges) > 1]
+            n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.scale
+            solves = [(ridge, choose.SEARCH) for ridge in ridges if len(ridges) > 1]
             product = 2 * n * n * c * K.slowness
             block = 4 * precondition.BLOCK if K.reads_all else precondition.block(n)
             worth = None if rank else precondition.Worth(
@@ -70,45 +68,84 @@ class Solver:
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
         """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, in terms of this ridge."""
-        absolute = ridge * self.diagonal
+        absolute = ridge * self.scale
         keep = self.keep and self.keep(ridge=ridge, tol=tol, y=y)
         try:
             return pcg.solve(self.K.matvec, y, absolute, self.look(absolute), tol, self.max_iters, x0,
                              self.quiet, keep)
         except pcg.Indefinite as error:
-            cure = error.cure / self.diagonal
+            cure = error.cure / self.scale
             raise pcg.Indefinite(f"{error}: --ridge {cure:.1e}", cure) from error
 
 
-def fit(K, K_test, y, ridges, n_fit, held_out, score, tol=1e-6, by="mse", **options):
+def fit(K, K_test, y, ridges, select="loo", score=None, held_out=None, copies=1, by="mse", tol=1e-6, **options):
     """Choose the ridge, solve, predict: alpha (n, c), f (m, c), the evidence as {name: value}, and the Solver.
 
-    ridges, n_fit, held_out, score, by: of `choose_ridge`; one ridge needs no choice.   tol: of the solve.
-    options: of `Solver`.
+    select: of choose.CRITERIA; one ridge needs no choose.   held_out: for validation, (n_fit, rows held out) as
+    `choose.validation` takes them.   score, copies, by: as in choose.py.   tol: of the solve.   options: of `Solver`.
+    Where K has few rows and all are labelled, the evidence has the leave-one-out error of the chosen ridge too.
     """
     seconds, quiet = {}, options.get("quiet", True)
-    with runs.phase("precondition", seconds):
-        solver = Solver(K, ridges=ridges, tol=tol, c=y.shape[1], **options)
-    with runs.phase("ridge", seconds):
-        ridge, table = (choose_ridge(solver, y, n_fit, held_out, ridges, score, by) if len(ridges) > 1
-                        else (ridges[0], []))
+    spectrum, solver, table = _searched(K, y, ridges, select if len(ridges) > 1 else None, score, held_out, copies, by,
+                                        tol, options, seconds)
+    ridge = choose.best(table, by).ridge if table else ridges[0]
+    ridge = float(K.team.all_reduce(np.array([ridge * (K.team.index == 0)]))[0])  # one choice, should hosts round apart
     with runs.phase("solve", seconds):
         alpha, info = solver(y, ridge, tol)
     with runs.phase("predict", seconds):
         f = K_test.matvec(alpha)
     read = K.read_rate()
     result = {
-        "ridge": ridge, "validation": table, "rows": len(y), "rank": solver.rank,
+        "ridge": ridge, "select": select if table else None, "search": [list(row[:3]) for row in table], "rows": len(y),
+        "rank": solver.rank,
         "cg_iterations": info.iterations, "cg_converged": info.converged, "condition": info.condition,
         "cg_residual": float(info.residual.max()), "cg_residuals": info.residual.tolist(),
         "cg_history": [float(f"{r:.3g}") for r in info.history], "rounding": rounding(solver, y, alpha),
         "step_seconds": info.seconds / max(1, info.iterations),
         "product_bytes_per_second": read and 4 * K.entries * info.products / info.product_seconds,
         "read_bytes_per_second": read and read * K.team.count,
-        "seconds": seconds}
+        "seconds": seconds, **left_out(spectrum, y, ridge, score, copies)}
     if not quiet:
         print(evidence(result, tol))
     return alpha, f, result, solver
+
+
+def search(K, y, ridges, select, score=None, held_out=None, copies=1, by="mse", **options):
+    """[choose.Row, ...] of the ridges; arguments as of `fit`.  One ridge is compared with nothing, but measured."""
+    return _searched(K, y, ridges, select, score, held_out, copies, by, choose.SEARCH, options, {})[2]
+
+
+def _searched(K, y, ridges, select, score, held_out, copies, by, tol, options, seconds):
+    """(spectrum or None, Solver, table) for `fit`; select None: no table."""
+    quiet, spectrum, table = options.get("quiet", True), None, []
+    if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):
+        with runs.phase("ridge", seconds):
+            prior = options.get("prior")
+            spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean())
+    if select == "loo":
+        with runs.phase("ridge", seconds):
+            table = choose.leave_one_out(spectrum, y, ridges, score, copies)
+            if not quiet:
+                print("\n".join(f"ridge {row.ridge:8.2g}: leave-one-out {choose.describe(row)}" for row in table))
+    with runs.phase("precondition", seconds):
+        solver = Solver(K, ridges=[choose.best(table, by).ridge] if table else ridges, tol=tol, c=y.shape[1], **options)
+    with runs.phase("ridge", seconds):
+        if select == "gcv":
+            table = choose.generalised(solver, y, ridges, options.get("seed", 0))
+        elif select == "validation":
+            table = choose.validation(solver, y, ridges, *held_out, score)
+    return spectrum, solver, table
+
+
+def left_out(spectrum, y, ridge, score, copies):
+    """The leave-one-out error of one ridge, as fields of a result; none where there is no spectrum, or the ridge is
+    within the rounding of K."""
+    try:
+        row, = choose.leave_one_out(spectrum, y, [ridge], score, copies) if spectrum else [None]
+    except pcg.Indefinite:
+        row = None
+    return {} if row is None else {"loo_mse": row.mse, "effective_dimension": row.dimension,
+                                   **({"loo_score": row.score} if score else {})}
 
 
 def evidence(result, tol):
@@ -120,42 +157,10 @@ def evidence(result, tol):
             + f", residuals {min(residuals):.1e} to {max(residuals):.1e}, condition {result['condition']:.3g}"
             + (f", product {moved / 1e9:.2f} GB/s, {100 * moved / read:.0f} % of the rate at which its tiles "
                "can be read" if read else "")
+            + (f"\nleave-one-out: mse {result['loo_mse']:.5f}, effective dimension {result['effective_dimension']:.1f} of "
+               f"{result['rows']}" if "loo_mse" in result else "")
             + (f"\nnote: rounding K to float32 alone makes a residual of about {rounds:.0e}; steps from "
                f"there to {tol:.0e} fit that rounding" if tol < rounds / 100 else ""))
-
-
-def choose_ridge(solver, y, n_fit, held_out, ridges, score, by="mse"):
-    """The ridge with the least mean squared error on rows held out, and [[ridge, score, mse], ...]; by="score": that
-    with the largest score.
-
-    Not that with the best accuracy, which is noise on a few hundred images: on subsets of CIFAR-10 it
-    picked 0.01 to 1 where mse picked 0.3 or 1.
-    n_fit: how many rows are fitted, the first.   held_out: numbers of rows after them, or for rows that are not
-    of K (K_val, y_val), their kernel with the rows of K and their targets.
-    score: f (rows held out, c) -> what to show beside the mse.
-    To SEARCH in the residual, from the largest ridge down, the easy direction; all of them, for the mse
-    of pooled kernels rises before it falls, but none below one with which A is not positive definite.
-    """
-    part, table, alpha = solver.leading(n_fit), [], None
-    for ridge in sorted(ridges, reverse=True):
-        try:
-            alpha, info = part(y[:n_fit], ridge, SEARCH, alpha)
-        except pcg.Indefinite as error:
-            if not table:
-                raise
-            if not solver.quiet:
-                print(f"ridge {ridge:.2g}: {error}")
-            break
-        if isinstance(held_out, tuple):
-            f, y_val = held_out[0].matvec(alpha), held_out[1]
-        else:
-            f = solver.K.matvec(np.concatenate([alpha, np.zeros((len(y) - n_fit, y.shape[1]))]))[held_out]
-            y_val = y[held_out]
-        table.append([ridge, score(f), float(np.mean((f - y_val) ** 2))])
-        if not solver.quiet:
-            print(f"ridge {ridge:8.2g}: validation score {table[-1][1]:.4f}, mse {table[-1][2]:.5f}, "
-                  f"{info.iterations} steps")
-    return min(table, key=lambda row: row[2] if by == "mse" else -row[1])[0], table
 
 
 def rounding(solver, y, alpha):
@@ -172,7 +177,7 @@ def variance(solver, K_test, prior, ridge, block=COLUMNS):
     """(k(x, x) + lambda - k(x, X) A^-1 k(X, x)) of each test row, (m,), without the factor s^2.
 
     prior: k(x, x), (m,).   K_test: (m, n).   block: right sides solved at once.
-    A solve for each test row, to a residual of SEARCH / 10; what is left of it counts squared.
+    A solve for each test row, to a residual of choose.SEARCH / 10; what is left of it counts squared.
     """
     m, out = K_test.shape[0], np.empty(K_test.shape[0])
     with tqdm(total=m, unit=" rows", desc="variance", disable=solver.quiet or None,
@@ -180,8 +185,8 @@ def variance(solver, K_test, prior, ridge, block=COLUMNS):
         for start in range(0, m, block):
             stop = min(m, start + block)
             k = K_test.rows(start, stop).T
-            explained = np.einsum("nm,nm->m", k, solver(k, ridge, SEARCH / 10)[0])
-            out[start:stop] = prior[start:stop] + ridge * solver.diagonal - explained
+            explained = np.einsum("nm,nm->m", k, solver(k, ridge, choose.SEARCH / 10)[0])
+            out[start:stop] = prior[start:stop] + ridge * solver.scale - explained
             bar.update(stop - start)
     return out
 

@@ -33,9 +33,10 @@ from scipy.special import digamma
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
            "gcn", "fingerprint", "sum"]
-CURVE = ("dataset", "kernel", "kind", "depth", "whiten", "zca_eps", "flips", "crops", "n_test")
+NETWORK = {"w_std": 2**0.5, "b_std": 0.0, "head": "linear", "gamma": None}
+CURVE = ("dataset", "kernel", "kind", "depth", *NETWORK, "whiten", "zca_eps", "flips", "crops", "n_test")
 SAME = (*CURVE, "n_train")
-IMAGES_ONLY = {"zca_eps": None, "flips": None, "crops": 1}
+ABSENT = {**NETWORK, "zca_eps": None, "flips": None, "crops": 1}  # what runs mean that do not have it
 SCORES = ("test_accuracy", "test_auc", "test_ap", "test_spearman", "test_rmse")
 POWERS = np.arange(1, 401) / 200  # what b may be
 FEW = 100  # test images; runs with fewer measure cost, and their accuracy is nobody's business
@@ -50,10 +51,12 @@ def load(path):
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
-                config = run["config"] = {**IMAGES_ONLY, **run["config"]}
+                config = run["config"] = {**ABSENT, **run["config"]}
                 config["flips"] = bool(config["flips"])  # symmetric and explicit ones: the same predictions
+                config["zca_eps"] = config["zca_eps"] if str(config["whiten"]).startswith("zca") else None
+                run["search"] = run.pop("validation", None) or run.get("search")  # as it was called before
                 solver = run["ridge"], config.get("rank"), config.get("precondition")
-                fixed = () if run.get("validation") else solver
+                fixed = () if run["search"] else solver
                 key = tuple(config[name] for name in SAME) + fixed
                 groups.setdefault(key, {})[config["seed"]] = run
             except (ValueError, KeyError, TypeError) as error:
@@ -73,7 +76,7 @@ def curves(groups, dataset):
     out = {}
     for runs in groups:
         config = runs[0]["config"]
-        if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0].get("validation"):
+        if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0]["search"]:
             points = out.setdefault(tuple(config[name] for name in CURVE), {})
             points.setdefault(config["n_train"], []).extend(test_error(run) for run in runs)
     order = sorted(out, key=lambda key: (KERNELS.index(key[1]), *map(str, key)))
@@ -121,7 +124,10 @@ def name(key):
                      config["kind"].upper()]) + "".join(
         [", flips" if config["flips"] else "", f", {config['crops']} crops" if config["crops"] > 1 else "",
          f", {config['whiten']}" if config["whiten"] != "channel" else "",
-         f" {config['zca_eps']:g}" if config["whiten"] == "zca" else ""])
+         f" {config['zca_eps']:g}" if config["whiten"] in ("zca", "zca_unit") else "",
+         *(f", {flag} {config[flag]:.3g}" for flag in ("w_std", "b_std") if config[flag] != ABSENT[flag]),
+         f", {config['head']} head" if config["head"] not in (None, "linear") else "",
+         f" {config['gamma']:g}" if config["gamma"] else ""])
 
 
 def percent(errors, sign=1):
@@ -164,7 +170,7 @@ def augmentation(groups, dataset):
     found = {}
     for runs in groups:
         config = runs[0]["config"]
-        if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0].get("validation"):
+        if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0]["search"]:
             key = tuple(1 if k == "crops" else k != "flips" and config[k] for k in CURVE), config["n_train"]
             found.setdefault(key, {})[config["crops"], config["flips"]] = percent(
                 [test_error(run) for run in runs])
@@ -209,7 +215,7 @@ def results(groups, dataset):
         config = runs[0]["config"]
         key = tuple(config[k] for k in CURVE)
         if config["dataset"] != dataset or config["n_test"] < FEW or (
-                runs[0].get("validation") and (
+                runs[0]["search"] and (
                     config["crops"] > 1 or config["n_train"] < max(in_curve.get(key, [0])))):
             continue
         ridges = sorted({run["ridge"] for run in runs})

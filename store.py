@@ -256,7 +256,8 @@ def digests(x, block=1024):
     """A 64-bit BLAKE2b digest of each input x[rows], its dtype and shape: (n,) uint64."""
     out = []
     for start in range(0, len(x), block):
-        rows = np.ascontiguousarray(x[np.arange(start, min(start + block, len(x)))])
+        rows = x[np.arange(start, min(start + block, len(x)))]
+        rows = np.ascontiguousarray(rows.pixels() if hasattr(rows, "pixels") else rows)
         kind = hashlib.blake2b(f"{rows.dtype} {rows.shape[1:]}".encode(), digest_size=8)
         for row in rows:
             one = kind.copy()

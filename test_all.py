@@ -47,6 +47,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 import jax.numpy as jnp  # noqa: E402
 
 import augment  # noqa: E402
+import choose  # noqa: E402
 import compare_solvers  # noqa: E402
 import data  # noqa: E402
 import fused  # noqa: E402
@@ -106,13 +107,18 @@ def relative_error(a, b):
 def cifar(n):
     """The first n training images of CIFAR-10 in a balanced order, channels standardised."""
     x, y, _, _ = data.load("cifar10", CIFAR, n_train=n, n_test=1)
-    return data.standardise(x)(x), y
+    return whitened(x), y
 
 
 @functools.cache
 def digits(n):
     x, y, _, _ = data.load("digits", n_train=n)
-    return data.standardise(x)(x), y
+    return whitened(x), y
+
+
+def whitened(x, protocol="channel", fit=None, zca_eps=None, **options):
+    """x whitened by what was fitted on `fit`, or on x itself."""
+    return np.asarray(data.whitening(protocol, x if fit is None else fit, **options)(zca_eps)(x))
 
 
 # ---------------------------------------------------------------------------------------- kernel
@@ -142,6 +148,35 @@ def test_kernel_is_neural_tangents(name, options):
 
 
 @needs_cifar
+@pytest.mark.parametrize("name", ["fc", "cnn_vec", "cnn_gap", "myrtle5"])
+@pytest.mark.parametrize("head", ["cosine", "relu", "exp"])
+def test_kernel_heads_are_neural_tangents(name, head):
+    """Normalized readouts, of kernel.py and of fused.py, with and without mirror images: NNGP and NTK are those of
+    stax.LayerNorm, Relu and ExpNormalized to 1e-10, between different images; k(x, x) is the same for all x."""
+    x, options = images(np.random.default_rng(0), 5, (4, 4, 2)), {"head": head, "gamma": 1.7, "w_std": 1.3, "b_std": 0.2}
+    a, b = x[:2], x[2:]
+    found = kernel.kernel_fn(name, kernel.KINDS, **options)
+    for got, fast, want in zip(found(a, b), fused.kernel_fn(name, kernel.KINDS, **options)(a, b),
+                               reference(name, kernel.KINDS, a, b, **options)):
+        assert np.allclose(got, want, rtol=1e-10, atol=1e-12) and np.allclose(fast, want, rtol=1e-10, atol=1e-12)
+    half = augment.symmetric(found)(x)
+    for got, want in zip(fused.kernel_fn(name, kernel.KINDS, flips=True, **options)(x), half):
+        assert np.allclose(got, want, rtol=1e-10, atol=1e-12)
+    assert np.ptp(np.diag(found(x)[0])) < 1e-12
+
+
+@pytest.mark.parametrize("head", ["cosine", "relu", "exp"])
+def test_kernel_heads_by_hand(head):
+    """The NNGP of a head is its formula of the kernel without one, written out."""
+    x, gamma = np.random.default_rng(0).normal(size=(4, 3, 3, 2)), 0.7
+    K = np.asarray(kernel.kernel_fn("cnn_gap", "nngp", depth=2)(x))
+    c = np.clip(K / np.sqrt(np.outer(np.diag(K), np.diag(K))), -1, 1)
+    by_hand = {"cosine": c, "exp": np.exp(gamma * (c - 1)),
+               "relu": (np.sqrt(1 - c**2) + (np.pi - np.arccos(c)) * c) / (2 * np.pi)}[head]
+    got = kernel.kernel_fn("cnn_gap", "nngp", depth=2, head=head, gamma=gamma)(x)
+    assert np.allclose(got, 2 * by_hand, rtol=1e-7)  # the last layer: w_std^2 = 2
+
+
 @pytest.mark.parametrize("name, n", [("fc", 20), ("cnn_vec", 8), ("myrtle5", 2)])
 def test_kernel_is_neural_tangents_on_cifar(name, n):
     """float32 on real images, each with itself too, is neural_tangents in float64 to 1e-5.
@@ -1102,15 +1137,16 @@ def test_pcg_indefinite():
         pcg.solve(lambda v: -v, y, 0.5)
 
 
-def test_pcg_plot(tmp_path):
-    """The figure shows the histories it was given, under their names, and is written."""
+def test_pcg_draws():
+    """The figure shows the histories it was given, under their names."""
+    from matplotlib.figure import Figure
     K, y = spectrum(50, 1e4), np.random.default_rng(0).normal(size=(50, 2))
     infos = {name: pcg.solve(lambda v: K @ v, y, 1e-4, P)[1]
              for name, P in (("none", None), ("half", precondition.low_rank(Dense(K), 25)(1e-4)))}
-    axes, = pcg.plot(infos, tmp_path / "p.svg", "a title").axes
+    axes = Figure().add_subplot()
+    pcg.draw(axes, infos)
     for line, (name, info) in zip(axes.lines, infos.items(), strict=True):
         assert list(line.get_ydata()) == info.history and line.get_label().startswith(f"{name}: ")
-    assert (tmp_path / "p.svg").stat().st_size > 1000
 
 
 # ---------------------------------------------------------------------------------- precondition
@@ -1278,12 +1314,80 @@ def test_regression_rounding():
     y, solver = data.one_hot(digits(300)[1]), regression.Solver(K, rank=60)
     for tol in (1e-9, 1e-12):
         alpha, _ = solver(y, 1e-4, tol)
-        residual = y - exact @ alpha - 1e-4 * solver.diagonal * alpha
+        residual = y - exact @ alpha - 1e-4 * solver.scale * alpha
         reached = (np.linalg.norm(residual, axis=0) / np.linalg.norm(y, axis=0)).max()
         assert 0.1 < reached / regression.rounding(solver, y, alpha) < 10 and reached > 10 * tol
 
 
-def test_regression_ridges_that_are_too_small(capsys):
+# ---------------------------------------------------------------------------------------- choose
+
+def test_choose_leave_one_out_is_refits():
+    """Leave-one-out errors of a real kernel are those of n regressions on the n - 1 other images, to 1e-8."""
+    x, labels = digits(60)
+    K, y = np.asarray(kernel.kernel_fn("cnn_vec", "ntk", depth=2)(x.astype(np.float64))), data.one_hot(labels)
+    spectrum = choose.Spectrum(K)
+    for ridge in (1.0, 1e-2, 1e-4):
+        errors, dimension = spectrum.errors(y, ridge)
+        lam = ridge * np.diag(K).mean()
+        for i in range(60):
+            rest = np.delete(np.arange(60), i)
+            alpha = np.linalg.solve(K[np.ix_(rest, rest)] + lam * np.eye(59), y[rest])
+            assert np.abs(errors[i] - (y[i] - K[i, rest] @ alpha)).max() < 1e-8
+        assert abs(dimension - np.trace(K @ np.linalg.inv(K + lam * np.eye(60)))) < 1e-8
+
+
+def test_choose_leaves_out_all_copies():
+    """With mirror images and crops as rows, all copies of an image are left out: the error on the image is that of the
+    regression on every copy of the others, to 1e-8; with the symmetric kernel it is the same."""
+    x, labels = digits(24)
+    view, fn = augment.expand(24, flips=True, crops=2, pad=1), kernel.kernel_fn("fc", "nngp")
+    rows, y = view.of(x.astype(np.float64)).pixels(), data.one_hot(labels)[view.original]
+    K = np.asarray(fn(rows))
+    errors, _ = choose.Spectrum(K).errors(y, 0.01, copies=4)
+    for i in range(24):
+        rest = np.flatnonzero(view.original != i)
+        alpha = np.linalg.solve(K[np.ix_(rest, rest)] + 0.01 * np.diag(K).mean() * np.eye(92), y[rest])
+        assert np.abs(errors[i] - (y[4 * i] - K[4 * i, rest] @ alpha)).max() < 1e-8
+    x, both = x.astype(np.float64), augment.expand(24, flips=True).of(x.astype(np.float64)).pixels()
+    whole, y = np.asarray(fn(both)), data.one_hot(labels)
+    explicit, _ = choose.Spectrum(whole).errors(np.repeat(y, 2, axis=0), 0.01, copies=2)
+    half, _ = choose.Spectrum(np.asarray(augment.symmetric(fn)(x)), np.diag(whole).mean()).errors(y, 0.01)
+    assert np.abs(explicit - half).max() < 1e-8
+
+
+def test_choose_gcv_is_its_formula():
+    """GCV from a block solve with random signs is n |alpha|^2 / (tr A^-1)^2 of a dense inverse, to what its probes
+    leave of the trace, and chooses a neighbour of the same ridge at least."""
+    x, labels = digits(300)
+    K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x, tile=128, quiet=True)
+    A, y, ridges = K.dense().astype(np.float64), data.one_hot(labels), [1.0, 0.1, 0.01, 1e-3]
+    table = choose.generalised(regression.Solver(K, rank=100), y, ridges)
+    want = []
+    for row, ridge in zip(table, ridges):
+        inverse = np.linalg.inv(A + ridge * np.diag(A).mean() * np.eye(300))
+        want.append(300 * np.mean(np.sum((inverse @ y) ** 2, axis=0)) / np.trace(inverse) ** 2)
+        assert row.ridge == ridge and abs(row.mse / want[-1] - 1) < 0.05
+        assert abs(row.dimension - np.trace(A @ inverse)) < 0.03 * 300
+    assert choose.best(table).ridge == ridges[int(np.argmin(want))]
+
+
+def test_choose_criteria():
+    """Where none is asked for: leave-one-out for a small K, GCV for a large one, validation for a large one with
+    copies; GCV with copies is refused."""
+    assert [choose.criterion(None, *size) for size in ((4096, 1), (4096, 4), (4097, 1), (4097, 2))] == [
+        "loo", "loo", "gcv", "validation"]
+    assert choose.criterion("loo", 10**6, 2) == "loo"
+    with pytest.raises(ValueError, match="gcv with 2 copies .* --select loo or validation"):
+        choose.criterion("gcv", 100, 2)
+
+
+def test_choose_prefers_the_larger_ridge():
+    """Of ridges within a thousandth of the least error, the largest is taken; by score, the best score."""
+    table = [choose.Row(1.0, 0.9, 2.0), choose.Row(0.1, 0.7, 1.0005), choose.Row(0.01, 0.8, 1.0)]
+    assert choose.best(table).ridge == 0.1 and choose.best(table, "score").ridge == 1.0
+
+
+def test_choose_ridges_that_are_too_small(capsys):
     """A ridge with which K is not positive definite is no candidate, nor is a smaller one; alone, it is an
     error that names a ridge, in the user's terms, that will do."""
     K = spectrum(100, 1e6).astype(np.float16).astype(np.float64)
@@ -1291,11 +1395,29 @@ def test_regression_ridges_that_are_too_small(capsys):
     y = np.random.default_rng(0).normal(size=(100, 2))
     lowest = np.linalg.eigvalsh(K.dense())[0] / K.diagonal().mean()
     solver = regression.Solver(K, "none", quiet=False)
-    _, table = regression.choose_ridge(solver, y, 80, np.arange(80, 100), [1.0, 0.1, 1e-9, 1e-10], np.mean)
-    assert [row[0] for row in table] == [1.0, 0.1] and "not positive definite" in capsys.readouterr().out
+    table = choose.validation(solver, y, [1.0, 0.1, 1e-9, 1e-10], 80, np.arange(80, 100))
+    assert [row.ridge for row in table] == [1.0, 0.1] and "not positive definite" in capsys.readouterr().out
+    assert [row.ridge for row in choose.leave_one_out(choose.Spectrum(K.dense()), y, [1.0, 0.1, 1e-9])] == [1.0, 0.1]
+    with pytest.raises(pcg.Indefinite, match="within the rounding of K") as error:
+        choose.leave_one_out(choose.Spectrum(K.dense()), y, [1e-9])
+    assert choose.leave_one_out(choose.Spectrum(K.dense()), y, [error.value.cure])
     with pytest.raises(pcg.Indefinite, match=r"--ridge \d") as error:
         solver(y, 1e-9)
     assert -lowest < error.value.cure < -4 * lowest and solver(y, error.value.cure)[1].converged
+
+
+def test_choose_draws(tmp_path):
+    """The picture of error against ridge has leave-one-out, test error and effective dimension in it."""
+    from matplotlib.figure import Figure
+    x, labels = digits(80)
+    fn, y = kernel.kernel_fn("fc", "nngp"), data.one_hot(labels)
+    K = np.asarray(fn(x), np.float64)
+    figure = Figure()
+    choose.draw(figure.add_subplot(), choose.Spectrum(K[:60, :60]), y[:60], 0.1, K[60:, :60], y[60:])
+    left, right = figure.axes
+    f = K[60:, :60] @ np.linalg.solve(K[:60, :60] + 10 * np.diag(K[:60, :60]).mean() * np.eye(60), y[:60])
+    assert len(left.lines) == 3 and len(right.lines) == 1
+    assert abs(left.lines[1].get_ydata()[0] - np.sqrt(np.mean((f - y[60:]) ** 2))) < 1e-6
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -1341,7 +1463,7 @@ def test_augment_is_a_loop(flips, crops):
     view = augment.expand(5, flips, crops, seed=3, pad=2)
     assert view.copies == crops * (1 + flips) and len(view.of(x)) == 5 * view.copies
     rows = np.random.default_rng(1).permutation(5 * view.copies)
-    for row, got in zip(rows, view.of(x)[rows]):
+    for row, got in zip(rows, view.of(x)[rows].pixels()):
         wide = np.zeros((12, 10, 2), np.float32)
         wide[2:10, 2:8] = x[row // view.copies]
         down, right = view.offset[row]
@@ -1353,7 +1475,7 @@ def test_augment_copies():
     """Copy 0 is the original, no copy comes twice, half are mirrored, fewer images are a prefix."""
     x = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
     view = augment.expand(6, flips=True, crops=10, seed=0, pad=1 + 1)
-    copies = view.of(x)[np.arange(120)].reshape(6, 20, -1)
+    copies = view.of(x).pixels().reshape(6, 20, -1)
     assert (copies[:, 0] == x.reshape(6, -1)).all()
     assert all(len(np.unique(copies[i], axis=0)) == 20 for i in range(6))
     assert view.flip.reshape(6, 20).sum(axis=1).tolist() == [10] * 6
@@ -1368,8 +1490,30 @@ def test_augment_in_tiles():
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
     view, fn = augment.expand(4, flips=True, crops=3, pad=1), kernel.kernel_fn("cnn_vec", "ntk", depth=2)
     K = tiles.gram(fn, view.of(x), tile=7)
-    everything = view.of(x)[np.arange(24)]
+    everything = view.of(x).pixels()
     assert relative_error(K.dense(), np.asarray(fn(everything), np.float64)) < 1e-5
+
+
+@pytest.mark.parametrize("protocol", ["none", "channel", "zca", "zca_unit"])
+def test_augment_whitens_what_a_tile_asks_for(protocol, monkeypatch):
+    """Bytes are flipped and cropped and then whitened: a block of a view is the whitening of its pixels, however few
+    blocks are kept; and the kernel made of such blocks, by several devices, is that of all of them at once."""
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    whiten, fn = data.whitening(protocol, x)(0.1), kernel.kernel_fn("fc", "nngp")
+    view = augment.expand(40, flips=True, crops=3, pad=2)
+    assert view.of(x, whiten)[np.arange(50)].pixels().dtype == np.uint8
+    corner = view.of(x, whiten)[np.flatnonzero((view.offset == 0).all(axis=1) & ~view.flip)].pixels()[:, 0, 0]
+    assert len(corner) and (corner == np.rint(x.mean(axis=(0, 1, 2)))).all()
+    want = np.asarray(whiten(view.of(x, whiten).pixels()))
+    for kept in (0, 5 * 2**27):
+        monkeypatch.setattr(augment, "KEPT", kept)
+        images = view.of(x, whiten)
+        rows = np.array([7, 100, 3])
+        for device in jax.devices()[:2]:
+            block = images[rows].on(device)
+            assert block.devices() == {device} and np.allclose(block, want[rows], rtol=1e-5, atol=1e-6)
+        assert len(images.made) == 1
+        assert relative_error(tiles.gram(fn, images, tile=50).dense(), np.asarray(fn(want), np.float64)) < 1e-5
 
 
 @every_network
@@ -1575,24 +1719,68 @@ def test_data_download(cifar_folder, tmp_path, monkeypatch):
 
 
 def test_data_whitening():
-    """zca with eps = 0 makes the training covariance the identity, with eps what its formula says;
-    standardise makes every channel mean 0 and deviation 1. Both see the training set alone."""
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (500, 4, 4, 3), dtype=np.uint8)
-    x[:, :, 1:] = (x[:, :, 1:].astype(int) + x[:, :, :-1]) // 2  # correlated neighbours
-    z = data.zca(x, eps=0)(x).reshape(500, -1)
-    assert z.dtype == np.float32 and np.abs(z.mean(axis=0)).max() < 1e-4
+    """zca with eps = 0 makes the covariance of what it was fitted on the identity; channel makes every channel mean 0
+    and deviation 1; none divides by 255; each sees one image at a time, and only the images it was fitted on."""
+    x = correlated(500)
+    z = whitened(x, "zca", zca_eps=0).reshape(500, -1)
+    assert z.dtype == np.float32 and np.abs(z.mean(axis=0)).max() < 1e-3
     assert np.abs(z.T @ z / 500 - np.eye(48)).max() < 1e-3
-    flat = x.reshape(500, -1) / 255
-    S, U = np.linalg.eigh(np.cov(flat.T, bias=True))
-    W = U @ np.diag((S + 0.3 * S.mean()) ** -0.5) @ U.T
-    assert np.allclose(data.zca(x, 0.3)(x[:5]).reshape(5, -1), (flat - flat.mean(axis=0))[:5] @ W, atol=1e-3)
-    assert np.allclose(data.zca(x, 0.3)(x[:1])[0], data.zca(x, 0.3)(x[:9])[0], atol=1e-5)
-    with pytest.raises(ValueError, match="singular.*eps > 0"):
-        data.zca(x[:20], eps=0)
-    s = data.standardise(x)(x)
+    s = whitened(x)
     assert np.allclose(s.mean((0, 1, 2)), 0, atol=1e-4) and np.allclose(s.std((0, 1, 2)), 1, atol=1e-4)
-    assert np.allclose(data.standardise(x)(x[:3]), s[:3]) and s.dtype == np.float32
+    assert np.allclose(whitened(x, "none"), x / 255, atol=1e-6)
+    for protocol in data.WHITENING:
+        assert np.allclose(whitened(x[:1], protocol, x, 0.3)[0], whitened(x[:9], protocol, x, 0.3)[0], atol=1e-5)
+    for protocol in ("zca", "zca_unit"):
+        with pytest.raises(ValueError, match="zca_eps=0: .* singular.*zca_eps > 0"):
+            whitened(x, protocol, x[:20], 0)
+    with pytest.raises(ValueError, match="'pca' is unknown; choose one of none, channel, zca, zca_unit"):
+        data.whitening("pca", x)
+
+
+def correlated(n):
+    x = np.random.default_rng(0).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+    x[:, :, 1:] = (x[:, :, 1:].astype(int) + x[:, :, :-1]) // 2  # neighbours are alike
+    return x
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("protocol", ["zca", "zca_unit"])
+def test_data_whitening_is_its_formula(protocol, flips):
+    """Both protocols are their formulas written out in float64, with the mirror images as rows if flips; also of an
+    image of one colour, and of images that they were not fitted on."""
+    x, new = correlated(300), np.random.default_rng(1).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
+    new[0] = 77
+    fit = np.concatenate([x, x[:, :, ::-1]]) if flips else x
+
+    def before(x):
+        flat = x.reshape(len(x), -1).astype(np.float64)
+        if protocol == "zca":
+            return flat / 255 - (fit / 255).reshape(len(fit), -1).mean(axis=0)
+        own = flat - flat.mean(axis=1, keepdims=True)
+        return own / np.maximum(np.sqrt((own**2).sum(axis=1, keepdims=True)), 1e-300)
+    C = before(fit).T @ before(fit) / len(fit)
+    S, U = np.linalg.eigh(C)
+    W = U @ np.diag((S + 0.1 * np.trace(C) / 48) ** -0.5) @ U.T
+    got = whitened(new, protocol, x, 0.1, flips=flips).reshape(9, -1)
+    assert np.abs(got - before(new) @ W).max() < 1e-4 * np.abs(got).max()
+
+
+@pytest.mark.parametrize("protocol", ["channel", "zca", "zca_unit"])
+def test_data_whitening_of_mirror_images(protocol):
+    """Fitted with flips, the whitened mirror image is the mirror image of the whitened image."""
+    x = correlated(100)
+    for flips, same in ((True, True), (False, protocol == "channel")):
+        whiten = data.whitening(protocol, x, flips=flips)(0.1)
+        off = np.abs(whiten(x[:, :, ::-1]) - whiten(x)[:, :, ::-1]).max() / np.abs(whiten(x)).max()
+        assert (off < 1e-5) == same
+
+
+def test_data_rows_to_fit_on(cifar5m_folder):
+    """n_fit brings more training rows, those that a larger n_train would bring, as far as there are."""
+    for name, folder, most in (("digits", None, 1437), ("cifar5m", cifar5m_folder, 2500)):
+        x = data.load(name, folder)[0]
+        for n_train, n_fit, n in ((100, 400, 400), (100, 50, 100), (100, 10**6, most), (None, 400, most)):
+            assert (data.load(name, folder, n_train, n_fit=n_fit)[0] == x[:n]).all()
 
 
 def test_data_one_hot():
@@ -1617,16 +1805,16 @@ def test_train_smoke(tmp_path):
     assert {"test_mse", "ridge", "cg_iterations", "entries_per_second", "seconds", "peak_memory_gb",
             "device", "devices", "jax", "neural_tangents", "commit", "dirty"} <= set(result)
     assert result["config"]["seed"] == 0 and result["config"]["n_train"] == 1437
-    assert max(result["validation"], key=lambda row: row[1])[1] > 0.97
+    assert max(result["search"], key=lambda row: row[1])[1] > 0.97 and result["select"] == "loo"
+    assert result["loo_score"] > 0.97 and 0 < result["effective_dimension"] < 1437
 
 
 def test_train_is_a_dense_solve(tmp_path):
     """Accuracy and error are those of a dense float64 Cholesky solve of neural_tangents' kernel."""
     result = train(tmp_path, "--n_train", "300", "--kernel", "cnn_vec", "--depth", "2", "--kind", "ntk",
-                   "--ridge", "1e-3")
+                   "--ridge", "1e-3", "--whiten", "channel", "--fit_on", "200")
     x, labels, x_test, test_labels = data.load("digits", n_train=300)
-    standardise = data.standardise(x)
-    x, x_test = (standardise(z).astype(np.float64) for z in (x, x_test))
+    x, x_test = (whitened(z, fit=x[:200]).astype(np.float64) for z in (x, x_test))
     K = reference("cnn_vec", "ntk", x, depth=2)
     A = K + 1e-3 * np.diag(K).mean() * np.eye(300)
     f = reference("cnn_vec", "ntk", x_test, x, depth=2) @ np.linalg.solve(A, data.one_hot(labels))
@@ -1639,10 +1827,11 @@ def test_train_is_a_dense_solve(tmp_path):
 def test_train_cifar_is_a_dense_solve(tmp_path, kind):
     """On CIFAR-10 too, 1,500 images: accuracy within 0.1 point of dense Cholesky at the same ridge."""
     result = train(tmp_path, "--dataset", "cifar10", "--data", CIFAR, "--n_train", "1500", "--n_test",
-                   "2000", "--kind", kind)
-    x, labels, x_test, test_labels = data.load("cifar10", CIFAR, n_train=1500, n_test=2000)
-    standardise = data.standardise(x)
-    x, x_test = standardise(x).astype(np.float64), standardise(x_test).astype(np.float64)
+                   "2000", "--kind", kind, "--whiten", "channel")
+    everything, labels, x_test, test_labels = data.load("cifar10", CIFAR, n_test=2000)
+    whiten = data.whitening("channel", everything)()
+    x, labels = np.asarray(whiten(everything[:1500]), np.float64), labels[:1500]
+    x_test = np.asarray(whiten(x_test), np.float64)
     K = np.asarray(kernel.kernel_fn("fc", kind)(x))
     A = K + result["ridge"] * np.diag(K).mean() * np.eye(1500)
     f = np.asarray(kernel.kernel_fn("fc", kind)(x_test, x)) @ np.linalg.solve(A, data.one_hot(labels))
@@ -1670,7 +1859,9 @@ def test_train_flags_that_change_something(tmp_path):
     flags = ["--n_train", "100", "--n_test", "50", "--ridge", "1e-3"]
     seen = {train(tmp_path, *flags)["test_mse"]}
     for more in (["--kind", "ntk"], ["--kernel", "cnn_vec"], ["--depth", "5"], ["--whiten", "none"],
-                 ["--whiten", "zca"], ["--whiten", "zca", "--zca_eps", "3"], ["--flips"], ["--crops", "3"],
+                 ["--whiten", "channel"], ["--whiten", "zca_unit"], ["--zca_eps", "3"], ["--flips"], ["--crops", "3"],
+                 ["--w_std", "1", "--b_std", "0.5"], ["--b_std", "0.5"], ["--head", "relu"], ["--head", "exp"],
+                 ["--head", "exp", "--gamma", "3"],
                  ["--flips", "--crops", "3"], ["--ridge", "1"], ["--seed", "1"], ["--n_train", "90"],
                  ["--n_test", "40"], ["--fit_on", "50"], ["--tol", "0.3"], ["--flips", "--ridge", "auto"]):
         mse = train(tmp_path, *flags, *more)["test_mse"]
@@ -1731,9 +1922,9 @@ def test_train_store_refuses_before_it_computes(tmp_path, part):
 
 
 def test_train_store(tmp_path):
-    """With a store the answers are those without; a second run computes no entry; with --fit_on a larger
-    n_train takes up the tiles of the smaller; --kind both takes up what one kind has left."""
-    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "60", "--rank",
+    """With a store the answers are those without; a second run computes no entry; a larger n_train takes up the tiles
+    of the smaller; --kind both takes up what one kind has left; another network or whitening is refused."""
+    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "1000", "--rank",
              "9"]  # for rank is chosen by what a product costs, another on a disk
     keep = ["--store", str(tmp_path / "K")]
     for n, computed in ((60, 60 * 80 // 2 + 60 * 50), (60, 0), (100, 100 * 120 // 2 - 2400 + 2000)):
@@ -1745,25 +1936,31 @@ def test_train_store(tmp_path):
     assert not (tmp_path / "K" / "solve-nngp").exists()  # of no more use once the result is recorded
     derived = train(tmp_path, "--n_train", "100", *flags[:4], *flags[6:], *keep)  # tile: that of the store
     assert derived["entries_computed"] == 0 and derived["config"]["tile"] == 20
-    with pytest.raises(ValueError, match="holds another matrix: depth is 1 there, 2 here"):
-        train(tmp_path, "--n_train", "60", *flags, *keep, "--depth", "2")
-    with pytest.raises(ValueError, match="60 of the 60 rows .* differ.*--fit_on"):
-        train(tmp_path, "--n_train", "60", *flags, *keep, "--fit_on", "59")
+    for more, words in ((["--depth", "2"], "layers is .* there"), (["--b_std", "1"], "layers is .* there"),
+                        (["--fit_on", "900"], "fitted_on is .* there"), (["--flips"], "fitted_on is|flips is None there"),
+                        (["--whiten", "channel"], "whiten is 'zca' there, 'channel' here")):
+        with pytest.raises(ValueError, match="holds another matrix: .*" + words):
+            train(tmp_path, "--n_train", "60", *flags, *keep, *more)
+    with pytest.raises(ValueError, match=r"rows that both have\s+differ, .*--seed"):
+        train(tmp_path, "--n_train", "60", "--seed", "1", "--whiten", "none", "--n_test", "50", "--ridge", "1", "--store",
+              str(tmp_path / "L"))
+        train(tmp_path, "--n_train", "60", "--seed", "2", "--whiten", "none", "--n_test", "50", "--ridge", "1", "--store",
+              str(tmp_path / "L"))
 
 
 def test_train_sizes(tmp_path):
-    """--sizes are the runs of these sizes, on leading blocks of one kernel: each has the ridge, the answer
-    and the line in runs.jsonl of a run alone, whose whitening is fitted on the same images."""
+    """--sizes are the runs of these sizes, on leading blocks of one kernel: each has the ridge, the answer and the
+    configuration of a run alone."""
     flags = ["--n_test", "50", "--ridge", "1,0.1", "--flips", "--tile", "30", "--tol", "1e-9"]
     whole = train(tmp_path, *flags, "--sizes", "80,20,50")
     assert list(whole) == [20, 50, 80] and [whole[n]["rows"] for n in whole] == [20, 50, 80]
     for n in (20, 50, 80):
-        alone = train(tmp_path, *flags, "--n_train", str(n))  # the same images; whitened on n of them
+        alone = train(tmp_path, *flags, "--n_train", str(n))
+        assert abs(whole[n]["test_mse"] / alone["test_mse"] - 1) < 1e-6 and whole[n]["ridge"] == alone["ridge"]
         assert whole[n]["config"]["n_train"] == n and whole[n]["entries"] == alone["entries"] == (
             alone["entries_computed"])
-        assert whole[n]["config"]["fit_on"] == (None if n == 80 else 80)
+        assert whole[n]["config"] == alone["config"] and alone["config"]["fit_on"] == 1437
         assert whole[n]["entries_computed"] == (alone["entries"] if n == 80 else 0)
-    assert abs(whole[80]["test_mse"] / alone["test_mse"] - 1) < 1e-6 and whole[80]["ridge"] == alone["ridge"]
     both = train(tmp_path, *flags, "--n_train", "80", "--sizes", "50", "--kind", "both", "--whiten", "none",
                  "--store", str(tmp_path / "K"))
     unwhitened = train(tmp_path, *flags, "--n_train", "50", "--whiten", "none", "--kind", "ntk")
@@ -1772,11 +1969,12 @@ def test_train_sizes(tmp_path):
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3 + 3 + 4 + 1
 
 
-@pytest.mark.parametrize("more", [[], ["--crops", "3"], ["--engine", "plain", "--kind", "both"], ["--store"],
+@pytest.mark.parametrize("more", [[], ["--crops", "3"], ["--whiten", "channel"], ["--engine", "plain", "--kind", "both"], ["--store"],
                                   ["--ridge", "1,0.1,0.01"]], ids=str)
 def test_train_flips_are_exact(tmp_path, more):
     """--flips answers as --flips explicit does, ridge for ridge, to 1e-5, from half of the entries, or a
-    quarter of K; also with crops, from a store, and with a ridge chosen by validation."""
+    quarter of K; also with crops, from a store, and with a ridge chosen by leave-one-out, all copies of an image
+    left out; for the whitening is fitted on mirror images too."""
     flags = ["--n_train", "60", "--n_test", "50", "--kernel", "cnn_vec", "--depth", "2", "--ridge", "0.1",
              "--tol", "1e-9", *more]
     results = [train(tmp_path, *flags, *([str(tmp_path / flips)] if "--store" in more else []), "--flips", flips)
@@ -1791,18 +1989,18 @@ def test_train_flips_are_exact(tmp_path, more):
 def test_train_averages(tmp_path, flips):
     """--average N adds the accuracy of the mean over N crops of each test image, and without --flips over their
     mirror images; the answer for the images themselves stays as it is."""
-    flags = ["--n_train", "100", "--n_test", "80", "--ridge", "0.1", "--tol", "1e-9", *flips]
+    flags = ["--n_train", "100", "--n_test", "80", "--ridge", "0.1", "--tol", "1e-9", "--whiten", "channel", *flips]
     plain, averaged = train(tmp_path, *flags), train(tmp_path, *flags, "--average", "3")
     assert averaged["test_accuracy"] == plain["test_accuracy"]
     assert abs(averaged["test_mse"] / plain["test_mse"] - 1) < 1e-6
-    x, labels, x_test, test_labels = data.load("digits", None, 100, 80)
-    apply, fn = data.standardise(x), kernel.kernel_fn("fc", "nngp")
-    x, x_test = (apply(z).astype(np.float64) for z in (x, x_test))
+    everything, labels, bytes_test, test_labels = data.load("digits", None, None, 80)
+    x, labels, fn = whitened(everything).astype(np.float64)[:100], labels[:100], kernel.kernel_fn("fc", "nngp")
     fn = augment.symmetric(fn) if flips else fn
     ridge = 0.1 * np.diag(kernel.kernel_fn("fc", "nngp")(x)).mean()
     alpha = np.linalg.solve(fn(x) + ridge * np.eye(100), data.one_hot(labels))
     view = augment.expand(80, not flips, 3, 1, pad=1)
-    f = (fn(view.of(x_test)[np.arange(80 * view.copies)], x) @ alpha).reshape(80, view.copies, 10).mean(axis=1)
+    x_test = whitened(view.of(bytes_test, data.whitening("channel", everything)()).pixels(), fit=everything).astype(np.float64)
+    f = (fn(x_test, x) @ alpha).reshape(80, view.copies, 10).mean(axis=1)
     assert averaged["test_accuracy_averaged"] == np.mean(f.argmax(axis=1) == test_labels)
     with pytest.raises(SystemExit):
         train(tmp_path, "--average", "2", "--variance")
@@ -1815,6 +2013,7 @@ def test_train_evidence(tmp_path, capsys):
     result = train_cifar.main(flags)
     said = capsys.readouterr().out
     assert re.search(r"solve: \d+ steps of .* rank \d+, residuals .* GB/s, \d+ % of the rate", said)
+    assert re.search(r"leave-one-out: mse \S+, effective dimension \S+ of 150", said) and "leave-one-out " in said
     assert len(result["cg_residuals"]) == 10 and max(result["cg_residuals"]) == result["cg_residual"] <= 1e-6
     assert len(result["cg_history"]) == result["cg_iterations"] + 1 and result["rank"] > 0
     assert result["read_bytes_per_second"] > 0 and result["product_bytes_per_second"] > 0
@@ -1857,25 +2056,87 @@ def test_train_survives_kills(tmp_path):
     assert abs(killed["test_mse"] / whole["test_mse"] - 1) < 1e-6
 
 
-def test_train_ridge_comes_from_validation(tmp_path, monkeypatch):
-    """The ridge is the best on the last fifth of the training set; test labels play no part."""
-    flags = ["--n_train", "200", "--ridge", "10,1,0.01,1e-4", "--flips"]
-    result = train(tmp_path, *flags)
-    x, y, x_test, y_test = data.load("digits", n_train=200)
-    apply = data.standardise(x)
+def test_train_ridge_comes_from_validation(tmp_path):
+    """--select validation: the ridge is the best on the last fifth of the training set."""
+    flags = ["--n_train", "200", "--ridge", "10,1,0.01,1e-4", "--flips", "--whiten", "channel"]
+    result = train(tmp_path, *flags, "--select", "validation")
+    x, y, _, _ = data.load("digits")
     view, fn = augment.expand(160, flips=True, pad=1), kernel.kernel_fn("fc", "nngp")
-    fit, targets = view.of(apply(x))[np.arange(320)], data.one_hot(y)[view.original]
-    K, K_val = (np.asarray(fn(z, fit), np.float64) for z in (fit, apply(x[160:])))
-    mean = np.diag(np.asarray(fn(view.of(apply(x))[np.arange(320)]))).mean()
-    for ridge, accuracy, mse in result["validation"]:
-        f = K_val @ np.linalg.solve(K + ridge * mean * np.eye(320), targets)
+    x, y = whitened(x).astype(np.float64)[:200], y[:200]
+    fit, targets = view.of(x[:160]).pixels(), data.one_hot(y)[view.original]
+    K, K_val = (np.asarray(fn(z, fit), np.float64) for z in (fit, x[160:]))
+    for ridge, accuracy, mse in result["search"]:
+        f = K_val @ np.linalg.solve(K + ridge * np.diag(K).mean() * np.eye(320), targets)
         assert abs(accuracy - np.mean(f.argmax(axis=1) == y[160:])) <= 1 / 40 + 1e-9
         assert abs(mse / np.mean((f - data.one_hot(y[160:])) ** 2) - 1) < 0.02
-    best = min(result["validation"], key=lambda row: row[2])
-    assert result["ridge"] == best[0]
+    assert result["ridge"] == choose.best([choose.Row(*row) for row in result["search"]]).ridge
+
+
+def test_train_ridge_comes_from_leave_one_out(tmp_path):
+    """By default: the ridge is the best of the regressions that leave out one image each, mirror images and all."""
+    flags = ["--n_train", "40", "--ridge", "10,1,0.01,1e-4", "--flips", "--whiten", "channel"]
+    result = train(tmp_path, *flags)
+    x, y, _, _ = data.load("digits")
+    x, y, fn = whitened(x).astype(np.float64)[:40], data.one_hot(y[:40]), kernel.kernel_fn("fc", "nngp")
+    rows, targets = np.concatenate([x, x[:, :, ::-1]]), np.concatenate([y, y])
+    K = np.asarray(fn(rows))
+    for ridge, accuracy, mse in result["search"]:
+        f = []
+        for i in range(40):
+            rest = np.delete(np.arange(80), [i, 40 + i])
+            A = K[np.ix_(rest, rest)] + ridge * np.diag(K).mean() * np.eye(78)
+            f.append(K[i, rest] @ np.linalg.solve(A, targets[rest]))
+        assert abs(accuracy - np.mean(np.argmax(f, axis=1) == y.argmax(axis=1))) < 1e-9
+        assert abs(mse / np.mean((f - y) ** 2) - 1) < 1e-4
+    assert result["ridge"] == choose.best([choose.Row(*row) for row in result["search"]]).ridge
+    assert abs(result["loo_mse"] / min(row[2] for row in result["search"]) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("select", choose.CRITERIA)
+def test_train_choices_never_see_a_test_row(tmp_path, monkeypatch, select):
+    """With the test labels permuted and the test images replaced, every choice is the same: whitening and its
+    regularisation, depth, b_std, ridge."""
+    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1,0.1,0.01", "--select", select, "--whiten", "zca,zca_unit",
+             "--zca_eps", "0.1,10", "--depth", "1,3", "--b_std", "0,0.3"]
+    choices = ("whiten", "zca_eps", "depth", "b_std")
+    result = train(tmp_path, *flags)
     real = data.load
-    monkeypatch.setattr(data, "load", lambda *a, **k: (*real(*a, **k)[:3], np.zeros(360, np.int64)))
-    assert train(tmp_path, *flags)["ridge"] == result["ridge"]
+
+    def spoilt(*args, **options):
+        x, y, x_test, y_test = real(*args, **options)
+        return x, y, 255 - x_test, np.random.default_rng(0).permutation(y_test)
+    monkeypatch.setattr(data, "load", spoilt)
+    again = train(tmp_path, *flags)
+    assert again["test_accuracy"] != result["test_accuracy"]
+    assert again["ridge"] == result["ridge"] and again["compared"] == result["compared"]
+    assert all(again["config"][name] == result["config"][name] for name in choices)
+    table = result["compared"]
+    assert len(table) == 2 * 2 * 2 * 2 and len({json.dumps(row[0]) for row in table}) == len(table)
+    best = min(table, key=lambda row: row[3])
+    chosen = next(row for row in table if all(result["config"][name] == value for name, value in row[0].items()))
+    assert chosen[3] <= 1.001 * best[3]
+
+
+def test_train_compares_as_runs_alone_do(tmp_path):
+    """What is compared are the leave-one-out errors of runs with one value each; a value that has no meaning for
+    another is not tried twice."""
+    flags = ["--n_train", "80", "--n_test", "20", "--ridge", "1,0.1,0.01", "--depth", "2"]
+    result = train(tmp_path, *flags, "--whiten", "channel,zca", "--zca_eps", "1,100", "--head", "linear,exp", "--w_std",
+                   "1.5")
+    assert len(result["compared"]) == 3 * 2
+    for setting, ridge, _, mse in result["compared"]:
+        named = [word for name, value in setting.items() if value is not None for word in (f"--{name}", str(value))]
+        alone = train(tmp_path, *flags, "--w_std", "1.5", *named)
+        assert alone["ridge"] == ridge and abs(alone["loo_mse"] / mse - 1) < 1e-5
+
+
+@pytest.mark.parametrize("name", kernel.NETWORKS)
+def test_train_defaults(name):
+    """Every network has a whitening of its own, and a flag that is given wins."""
+    args = train_cifar.parse(["--kernel", name])
+    assert (args.whiten[0], args.zca_eps[0]) == train_cifar.WHITENING[name]
+    assert train_cifar.parse(["--kernel", name, "--whiten", "channel"]).whiten == ["channel"]
+    assert train_cifar.parse(["--kernel", name, "--zca_eps", "7"]).zca_eps == [7.0]
 
 
 def test_train_devices_that_are_not_there(tmp_path):
@@ -1888,7 +2149,14 @@ def test_train_devices_that_are_not_there(tmp_path):
     (["--n_train", "2000"], "ValueError: n_train=2000, but digits has 1 to 1437 rows"),
     (["--kernel", "fc", "--depth", "-1"], "ValueError: depth=-1 does not fit fc"),
     (["--dataset", "cifar10", "--data", "nowhere"], "FileNotFoundError: .*data_batch_1.bin is not there"),
-    (["--n_train", "4"], "ValueError: n_train=4: choosing among .* ridges needs at least 5 images"),
+    (["--n_train", "4", "--select", "validation"], "ValueError: n_train=4: a validation split needs at least 5 images"),
+    (["--flips", "explicit", "--select", "gcv"], "ValueError: --select gcv with 2 copies"),
+    (["--whiten", "pca"], "--whiten pca: expected none, channel, zca, zca_unit"),
+    (["--depth", "1,x"], "--depth 1,x: expected a whole number, or several separated by commas"),
+    (["--w_std", "0"], "ValueError: w_std=0.0, b_std=0.0: expected w_std > 0 and b_std >= 0"),
+    (["--head", "softmax"], "ValueError: head='softmax', .* expected one of linear, cosine, relu, exp"),
+    (["--whiten", "zca", "--zca_eps", "nan"], "ValueError: zca_eps=nan"),
+    (["--plan", "--depth", "1,2"], "--plan and --load take one network: one value for each of its flags"),
     (["--ridge", "often"], "--ridge often: expected a number"),
     (["--ridge", "-1"], "expected numbers >= 0"),
     (["--ridge", "1,nan"], "--ridge nan: expected numbers >= 0"),
@@ -1896,7 +2164,7 @@ def test_train_devices_that_are_not_there(tmp_path):
     (["--seed", "-1"], "--seed -1: expected a whole number >= 0"),
     (["--tile", "0"], "ValueError: .* tile=0: each must be at least 1"),
     (["--crops", "10"], "ValueError: .*1 <= crops <= 9"),
-    (["--n_train", "20", "--fit_on", "30"], "ValueError: --fit_on 30, but there are 20 training images"),
+    (["--n_train", "20", "--fit_on", "3000"], "ValueError: --fit_on 3000, but there are 1437 training images"),
     (["--devices", "0"], "--devices 0: expected at least 1"),
     (["--sizes", "10,x"], "--sizes 10,x: expected whole numbers separated by commas"),
     (["--sizes", "10,30", "--n_train", "20"], r"--sizes \[10, 30\]: expected 1 to n_train=20"),
@@ -2057,10 +2325,10 @@ def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
 
 
 def test_proteins_is_a_dense_solve(tmp_path):
-    """Choices and predictions are those of dense float64 formulas: validation rows are the last fifth of the
-    training rows, functions of the target are fitted on the others, then all are fitted."""
+    """Choices and predictions are those of dense float64 formulas: with --select validation, validation rows are the
+    last fifth of the training rows, functions of the target are fitted on the others, then all are fitted."""
     result = protein(tmp_path, "--n_train", "100", "--encoding", "onehot", "--ridge", "0.1,0.001", "--depth", "1",
-                     "--kind", "ntk", "--tol", "1e-9")
+                     "--kind", "ntk", "--tol", "1e-9", "--select", "validation")
     sequences, y, *_ = proteins.load("made")
     x, n_train = proteins.encode(sequences, "onehot", 100).astype(np.float64), proteins.load("made").n_train
     K = np.asarray(kernel.kernel_fn("seq_cnn", "ntk", depth=1)(x, x[:100]))
@@ -2074,7 +2342,7 @@ def test_proteins_is_a_dense_solve(tmp_path):
         tried = [(np.mean((f - z)[80:100]**2), ridge, spearmanr(f[80:100], y[80:100]).statistic)
                  for ridge in (0.1, 0.001) for f, z in [solve(80, target, ridge)]]
         mse, ridge, correlation = min(tried)
-        assert row[:3] == ["onehot", target, ridge] and np.allclose(row[3:], [mse, correlation], rtol=0.02)
+        assert row[:2] == [{"target": target}, ridge] and np.allclose(row[2:], [correlation, mse], rtol=0.02)
         best.append((correlation, target))
     target = max(best)[1]
     assert result["config"]["target"] == target
@@ -2084,19 +2352,103 @@ def test_proteins_is_a_dense_solve(tmp_path):
     assert abs(result["test_rmse"] - np.sqrt(np.mean((inverse(f) - y[n_train:])**2))) < 1e-4
 
 
-def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch):
-    """Other targets in the test rows change nothing but the test results."""
-    flags = ["--n_train", "60", "--encoding", "onehot", "--kernel", "seq_fc"]
-    first, load = protein(tmp_path, *flags), proteins.load
+def refitted(K, z, ridge):
+    """The prediction of each row of z (n, c) by the regression on the n - 1 other rows: n dense solves."""
+    A, others = K + ridge * np.diag(K).mean() * np.eye(len(K)), ~np.eye(len(K), dtype=bool)
+    return np.array([K[i, rest] @ np.linalg.solve(A[np.ix_(rest, rest)], z[rest]) for i, rest in enumerate(others)])
 
-    def other(*args):
-        split = load(*args)
-        split.targets[split.n_train:] *= -1
-        return split
-    monkeypatch.setattr(proteins, "load", other)
-    second = protein(tmp_path, *flags)
-    assert all(first[key] == second[key] for key in ("compared", "ridge", "validation", "config"))
-    assert abs(first["test_spearman"] + second["test_spearman"]) < 1e-9
+
+@pytest.mark.parametrize("most", [train_protein.COMPARED, 20])
+def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
+    """By n refits in float64: encoding, target, depth and b_std have the best Spearman correlation of leave-one-out
+    predictions, each at the ridge with the least mse; of 40 rows where 20 may be compared, on every second one. Then
+    the ridge is chosen in the same way on all rows."""
+    monkeypatch.setattr(train_protein, "COMPARED", most)
+    result = protein(tmp_path, "--n_train", "40", "--kernel", "seq_fc", "--depth", "1,2", "--b_std", "0,1", "--ridge",
+                     "0.1,0.01")
+    sequences, y, *_ = proteins.load("made")
+
+    fn = functools.cache(lambda **network: kernel.kernel_fn("seq_fc", "nngp", **network))
+
+    def best(depth, b_std, encoding, target, rows):
+        x, y_rows = proteins.encode(sequences, encoding, 40)[rows].astype(np.float64), y[rows]
+        K, z = np.asarray(fn(depth=depth, b_std=b_std)(x)), proteins.transform(target, y_rows)[0](y_rows)
+        found = [(ridge, refitted(K, z, ridge)) for ridge in (0.1, 0.01)]
+        return min(([ridge, spearmanr(f, y_rows).statistic, np.mean((f - z) ** 2)] for ridge, f in found),
+                   key=lambda row: row[2])
+    settings = [(depth, b_std, encoding, target) for depth in (1, 2) for b_std in (0.0, 1.0)
+                for encoding in proteins.ENCODINGS for target in proteins.TARGETS]
+    table = [best(*one, np.arange(0, 40, 2 if most == 20 else 1)) for one in settings]
+    assert [list(row[0].values()) for row in result["compared"]] == list(map(list, settings))
+    assert np.allclose([row[1:] for row in result["compared"]], table, rtol=1e-4)
+    chosen = settings[max(range(len(table)), key=lambda i: table[i][1])]
+    assert tuple(result["config"][flag] for flag in ("depth", "b_std", "encoding", "target")) == chosen
+    whole = best(*chosen, np.arange(40))
+    assert np.allclose([result[key] for key in ("ridge", "loo_score", "loo_mse")], whole, rtol=1e-4)
+    assert result["select"] == "loo" and result["cg_converged"]
+
+
+def test_proteins_networks_are_compared(tmp_path):
+    """Each flag of the network takes several values: the run is that with the chosen values alone, which are recorded;
+    each has its row of the table; linear has no such flag."""
+    flags = ["--n_train", "60", "--encoding", "onehot", "--target", "raw", "--kernel", "seq_cnn"]
+    several = protein(tmp_path, *flags, "--w_std", "1,2", "--b_std", "0.5", "--head", "linear,exp", "--gamma", "1,2")
+    assert [row[0] for row in several["compared"]] == [{"w_std": w_std, "head": head, "gamma": gamma} for w_std in (
+        1.0, 2.0) for head, gamma in (("linear", None), ("exp", 1.0), ("exp", 2.0))]
+    best = max(several["compared"], key=lambda row: row[2])
+    assert best[0].items() <= several["config"].items() and best[2] > min(row[2] for row in several["compared"])
+    alone = protein(tmp_path, *flags, "--b_std", "0.5",
+                    *(f"--{flag}={value}" for flag, value in best[0].items() if value))
+    assert alone["compared"] == [] and alone["config"] == several["config"] and alone["search"] == several["search"]
+    assert alone["test_spearman"] == several["test_spearman"] and alone["loo_score"] == best[2]
+
+
+@pytest.mark.parametrize("select", ["loo", "validation"])
+def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select):
+    """Other or permuted targets in the test rows change nothing but the test results: the same encoding, target, depth,
+    w_std and ridge."""
+    flags = ["--n_train", "60", "--kernel", "seq_fc", "--depth", "1,2", "--w_std", "1,2", "--b_std", "1", "--select",
+             select, "--ridge", "1,0.1,0.01"]
+    first, load = protein(tmp_path, *flags), proteins.load
+    for change in (np.negative, np.random.default_rng(0).permutation):
+        def other(*args):
+            split = load(*args)
+            split.targets[split.n_train:] = change(split.targets[split.n_train:])
+            return split
+        monkeypatch.setattr(proteins, "load", other)
+        second = protein(tmp_path, *flags)
+        assert all(first[key] == second[key] for key in ("compared", "ridge", "search", "config", "loo_score"))
+        assert (abs(first["test_spearman"] + second["test_spearman"]) < 1e-9) == (change is np.negative)
+        assert abs(first["test_spearman"] - second["test_spearman"]) > 0.1
+
+
+def test_proteins_criteria(tmp_path, monkeypatch):
+    """Without --select: leave-one-out up to choose.DENSE rows, beyond them validation; a set of 4 rows is solved, and one
+    of FLIP's form that names no validation rows; GCV chooses a ridge where there is nothing else to choose."""
+    one = ["--kernel", "seq_fc", "--encoding", "onehot", "--target", "raw"]
+    assert protein(tmp_path, *one, "--n_train", "4")["select"] == "loo"
+    gcv, loo = (protein(tmp_path, *one, "--n_train", "100", "--select", select) for select in ("gcv", "loo"))
+    assert gcv["select"] == "gcv" and 0.1 < gcv["ridge"] / loo["ridge"] < 10 and gcv["search"][0][1] is None
+    monkeypatch.setattr(choose, "DENSE", 50)
+    sizes = protein(tmp_path, *one, "--sizes", "50,60")
+    assert [sizes[n]["select"] for n in (50, 60)] == ["loo", "validation"] and "loo_score" not in sizes[60]
+    rows = [f"M{'ACDEF'[i // 5]}{'GHIKL'[i % 5]},{i % 7},{'train' if i % 5 else 'test'}," for i in range(25)]
+    (tmp_path / "two_vs_rest.csv").write_text("\n".join(["sequence,target,set,validation", *rows]))
+    flags = ["--split", "two_vs_rest", "--data", str(tmp_path), "--kernel", "seq_fc"]
+    assert protein(tmp_path, *flags)["rows"] == 20
+    with pytest.raises(ValueError, match="two_vs_rest with n_train=20 has no validation rows .* use --select loo"):
+        protein(tmp_path, *flags, "--select", "validation")
+
+
+def test_proteins_stores_know_their_network(tmp_path):
+    """A store never serves tiles of another network: another w_std, b_std or head is refused in one sentence."""
+    flags = ["--n_train", "20", "--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc", "--ridge", "0.1",
+             "--store", str(tmp_path / "K")]
+    protein(tmp_path, *flags)
+    for other in ("--w_std=1", "--b_std=1", "--head=relu"):
+        with pytest.raises(ValueError, match="train-nngp holds another matrix: layers is .* Give this run a store"):
+            protein(tmp_path, *flags, other)
+    assert protein(tmp_path, *flags)["cg_converged"]
 
 
 def test_proteins_sizes_store_and_kinds(tmp_path):
@@ -2141,8 +2493,11 @@ def test_proteins_variance(tmp_path):
     (["--n_train", "2000"], "n_train=2000, but made has 2 to 1037 rows"),
     (["--devices", "5"], "--devices 5, but JAX sees 4 here"),
     (["--n_test", "300"], "n_test=300, but made has 2 to 259 rows"),
-    (["--n_train", "4"], "n_train=4 has no validation rows to choose on"),
-    (["--n_train", "4", "--encoding", "onehot", "--target", "raw"], "n_train=4 has no validation rows to choose on"),
+    (["--n_train", "4", "--select", "validation"], "n_train=4 has no validation rows to choose on; use --select loo"),
+    (["--n_train", "4", "--select", "validation", "--encoding", "onehot", "--target", "raw"],
+     "n_train=4 has no validation rows to choose on; use --select loo"),
+    (["--head", "cos"], "head='cos', gamma=1.0: expected one of linear, cosine, relu, exp"),
+    (["--w_std", "0"], "w_std=0.0, b_std=0.0: expected w_std > 0"),
 ])
 def test_proteins_errors(flags, words, tmp_path):
     """What does not fit is one sentence."""
@@ -2159,7 +2514,13 @@ def test_proteins_commands(capsys):
         train_protein.parse(command.split())
     for flags, words in ((["--ridge", "often"], "--ridge often: expected a number"),
                          (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
-                         (["--tile", "0"], "at least 1"),
+                         (["--tile", "0"], "at least 1"), (["--depth", "3,0"], "at least 1"),
+                         (["--w_std", "1,big"], "--w_std 1,big: expected a number, or several"),
+                         (["--kernel", "linear", "--b_std", "0"], "--b_std with --kernel linear"),
+                         (["--kernel", "linear", "--dep=3"], "--depth with --kernel linear"),
+                         (["--select", "gcv"], "use --select loo or validation"),
+                         (["--select", "gcv", "--encoding", "onehot", "--target", "raw", "--depth", "1,2"],
+                          "use --select loo or validation"),
                          (["--n_train", "20", "--sizes", "10,50"], "expected 1 to n_train=20"),
                          (["--split", "sampled", "--sizes", "9"], "FLIP says which rows to train on")):
         with pytest.raises(SystemExit):
@@ -2545,20 +2906,23 @@ def test_molecules_tasks_are_dense_solves():
 
 
 def test_molecules_ridge_from_rows_outside():
-    """choose_ridge on rows outside of K is choose_ridge on the same rows of a larger K."""
+    """Ridges are compared on rows outside of K as on the same rows of a larger K."""
     rng = np.random.default_rng(0)
     z, y = rng.normal(size=(100, 3)), rng.normal(size=(100, 2))
     K, part = tiles.gram(linear, z, 32, quiet=True), tiles.gram(linear, z[:80], 32, quiet=True)
     outside = tiles.cross(linear, z[80:], z[:80], 32, quiet=True), y[80:]
-    ridges = [1.0, 0.1, 0.01]
-    inside = regression.choose_ridge(regression.Solver(K, "none", prior=np.ones(100)), y, 80, np.arange(80, 100),
-                                     ridges, np.mean)
-    apart = regression.choose_ridge(regression.Solver(part, "none", prior=np.ones(80)), y[:80], 80, outside, ridges,
-                                    np.mean)
-    assert inside[0] == apart[0] and np.allclose(inside[1], apart[1], rtol=1e-6)
-    by_score, table = regression.choose_ridge(regression.Solver(part, "none", prior=np.ones(80)), y[:80], 80, outside,
-                                              ridges, np.mean, by="score")
-    assert by_score == max(table, key=lambda row: row[1])[0] and len({row[1] for row in table}) == 3
+    ridges, seen = [1.0, 0.1, 0.01], []
+
+    def score(f, rows):
+        seen.append(rows)
+        return np.mean(f)
+    whole, part = (regression.Solver(one, "none", prior=np.ones(one.shape[0])) for one in (K, part))
+    inside = choose.validation(whole, y, ridges, 80, np.arange(80, 100), score)
+    apart = choose.validation(part, y[:80], ridges, 80, outside, score)
+    assert np.allclose([row[:3] for row in inside], [row[:3] for row in apart], rtol=1e-6)
+    assert all((rows == np.arange(80, 100)).all() for rows in seen[:3]) and seen[3:] == [None] * 3
+    by_score = choose.best(apart, "score")
+    assert by_score == max(apart, key=lambda row: row.score) and len({row.score for row in apart}) == 3
 
 
 def train_molecules(tmp_path, *flags):
@@ -2566,35 +2930,38 @@ def train_molecules(tmp_path, *flags):
 
 
 @needs_rdkit
-@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "2", "--pool", "mean",
-                                    "--fingerprints", "morgan,pairs"],
-                                   ["--depth", "1", "--jump", "--weights", "order"]], ids=str)
+@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "2", "--pool", "mean", "--b_std",
+                                    "0,0.5", "--fingerprints", "morgan,pairs"],
+                                   ["--depth", "1", "--jump", "--weights", "order", "--w_std", "1.2", "--b_std", "0.5"]],
+                         ids=str)
 def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
     """With no file: molecules that come with RDKit; predictions are those of a dense float64 solve with kernel.py,
-    at the ridge that is best on the validation rows. One line of runs.jsonl with all there is to know."""
+    at the ridge, and of two at the b_std, that is best on the validation rows. One line of runs.jsonl with all there is
+    to know."""
     monkeypatch.setattr(train_molecule, "FEW", 60)
     result = train_molecules(tmp_path, *flags, "--ridge", "0.1,1e-3,1e-5")
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result and result["cg_converged"]
     rows = molecules.load("nci", limit=60)
     parts = molecules.split(rows)
     mols, y = [rows.mols[i] for i in np.concatenate(parts)], [rows.y[part] for part in parts]
-    config, n = result["config"], len(parts[0])
-    x = molecules.graphs(mols, config["weights"])
-    fns = [(kernel.gcn(x.degree, config["depth"], pool=config["pool"], jump=config["jump"]), x[np.arange(60)])]
-    fns += [(kernel.network("fc", config["depth"]), molecules.fingerprints(mols, config["fingerprints"]))] * (
-        config["kernel"] == "sum")
-    K = 0
-    for layers, inputs in fns:
-        one = np.asarray(kernel.kernel_fn(layers, config["kind"])(inputs.astype(np.float64)))
-        K = K + one / np.diag(one)[:n].mean()
-    scores = {}
-    for ridge in (0.1, 1e-3, 1e-5):
-        A = K[:n, :n] + ridge * np.diag(K)[:n].mean() * np.eye(n)
-        f = y[0].mean() + K[n:, :n] @ np.linalg.solve(A, y[0] - y[0].mean())
-        m = len(y[1])
-        scores[ridge] = [np.sqrt(np.mean((part - label) ** 2)) for part, label in ((f[:m], y[1]), (f[m:], y[2]))]
-    assert result["ridge"] == min(scores, key=lambda ridge: scores[ridge][0])
-    assert abs(result["test_rmse"] / scores[result["ridge"]][1] - 1) < 1e-3
+    config, n, m, scores = result["config"], len(parts[0]), len(parts[1]), {}
+    x, prints = molecules.graphs(mols, config["weights"]), molecules.fingerprints(mols, config["fingerprints"])
+    for b_std in [row[0]["b_std"] for row in result["compared"]] or [0.5]:
+        network = {"depth": config["depth"], "w_std": config["w_std"], "b_std": b_std}
+        fns = [(kernel.gcn(x.degree, pool=config["pool"], jump=config["jump"], **network), x[np.arange(60)])]
+        fns += [(kernel.network("fc", **network), prints)] * (config["kernel"] == "sum")
+        K = 0
+        for layers, inputs in fns:
+            one = np.asarray(kernel.kernel_fn(layers, config["kind"])(inputs.astype(np.float64)))
+            K = K + one / np.diag(one)[:n].mean()
+        for ridge in (0.1, 1e-3, 1e-5):
+            A = K[:n, :n] + ridge * np.diag(K)[:n].mean() * np.eye(n)
+            f = y[0].mean() + K[n:, :n] @ np.linalg.solve(A, y[0] - y[0].mean())
+            scores[b_std, ridge] = [np.sqrt(np.mean((part - label) ** 2)) for part, label in (
+                (f[:m], y[1]), (f[m:], y[2]))]
+    best = min(scores, key=lambda one: scores[one][0])
+    assert (config["b_std"], result["ridge"]) == best
+    assert abs(result["test_rmse"] / scores[best][1] - 1) < 1e-3
 
 
 @needs_rdkit
@@ -2622,6 +2989,102 @@ def test_molecules_train_tasks(tmp_path, molecule_folder):
 
 
 @needs_rdkit
+@pytest.mark.parametrize("dataset", ["esol", "molhiv"])
+def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
+    """With --select loo, depth, b_std and ridge are the best by n refits on the training rows in float64: numbers by
+    squared error, classes by the area under the curve."""
+    from sklearn.metrics import roc_auc_score
+    result = train_molecules(tmp_path, "--dataset", dataset, "--data", str(molecule_folder), "--kernel", "fingerprint",
+                             "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01")
+    rows = molecules.load(dataset, str(molecule_folder))
+    train = molecules.split(rows, "random" if dataset == "esol" else "official")[0]
+    x, y = molecules.fingerprints([rows.mols[i] for i in train]).astype(np.float64), rows.y[train]
+    table = []
+    for depth, b_std in ((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)):
+        K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=depth, b_std=b_std)(x))
+        for ridge in (1.0, 0.1, 0.01):
+            f = y.mean() + refitted(K, y - y.mean(), ridge)
+            error = np.mean((f - y) ** 2)
+            table.append([ridge, np.sqrt(error) if dataset == "esol" else roc_auc_score(y, f), error, depth, b_std])
+    order = (lambda row: row[2]) if dataset == "esol" else (lambda row: -row[1])
+    of_settings = [min(table[i:i + 3], key=order) for i in range(0, 12, 3)]
+    assert [row[0] for row in result["compared"]] == [{"depth": row[3], "b_std": row[4]} for row in of_settings]
+    assert np.allclose([row[1:] for row in result["compared"]], [row[:3] for row in of_settings], rtol=1e-4)
+    best = min(of_settings, key=order)
+    assert [result["config"][flag] for flag in ("depth", "b_std")] == best[3:] and result["select"] == "loo"
+    assert np.allclose([result[key] for key in ("ridge", "loo_score", "loo_mse")], best[:3], rtol=1e-4)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("select", choose.CRITERIA)
+def test_molecules_networks_are_compared(tmp_path, monkeypatch, select):
+    """Of several values of depth and b_std, the run is that with the best values by the criterion alone; each pair of
+    values has its row, which is the best row of a run with it."""
+    monkeypatch.setattr(train_molecule, "FEW", 100)
+    flags = ["--kernel", "fingerprint", "--select", select, "--ridge", "1,0.01,1e-4", "--w_std", "1.2"]
+    several = train_molecules(tmp_path, *flags, "--depth", "1,2", "--b_std", "0,0.5")
+    alone = [train_molecules(tmp_path, *flags, *(f"--{flag}={value}" for flag, value in row[0].items()))
+             for row in several["compared"]]
+    assert len(alone) == 4 and several["config"]["w_std"] == 1.2
+    for row, run in zip(several["compared"], alone):
+        best = choose.best([choose.Row(*one) for one in run["search"]])
+        assert row[1] == best.ridge and (row[2] is None) == (select == "gcv") and abs(row[3] / best.mse - 1) < 1e-3
+    best = alone[min(range(4), key=lambda i: several["compared"][i][3])]
+    assert best["config"] == several["config"] and best["test_rmse"] == several["test_rmse"]
+    assert len({run["test_rmse"] for run in alone}) == 4
+
+
+@needs_rdkit
+@pytest.mark.parametrize("select", ["loo", "validation"])
+def test_molecules_never_look_at_test_rows(tmp_path, molecule_folder, monkeypatch, select):
+    """Permuted labels of the test rows, and with --select loo of the validation rows too, change nothing but the test
+    score: the same depth, b_std and ridge."""
+    flags = ["--dataset", "molhiv", "--data", str(molecule_folder), "--kernel", "fingerprint", "--select", select,
+             "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01"]
+    first, load = train_molecules(tmp_path, *flags), molecules.load
+
+    def other(*args):
+        rows = load(*args)
+        for part in rows.official[1 + (select == "validation"):]:
+            rows.y[part] = np.roll(rows.y[part], 1)
+        return rows
+    monkeypatch.setattr(molecules, "load", other)
+    second = train_molecules(tmp_path, *flags)
+    assert all(first[key] == second[key] for key in ("compared", "ridge", "search", "config", "loo_score"))
+    assert first["test_auc"] != second["test_auc"]
+
+
+@needs_rdkit
+def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
+    """A store never serves tiles of another network: another w_std, b_std or depth is refused in one sentence."""
+    flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "fingerprint", "--ridge", "0.1",
+             "--store", str(tmp_path / "K")]
+    first = train_molecules(tmp_path, *flags)
+    for other in ("--w_std=1", "--b_std=1", "--depth=2"):
+        with pytest.raises(ValueError, match="train-fingerprint-nngp holds another matrix: layers is .* Give this run"):
+            train_molecules(tmp_path, *flags, other)
+    assert train_molecules(tmp_path, *flags)["test_rmse"] == first["test_rmse"]
+
+
+@needs_rdkit
+def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
+    """Leave-one-out and GCV with missing labels, and GCV of classes, are refused in one sentence that says what to use;
+    the commands of the docstring are understood."""
+    for select in ("loo", "gcv"):
+        with pytest.raises((ValueError, SystemExit)) as error:
+            train_molecules(tmp_path, "--dataset", "molpcba", "--data", str(molecule_folder / "pcba"), "--select",
+                            select)
+        said = capsys.readouterr().err.splitlines()[-1:] + [str(error.value)]
+        assert "use --select" in "".join(said) and ("has missing labels" in said[-1]) == (select == "loo")
+    path = molecule_folder / "delaney-processed.csv"
+    path.write_text(path.read_text().replace("x,0.286,", "x,,"))
+    with pytest.raises(ValueError, match="--select gcv: esol has missing labels, .*; use --select validation$"):
+        train_molecules(tmp_path, "--dataset", "esol", "--data", str(molecule_folder), "--select", "gcv")
+    shown = re.findall(r"python train_molecule.py (--.*?)(?:  .*)?$", train_molecule.__doc__, re.M)
+    assert len(shown) >= 4 and all(train_molecule.parse(one.split()) for one in shown)
+
+
+@needs_rdkit
 @needs_molecules
 def test_molecules_official_split_is_ogbs():
     """The files of ogbg-molhiv are read: 41,127 rows in three parts, 1,443 active, none left out."""
@@ -2645,7 +3108,8 @@ def test_molecules_official_split_is_ogbs():
     (["--devices", "5"], "ValueError: --devices 5, but JAX sees 4 here"),
     (["--n_train", "5000"], "ValueError: n_train=5000, .*nci has 1 to 1200 molecules to train on"),
     (["--split", "official"], "ValueError: split 'official': this data set has random, scaffold"),
-    (["--depth", "0"], "--depth 0: expected at least 1"),
+    (["--depth", "0"], r"--depth \[?0\]?: expected at least 1"),
+    (["--w_std", "-1"], "ValueError: .*w_std=-1.0, b_std=0.0: expected .*w_std > 0"),
 ])
 def test_molecules_train_errors(flags, words, tmp_path, capsys):
     """What is wrong is said in one sentence."""

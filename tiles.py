@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import lru_cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -36,7 +35,8 @@ def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False, store=None, team=AL
 
     kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored. Where
     it returns a tuple of these, as with NNGP and NTK in one pass, so does this function.
-    x: n inputs: an array, or anything with len(x) and x[rows] for an array of row numbers.
+    x: n inputs: an array, or anything with len(x) and, for an array of row numbers, x[rows]: an array, or what
+    has on(device) to make one there, as augment.Images.
     tile: side b of a tile.   devices: JAX devices to use, by default every local one.
     store: where tiles are kept and found, a `store.Store`, or a tuple of them; None is in memory.
     team: the processes that share the work.
@@ -56,7 +56,7 @@ def _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
     keys = list(K.keys())
     if store is None:
         check_memory(f"the {len(x1)} x {len(x2)} kernel", 4 * len(keys) * K.sides[0] * K.sides[1])
-        blocks = [jnp.asarray(x[np.zeros(1, int)]) for x in (x1, x2)]
+        blocks = [placed(x, np.zeros(1, int), jax.local_devices()[0]) for x in (x1, x2)]
         result = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side,) + block.shape[1:], block.dtype)
                                              for side, block in zip(K.sides, blocks)))
         store = tuple({} for _ in result) if isinstance(result, tuple) else {}
@@ -89,24 +89,26 @@ def walk(fn, inputs, sides, keys, devices=None):
 
     inputs: [(0 or 1, rows), ...], what fn is called with: of `rows` the block with number key[0] or
     key[1], of sides[0] or sides[1] rows. Each device walks its own run of consecutive keys, so that a
-    block is placed on it once for as long as it is needed.
+    block is placed on it once for as long as it is needed. Keys are taken in squares, so large that the blocks of
+    rows and columns of one fit in what x keeps (x.kept rows; an array is all there).
     """
     devices = jax.local_devices() if devices is None else devices
+    group = min(max(1, getattr(x, "kept", sys.maxsize) // (2 * sides[side])) for side, x in inputs)
+    keys = sorted(keys, key=lambda key: (key[1] // group, key[0] // group, key[1], key[0]))
     runs = np.array_split(np.array(keys, np.int64).reshape(-1, 2), len(devices))
     mesh = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec("device"))
     mapped = _mapped(fn, tuple(devices))
-    placed = {}
+    here = {}
 
     def blocks(which, step):
         """The blocks of one argument for one step, one on each device: (D, b, ...) in D shards."""
         side, x = inputs[which]
         for device, run in zip(devices, runs):
             index = run[min(step, len(run) - 1)][side] if len(run) else 0
-            if placed.get((which, device), (None,))[0] != index:
+            if here.get((which, device), (None,))[0] != index:
                 rows = np.arange(index * sides[side], (index + 1) * sides[side])
-                block = np.asarray(x[np.where(rows < len(x), rows, 0)])
-                placed[which, device] = index, jax.device_put(block[None], device)
-        shards = [placed[which, device][1] for device in devices]
+                here[which, device] = index, placed(x, np.where(rows < len(x), rows, 0), device)[None]
+        shards = [here[which, device][1] for device in devices]
         return jax.make_array_from_single_device_arrays(
             (len(devices),) + shards[0].shape[1:], mesh, shards)
 
@@ -126,6 +128,12 @@ def walk(fn, inputs, sides, keys, devices=None):
         pending = result
     if pending is not None:
         yield from fetch(pending, len(runs[0]) - 1)
+
+
+def placed(x, rows, device):
+    """The block x[rows] as an array on a device."""
+    block = x[rows]
+    return block.on(device) if hasattr(block, "on") else jax.device_put(np.asarray(block), device)
 
 
 @lru_cache(maxsize=8)

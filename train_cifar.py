@@ -3,13 +3,15 @@
   f(x) = k(x, X) (K + lambda I)^-1 Y,   K = k(X, X),   lambda = ridge * mean(diag K)
 
 (Adlam et al. 2023, arXiv 2303.05420). Y is one-hot minus 1/classes; the class with the largest f(x) is
-the answer. ridge and nothing else is tuned, on the last fifth of the training set (5,000 images at most).
+the answer. The ridge, and whatever flag is given several values, is chosen on training images alone: by
+leave-one-out where K is small (choose.py).
 
   python train_cifar.py                                            digits, ten seconds, no network
   python train_cifar.py --dataset cifar10 --n_train 10000          downloads CIFAR-10 into ./data
   python train_cifar.py --dataset cifar10 --data DIR --kernel cnn_vec --kind ntk --n_train 1000
   python train_cifar.py --dataset cifar10 --data DIR --flips --crops 10 --n_train 1000
   python train_cifar.py --dataset cifar10 --data DIR --sizes 1000,2000,4000,8000
+  python train_cifar.py --dataset cifar10 --data DIR --n_train 1000 --depth 1,3,5 --whiten zca,zca_unit --zca_eps 1,100
   python train_cifar.py --save digits.npz
   python train_cifar.py --load digits.npz --predict images.npy
 """
@@ -24,6 +26,7 @@ from functools import partial
 import numpy as np
 
 import augment
+import choose
 import command
 import data
 import hosts
@@ -35,6 +38,7 @@ import plan
 import regression
 import runs
 import store
+import tiles
 
 try:
     import fused
@@ -45,6 +49,10 @@ ENGINES = {"plain": kernel.kernel_fn, "nt": kernel.reference_fn}
 if fused:
     ENGINES = {"fused": fused.kernel_fn, **ENGINES}
 HELD_OUT = 5000  # images of the validation split, at most
+FIT_ON = 50_000  # images that the whitening is fitted on, at most
+PLOTS = ".png", ".svg", ".pdf"
+WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca_unit", 1.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
+             "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
          "predict", "plot", "rate")  # not what was computed: not recorded
 
@@ -62,13 +70,13 @@ def flags():
                         "first ones of n_train, on blocks of the same kernel; n_train is then the largest, "
                         "unless given")
     images.add_argument("--n_test", type=int, help="test images; None is all")
-    images.add_argument("--whiten", default="channel", choices=["zca", "channel", "none"],
-                        help="fitted on the training images; none is pixels / 255")
-    images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on the first N "
-                        "training images, None is all: with N fixed a larger n_train reuses a store's tiles")
-    images.add_argument("--zca_eps", type=float, default=0.1,
-                        help="regularisation of zca, relative to the mean eigenvalue; to be validated: for fc "
-                        "with 10,000 images 100 is best")
+    images.add_argument("--whiten", help="how images are whitened, z -> W z, W = U (S + zca_eps tr(C) / d)^(-1/2) U^T, "
+                        "C = U S U^T = mean of z z^T: zca, z = image - mean image; zca_unit, z = image minus its own "
+                        "mean, divided by its norm, as in published results. channel: minus mean, divided by sd of each "
+                        "channel; none: pixels / 255. None: the best for the kernel (results in README)")
+    images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel, or 0.1")
+    images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on N training images; it may exceed "
+                        f"n_train. None is all there are, {FIT_ON:,} at most")
     images.add_argument("--flips", nargs="?", const="symmetric", choices=["symmetric", "explicit"],
                         help="train on every image's mirror image too; symmetric, which --flips alone means: by "
                         "the kernel k(x, x') + k(x, mirror image of x'), the same predictions from half of the "
@@ -82,8 +90,10 @@ def flags():
     network.add_argument("--kernel", default="fc", choices=kernel.NETWORKS)
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs on one pass over the kernel, for the price of ntk")
-    network.add_argument("--depth", type=int, help="hidden layers of fc (None is 3), convolutions of "
-                         "cnn_vec and cnn_gap (None is 8)")
+    network.add_argument("--depth", help="hidden layers of fc (None is 3), convolutions of cnn_vec and cnn_gap (None is "
+                         "8). This and the next four, like --whiten and --zca_eps, take several values with commas: "
+                         "the best is chosen as the ridge is")
+    command.network_flags(network)
     network.add_argument("--engine", default=next(iter(ENGINES)), choices=ENGINES,
                          help="what computes the kernel: fused.py, kernel.py or neural_tangents")
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
@@ -91,15 +101,16 @@ def flags():
                          "what is there; none: keep no tile, compute all in every product; None: in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, "
-                        "separated by commas, or auto (10 down to 1e-6): chosen on the last fifth of "
-                        "the training set")
+                        "separated by commas, or auto (10 down to 1e-6): chosen on training images")
+    command.select_flag(solver, f"loo for K of up to {choose.DENSE:,} rows, beyond that gcv, or validation with copies of "
+                        "images: the last fifth of the training images")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
     solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS)
     solver.add_argument("--rank", type=int, help="of lowrank; None is as large as saves time, by a model of "
                         "what steps and rank cost")
-    solver.add_argument("--plot", metavar="FILE", help="solve with every preconditioner, and draw residual "
-                        "against step: .png, .svg or .pdf")
+    solver.add_argument("--plot", metavar="FILE", help="draw error and effective dimension against the ridge, and solve "
+                        "with every preconditioner and draw residual against step: .png, .svg or .pdf")
     solver.add_argument("--variance", action="store_true", help="predictive variance too, a solve for each "
                         "test image, and its calibration (nll, ece); nngp only")
     fitted = parser.add_argument_group("fitted model")
@@ -130,14 +141,22 @@ def parse(argv):
     parser = flags()
     args = parser.parse_args(argv)
     command.check(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
+    protocol, zca_eps = WHITENING[args.kernel]
+    args.whiten = [value or protocol for value in args.whiten]
+    args.zca_eps = [zca_eps if args.whiten == [protocol] else 0.1] if args.zca_eps == [None] else args.zca_eps
+    unknown = set(args.whiten) - set(data.WHITENING)
+    if unknown:
+        parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
+    if (args.plan or args.load) and len(command.settings(args)) > 1:
+        parser.error("--plan and --load take one network: one value for each of its flags")
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
     if args.average and args.variance:
         parser.error("--variance with --average: choose one; the variance is of single images")
     if args.kind == "both" and args.save:
         parser.error("--save with --kind both: a file holds one model; choose nngp or ntk")
-    if args.plot and os.path.splitext(args.plot)[1] not in pcg.PLOTS:
-        parser.error(f"--plot {args.plot}: expected a name that ends in {', '.join(pcg.PLOTS)}")
+    if args.plot and os.path.splitext(args.plot)[1] not in PLOTS:
+        parser.error(f"--plot {args.plot}: expected a name that ends in {', '.join(PLOTS)}")
     for path in (args.save, args.plot):
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             parser.error(f"{path}: there is no folder {os.path.dirname(os.path.abspath(path))} to write it to")
@@ -151,37 +170,36 @@ def main(argv=None):
     if args.load:
         return predict(args)
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
-    kernel_fn = partial(network_kernel, args.engine, args.kernel, args.depth, args.flips)
     if args.plan:
+        command.compare(args, None)
         shape, n_train, n_test = data.DATASETS[args.dataset]
         n_train, n_test = args.n_train or n_train, args.n_test or n_test
         rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
         derive(args, (n_train, *shape), n_test, rows)
-        return plan.main(args, kernel_fn(kinds), shape, rows, n_test * (args.average or 1) * (
-            2 if args.average and not args.flips else 1))
+        return plan.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), shape, rows, n_test * (
+            args.average or 1) * (2 if args.average and not args.flips else 1))
     team = hosts.start(args.coordinator, args.processes, args.process, args.devices)
     args.quiet = args.quiet or team.index > 0
     run, seconds = runs.provenance(team.count), {}
 
     with runs.phase("data", seconds):
-        (x_train, labels, x_test, test_labels), whiten = load(args)
-        support = x_train if args.save else None
-        x_train, x_test = whiten(x_train), whiten(x_test)
+        (x_train, labels, x_test, test_labels), fits = load(args)
         pad = x_train.shape[1] // 8
         view = augment.expand(len(x_train), args.flips == "explicit", args.crops, args.seed, pad)
-        x, y = view.of(x_train), data.one_hot(labels)[view.original]
-        if args.average:
-            x_test = augment.expand(len(x_test), not args.flips, args.average, args.seed + 1, pad).of(x_test)
-
-    derive(args, x_train.shape, len(test_labels), len(x))
+        view_test = augment.expand(len(x_test), bool(args.average) and not args.flips, args.average or 1, args.seed + 1, pad)
+        y = data.one_hot(labels)[view.original]
+    derive(args, x_train.shape, len(test_labels), len(y))
     if not args.quiet:
-        print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
-              + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
+        print(command.described(args))
 
+    with runs.phase("choose", seconds):
+        compared = command.compare(args, partial(criterion, args, kinds[0], view, x_train, y, labels, fits, team))
+        whiten = fits[args.whiten](args.zca_eps)
     with runs.phase("kernel", seconds):
+        kernel_fn = partial(network_kernel, args.engine, layers(args), args.flips)
+        x, x_test = view.of(x_train, whiten), view_test.of(x_test, whiten)
         matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
         priors = scales(args, kinds, [K for K, _ in matrices], x, team)
-    del x, x_train  # a gigabyte of CIFAR-10, of no more use but to a matrix that is kept nowhere
 
     results = {kind: {} for kind in kinds}
     for kind, (K, K_test), prior in zip(kinds, matrices, priors):
@@ -190,7 +208,7 @@ def main(argv=None):
             merged, targets = [block.merged() for block in blocks], y[:n * view.copies]
             alpha, result = experiment(args, kind, merged, prior[:len(targets)], targets,
                                        (labels[:n], x_test, test_labels), kernel_fn(kind))
-            result["entries"] = sum(block.entries for block in blocks)
+            result.update(entries=sum(block.entries for block in blocks), compared=compared)
             result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
             result.update(computed(args, n, K, K_test, team, seconds["kernel"]))
             results[kind][n] = result
@@ -198,43 +216,79 @@ def main(argv=None):
                 runs.record(args.out, config(args, kind, n), result, run)
                 print(describe(result), flush=True)
         if args.plot:
-            draw(args, kind, merged[0], prior, targets, result["ridge"])
+            draw(args, kind, merged, prior, targets, result["ridge"], data.one_hot(test_labels))
         if team.index == 0 and on_disk(args):
             shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
     if args.save and team.index == 0:
-        about = {name: getattr(args, name) for name in ("kernel", "kind", "depth", "flips", "tile")}
-        model.save(args.save, model.Model(alpha, support, view, whiten, {**about, **run}))
+        about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
+        model.save(args.save, model.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
 
 
-def network_kernel(engine, name, depth, flips, kind):
-    """kernel_fn(x1, x2) of these flags; kind: one, or a tuple of them."""
-    options = {} if depth is None else {"depth": depth}
+def layers(args):
+    """The network of these flags, as kernel.network lists it."""
+    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
+
+
+def network_kernel(engine, layers, flips, kind):
+    """kernel_fn(x1, x2) of a network; kind: one, or a tuple of them."""
     if flips != "symmetric":
-        return ENGINES[engine](name, kind, **options)
+        return ENGINES[engine](layers, kind)
     if engine == "fused":
-        return fused.kernel_fn(name, kind, flips=True, **options)
-    return augment.symmetric(ENGINES[engine](name, kind, **options))
+        return fused.kernel_fn(layers, kind, flips=True)
+    return augment.symmetric(ENGINES[engine](layers, kind))
 
 
 def load(args):
-    """(x_train, labels, x_test, test_labels) as they are in the files, and the whitening for them."""
-    arrays = data.load(args.dataset, args.data, args.n_train, args.n_test, args.seed)
-    if args.fit_on and args.fit_on > len(arrays[0]):
-        raise ValueError(f"--fit_on {args.fit_on}, but there are {len(arrays[0])} training images")
-    fit = {"zca": partial(data.zca, eps=args.zca_eps), "channel": data.standardise,
-           "none": data.no_whitening}[args.whiten]
-    return arrays, fit(arrays[0][:args.fit_on])
+    """(x_train, labels, x_test, test_labels), images as bytes, and {protocol: zca_eps -> the whitening fitted so}."""
+    n_fit = args.fit_on or FIT_ON
+    x, labels, x_test, test_labels = data.load(args.dataset, args.data, args.n_train, args.n_test, args.seed,
+                                               n_fit=n_fit)
+    n = args.n_train or len(x)
+    if (args.fit_on or 0) > len(x):
+        raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x)} training images")
+    args.fit_on = min(n_fit, len(x))
+    fits = {protocol: data.whitening(protocol, x[:args.fit_on], bool(args.flips), args.quiet)
+            for protocol in set(args.whiten)}
+    args.fitted_on = f"{zlib.crc32(np.ascontiguousarray(x[:args.fit_on])):08x}"
+    return (x[:n].copy() if n < len(x) else x, labels[:n], x_test, test_labels), fits
+
+
+def criterion(args, kind, view, x_train, y, labels, fits, team, setting):
+    """[choose.Row, ...] of one setting of the flags that were given several values, for a kind, on the first training
+    images: those of the smallest size, choose.DENSE rows at most."""
+    one = argparse.Namespace(**{**vars(args), **setting})
+    n = min(args.sizes[0], max(5, choose.DENSE // view.copies))
+    x, rows = view.of(x_train, fits[one.whiten](one.zca_eps))[np.arange(n * view.copies)], n * view.copies
+    K = tiles.gram(network_kernel(one.engine, layers(one), one.flips, kind), x, min(args.tile, -(-rows // 4)),
+                   command.devices(args.devices), args.quiet, team=team).merged()
+    prior, = scales(one, (kind,), [K], x, team)
+    select, held_out, score = selection(args, labels[:n], view.copies)
+    return regression.search(K, y[:rows], args.ridge, select, score, held_out, view.copies, rank=args.rank,
+                             name=args.precondition, seed=args.seed, max_iters=args.max_iters, prior=prior)
+
+
+def selection(args, labels, copies, needed=True):
+    """How ridges are compared on n images: the criterion, (n_fit, rows held out) for validation, the score.
+    needed: whether there is anything to compare."""
+    n = len(labels)
+    select, n_fit = choose.criterion(args.select, n * copies, copies), n - min(n // 5, HELD_OUT)
+    if needed and select == "validation" and n_fit == n:
+        raise ValueError(f"n_train={n}: a validation split needs at least 5 images; give one number with --ridge")
+
+    def score(f, rows):
+        return float(np.mean(f.argmax(axis=1) == labels[rows // copies]))
+    return select, (n_fit * copies, np.arange(n_fit, n) * copies), score
 
 
 def predict(args):
     """Scores of the images in a file by the model in another: {"scores": (m, classes), "path": where}."""
     fitted = model.load(args.load)
-    x = fitted.whiten(model.images(args.predict, fitted.support.shape[1:]))
-    about = fitted.about
-    kernel_fn = network_kernel(args.engine, about["kernel"], about["depth"], about["flips"], about["kind"])
-    K = lazy.matrix(kernel_fn, x, fitted.view.of(fitted.whiten(fitted.support)), about["tile"], quiet=args.quiet)
+    about, x = fitted.about, model.images(args.predict, fitted.support.shape[1:])
+    kernel_fn = network_kernel(args.engine, [tuple(layer) for layer in about["layers"]], about["flips"], about["kind"])
+    K = lazy.matrix(kernel_fn, augment.expand(len(x)).of(x, fitted.whiten), fitted.view.of(fitted.support, fitted.whiten),
+                    about["tile"], quiet=args.quiet)
     scores, path = K.matvec(fitted.alpha), os.path.join(args.out, "predictions.npy")
     os.makedirs(args.out, exist_ok=True)
     with store.replacing(path) as file:
@@ -251,9 +305,8 @@ def on_disk(args):
 
 def kernels(args, kernel_fn, kinds, x, x_test, team):
     """[(K, K_test) of each kind]."""
-    options = {} if args.depth is None else {"depth": args.depth}
-    depth = sum(layer[0] == "relu" for layer in kernel.network(args.kernel, **options))
-    about = {"kernel": args.kernel, "depth": depth, "engine": args.engine}
+    about = {"layers": layers(args), "engine": args.engine, "whiten": args.whiten, "zca_eps": args.zca_eps,
+             "fitted_on": args.fitted_on}
     if args.flips == "symmetric":
         about["flips"] = args.flips  # of the kernel; explicit ones are rows
     return command.matrices(kernel_fn, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
@@ -266,7 +319,8 @@ def scales(args, kinds, matrices, x, team):
     ones."""
     if args.flips != "symmetric":
         return [K.diagonal() for K in matrices]
-    return [lazy.matrix(network_kernel(args.engine, args.kernel, args.depth, None, kind), x, None, 8,
+    side = 64 if args.kernel in ("fc", "cnn_vec") else 8
+    return [lazy.matrix(network_kernel(args.engine, layers(args), None, kind), x, None, side,
                         quiet=args.quiet, team=team).diagonal() for kind in kinds]
 
 
@@ -284,19 +338,14 @@ def experiment(args, kind, blocks, prior, y, images, kernel_fn):
     """Choose the ridge, solve, predict, for one size: alpha, and what came of it, as a dict.
 
     blocks: K and K_test.   prior: see `scales`.   images: (labels, x_test, test_labels).
-    The ridge is chosen on the last fifth of the training images, HELD_OUT at most, unaugmented.
     """
     (K, K_test), (labels, x_test, test_labels) = blocks, images
-    n, copies = len(labels), len(y) // len(labels)
-    n_fit = n - min(n // 5, HELD_OUT)
-    if n_fit == n and len(args.ridge) > 1:
-        raise ValueError(f"n_train={n}: choosing among {len(args.ridge)} ridges needs at least 5 images "
-                         "for a validation split; give one number with --ridge")
+    copies = len(y) // len(labels)
+    select, held_out, score = selection(args, labels, copies, len(args.ridge) > 1)
     alpha, f, result, solver = regression.fit(
-        K, K_test, y, args.ridge, n_fit * copies, np.arange(n_fit, n) * copies,
-        lambda f: float(np.mean(f.argmax(axis=1) == labels[n_fit:])), args.tol,
+        K, K_test, y, args.ridge, select, score, held_out, copies, tol=args.tol,
         name=args.precondition, rank=args.rank, seed=args.seed, max_iters=args.max_iters, quiet=args.quiet,
-        keep=partial(checkpoint, args, K.team, kind, n), prior=prior)
+        keep=partial(checkpoint, args, K.team, kind, len(labels)), prior=prior)
     mean, f = (f.reshape(len(test_labels), -1, f.shape[1])[:, part] for part in (slice(None), 0))
     if args.average:
         result["test_accuracy_averaged"] = float(np.mean(mean.mean(axis=1).argmax(axis=1) == test_labels))
@@ -320,23 +369,34 @@ def uncertainty(solver, K_test, k_test, y, alpha, f, ridge, test_labels):
             **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
 
 
-def draw(args, kind, K, prior, y, ridge):
-    """--plot: the same system by every preconditioner."""
-    infos = {}
+def draw(args, kind, blocks, prior, y, ridge, y_test):
+    """--plot: the error against the ridge, where K is small, and the same system by every preconditioner."""
+    from matplotlib.figure import Figure  # no window, no global state
+    (K, K_test), infos, rows = blocks, {}, len(y)
     for name in regression.PRECONDITIONERS:
         solver = regression.Solver(K, name, args.rank, ridge, args.tol, y.shape[1], args.seed, args.max_iters,
                                    args.quiet, prior=prior)
         infos[name] = solver(y, ridge, args.tol)[1]
+    small = rows <= choose.DENSE
+    figure = Figure(figsize=(11 if small else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 1 + small, squeeze=False)[0]
+    if small:
+        spectrum = choose.Spectrum(K.columns(np.arange(rows)), prior.mean())
+        copies = K_test.shape[0] // len(y_test)  # of test images
+        K_plain = K_test.columns(np.arange(rows))[::copies]
+        choose.draw(axes[0], spectrum, y, ridge, K_plain, y_test, rows // args.n_train)
+    pcg.draw(axes[-1], infos)
     if K.team.index == 0:
         path = args.plot if args.kind != "both" else f"-{kind}".join(os.path.splitext(args.plot))
-        pcg.plot(infos, path, f"{args.dataset} {args.kernel} {kind}, {len(y):,} rows, ridge {ridge:.2g}")
+        figure.suptitle(f"{args.dataset} {args.kernel} {kind}, {rows:,} rows")
+        for one in figure.axes:
+            one.spines["top"].set_visible(False)
+        figure.savefig(path, dpi=150)
 
 
 def config(args, kind, n):
     """What decides the result of this run, as it would be asked for alone."""
-    fitted_on = args.fit_on or (args.n_train if n != args.n_train else None)
-    return {key: value for key, value in {**vars(args), "kind": kind, "n_train": n, "fit_on": fitted_on}.items()
-            if key not in WHERE}
+    return {key: value for key, value in {**vars(args), "kind": kind, "n_train": n}.items() if key not in WHERE}
 
 
 def computed(args, n, K, K_test, team, seconds):
@@ -362,6 +422,7 @@ def describe(result):
             + (f"averaged over crops {100 * result['test_accuracy_averaged']:.2f} %, "
                if "test_accuracy_averaged" in result else "")
             + (f"nll {result['test_nll']:.3f}, ece {result['test_ece']:.3f}, " if "test_nll" in result else "")
+            + (f"leave-one-out {100 * result['loo_score']:.2f} %, " if "loo_score" in result else "")
             + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
             + f", peak memory {result['peak_memory_gb']:.1f} GB")
 

@@ -4,14 +4,16 @@
 
 k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts, or others), or the
 sum of the two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the
-training rows; where labels are missing every task is solved on its own rows, all together (tasks.py). Nothing weighs
-the rare class: the score, area under the ROC curve or average precision, asks for the order only. Ridges are
-compared by that score on validation rows, which are never fitted, and where numbers are predicted by squared error
-(classes by squared error: on all of molhiv, fingerprints, ten times the ridge and a validation AUC of 0.807 in place
-of 0.823). Test rows are looked at once.
+training rows; where labels are missing every task is solved on its own rows, all together (tasks.py). The rare class
+has no extra weight, because the score, area under the ROC curve or average precision, depends on the order only.
+Ridges, and whatever flag of the network is given several values, are compared by that score, or by squared error where
+numbers are predicted (comparing classes by squared error chose ten times the ridge on all of molhiv, fingerprints: a
+validation AUC of 0.807 instead of 0.823). They are compared on the validation rows, which are never fitted, or with
+--select loo on the training rows, each predicted from all others (choose.py). Test rows are read once.
 
   python train_molecule.py                                      1,500 molecules that come with RDKit, a minute
   python train_molecule.py --dataset esol --data DIR --split scaffold
+  python train_molecule.py --dataset esol --data DIR --kernel sum --select loo --depth 1,3 --b_std 0,0.5
   python train_molecule.py --dataset molhiv --data DIR --kernel fingerprint --fingerprints morgan,pairs,torsions
   python train_molecule.py --dataset molhiv --data DIR --sizes 1000,2000,4000 --kind both --store K
 """
@@ -23,6 +25,7 @@ from functools import partial
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+import choose
 import command
 import graphs
 import kernel
@@ -63,7 +66,9 @@ def flags():
     network.add_argument("--kernel", default="gcn", choices=PARTS)
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs on one pass over the kernel")
-    network.add_argument("--depth", type=int, default=3, help="rounds of gcn, hidden layers on fingerprints")
+    network.add_argument("--depth", default="3", help="rounds of gcn, hidden layers on fingerprints. This and the next "
+                         "two take several values with commas: the best is chosen as the ridge is")
+    command.network_flags(network, images_or_sequences=False)
     network.add_argument("--pool", default="sum", choices=["sum", "mean"], help="of gcn, over atoms")
     network.add_argument("--jump", action="store_true", help="pool the atoms after every round, and add up")
     network.add_argument("--weights", default="normal", choices=["normal", "sum", "order"],
@@ -75,7 +80,9 @@ def flags():
                          "memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
-                        "commas, or auto (10 down to 1e-6): chosen on validation rows, by their score")
+                        "commas, or auto (10 down to 1e-6): chosen by the score, or by squared error for numbers")
+    command.select_flag(solver, "validation; loo and gcv need a label of every task for every training molecule, and "
+                        "gcv numbers to predict")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
     run = parser.add_argument_group("run")
@@ -87,7 +94,7 @@ def flags():
 
 
 def parse(argv):
-    """The flags, checked against each other; ridge and sizes as lists of numbers."""
+    """The flags, checked against each other; ridge, sizes and those of the network as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
     command.check(parser, args, "depth", "tile", "rank", "devices")
@@ -95,6 +102,9 @@ def parse(argv):
     if len(set(args.fingerprints) & set(molecules.FINGERPRINTS)) < len(args.fingerprints):
         parser.error(f"--fingerprints {','.join(args.fingerprints)}: expected {', '.join(molecules.FINGERPRINTS)}, "
                      "or several of these with commas between")
+    if args.select == "gcv" and molecules.DATASETS[args.dataset] != "rmse":
+        parser.error(f"--select gcv with --dataset {args.dataset}: it estimates a squared error and cannot compare by "
+                     f"{molecules.DATASETS[args.dataset]}; use --select loo or validation")
     if args.store == "none":
         parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
     return args
@@ -112,22 +122,28 @@ def main(argv=None):
         parts = molecules.split(rows, args.split, args.seed)
         derive(args, parts)
         parts = (parts[0][:args.n_train], *parts[1:])
-        mols = [rows.mols[i] for i in np.concatenate(parts)]
+        y, mols = rows.y[np.concatenate(parts)], [rows.mols[i] for i in np.concatenate(parts)]
+        where = dict(zip(("train", "val", "test"), np.split(np.arange(len(y)), np.cumsum([len(p) for p in parts])[:2])))
+        if selected(args) != "validation":
+            del where["val"]
+            if np.isnan(y[where["train"]]).any():
+                raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has a "
+                                 "matrix of its own, of its labelled rows; use --select validation")
         inputs = {part: molecules.graphs(mols, args.weights, args.quiet) if part == "gcn" else
                   molecules.fingerprints(mols, args.fingerprints, quiet=args.quiet) for part in PARTS[args.kernel]}
     if not args.quiet:
-        print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
-              + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
+        print(command.described(args))
+    with runs.phase("choose", seconds):
+        compared = command.compare(args, partial(criterion, args, kinds[0], inputs, where, y), by(args))
     with runs.phase("kernel", seconds):
-        starts = np.cumsum([len(part) for part in parts])[:2]
-        matrices = [kernels(args, part, kinds, x, starts) for part, x in inputs.items()]
+        matrices = kernels(args, kinds, inputs, where)
     results = {kind: {} for kind in kinds}
-    for kind, *of_parts in zip(kinds, *matrices):
-        scales = [1 / K.diagonal().mean() for K, _, _ in of_parts]
+    for kind, of_parts in zip(kinds, matrices):
         for n in args.sizes:
-            blocks = [added([block.leading(n).merged() for block in of], scales) for of in zip(*of_parts)]
-            y = [rows.y[part] for part in (parts[0][:n], *parts[1:])]
-            result = {**experiment(args, *blocks, y), "entries": sum(block.entries for block in blocks)}
+            blocks = dict(zip(where, summed(of_parts, n)))
+            labels = {name: y[numbers[:n] if name == "train" else numbers] for name, numbers in where.items()}
+            result = {**experiment(args, blocks, labels), "compared": compared,
+                      "entries": sum(block.entries for block in blocks.values())}
             result["entries_computed"] = (sum(K.entries - K.found for of in of_parts for K in of)
                                           if n == args.n_train else 0)
             result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
@@ -154,50 +170,89 @@ def derive(args, parts):
         args.tile = command.tile_side(*sides, args.n_train)
 
 
+def selected(args):
+    """The criterion: unless asked for another, validation, for the validation rows are there and are not fitted."""
+    return args.select or "validation"
+
+
+def by(args):
+    """What is compared, as `choose.best` takes it: the squared error where numbers are predicted, else the score."""
+    return "mse" if molecules.DATASETS[args.dataset] == "rmse" else "score"
+
+
 def network(args, part, x):
     """The engine of a part, and its layers."""
     if part == "gcn":
-        return graphs.kernel_fn, kernel.gcn(x.degree, args.depth, pool=args.pool, jump=args.jump)
-    return vector_kernel, kernel.network("fc", args.depth)
+        return graphs.kernel_fn, kernel.gcn(x.degree, args.depth, pool=args.pool, jump=args.jump, w_std=args.w_std,
+                                            b_std=args.b_std)
+    return vector_kernel, kernel.network("fc", args.depth, args.w_std, args.b_std)
 
 
-def kernels(args, part, kinds, x, starts):
-    """[(K, K_val, K_test) of each kind]: K of the training rows, of the others with these.
+def kernels(args, kinds, inputs, where):
+    """For every kind, for every part, [K, ...]: K of the training rows, then that of each other name's with these.
 
-    x: rows of all three.   starts: where the second and the third begin."""
-    train, val, test = (x.take(r) if part == "gcn" else x[r] for r in np.split(np.arange(len(x)), starts))
-    engine, layers = network(args, part, x)
-    inputs = {f"train-{part}": train, f"val-{part}": val, f"test-{part}": test}
-    return command.matrices(partial(engine, layers), kinds, inputs, args.store, {"kernel": part, "layers": layers},
-                            args.tile, devices=command.devices(args.devices), quiet=args.quiet)
+    inputs: {part: all rows}.   where: {name: numbers of its rows}, train first."""
+    of_parts = []
+    for part, x in inputs.items():
+        engine, layers = network(args, part, x)
+        rows = {f"{name}-{part}": x.take(of) if part == "gcn" else x[of] for name, of in where.items()}
+        of_parts.append(command.matrices(
+            partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": layers}, args.tile,
+            devices=command.devices(args.devices), quiet=args.quiet))
+    return list(zip(*of_parts))
 
 
-def added(blocks, scales):
-    """The sum of these matrices times their scales; one alone as it is.  Tiles of the same keys, in memory."""
+def summed(of_parts, n):
+    """[K, ...] for the first n training rows: the sum over parts, each divided by the mean diagonal of its K; of one
+    part as it is.  Tiles of the same keys, in memory."""
+    scales = [np.float32(1 / of[0].diagonal().mean()) for of in of_parts]
+    blocks = [[block.leading(n).merged() for block in of] for of in of_parts]
     if len(blocks) == 1:
         return blocks[0]
-    return replace(blocks[0], tiles={key: sum(np.float32(s) * block.tiles[key] for s, block in zip(scales, blocks))
-                                     for key in blocks[0].keys()})
+    return [replace(same[0], tiles={key: sum(scale * block.tiles[key] for scale, block in zip(scales, same))
+                                    for key in same[0].keys()}) for same in zip(*blocks)]
 
 
-def experiment(args, K, K_val, K_test, y):
-    """Choose the ridge on validation rows, solve, predict, for one size: what came of it, as a dict.
+def criterion(args, kind, inputs, where, y, setting):
+    """[choose.Row, ...] of one setting of the flags that were given several values, for a kind, on the first training
+    molecules: those of the smallest size, choose.DENSE at most."""
+    n = min(args.sizes[0], choose.DENSE)
+    one = argparse.Namespace(**{**vars(args), **setting, "store": None})
+    where = {name: rows[:n] if name == "train" else rows for name, rows in where.items() if name != "test"}
+    blocks = dict(zip(where, summed(kernels(one, (kind,), inputs, where)[0], n)))
+    K, targets, _, options = problem(one, blocks, {name: y[rows] for name, rows in where.items()})
+    return regression.search(K, targets, args.ridge, **{**options, "quiet": True})
 
-    K (n, n), K_val (rows, n), K_test (rows, n).   y: of their rows, (rows, tasks), NaN where there is no label.
+
+def problem(args, blocks, y):
+    """K, targets (n, tasks), their mean (tasks,), and how ridges are compared, as options of `regression.fit`.
+
+    blocks: {"train": K (n, n), "val": K_val (rows, n)}, the latter where the criterion is validation.
+    y: {"train": ..., "val": ...}, (rows, tasks), NaN where there is no label.
     """
-    masks = [~np.isnan(part) for part in y]
-    mean = np.where(masks[0], y[0], 0).sum(axis=0) / np.maximum(masks[0].sum(axis=0), 1)
-    train, val = (np.where(mask, part - mean, 0) for mask, part in zip(masks[:2], y))
-    measure, options = SCORES[molecules.DATASETS[args.dataset]], {"rank": args.rank}
-    if not all(mask.all() for mask in masks[:2]):
-        low = precondition.low_rank(K, args.rank or min(RANK, max(1, len(train) // 2)), args.seed, quiet=args.quiet)
-        options["look"] = tasks.Look(low, masks[0])
-        K, K_val = tasks.Labelled(K, masks[0]), tasks.Labelled(K_val, masks[1])
-    _, f, result, _ = regression.fit(
-        K, K_test, train, args.ridge, len(train), (K_val, val), lambda f: measure(f + mean, y[1]), args.tol,
-        "mse" if measure is rmse else "score", seed=args.seed, quiet=args.quiet, **options)
-    return {f"test_{molecules.DATASETS[args.dataset]}": measure(f + mean, y[2]),
-            "tasks": len(mean), "labels": int(masks[0].sum()), **result}
+    masks, K = {name: ~np.isnan(of) for name, of in y.items()}, blocks["train"]
+    mean = np.where(masks["train"], y["train"], 0).sum(axis=0) / np.maximum(masks["train"].sum(axis=0), 1)
+    targets = {name: np.where(masks[name], of - mean, 0) for name, of in y.items()}
+    measure = SCORES[molecules.DATASETS[args.dataset]]
+    options = {"select": selected(args), "by": by(args), "rank": args.rank, "seed": args.seed, "quiet": args.quiet,
+               "score": lambda f, rows: measure(f + mean, y["val"] if rows is None else y["train"][rows])}
+    if "val" in blocks:
+        K_val = blocks["val"] if masks["val"].all() else tasks.Labelled(blocks["val"], masks["val"])
+        options["held_out"] = K.shape[0], (K_val, targets["val"])
+    if not masks["train"].all():
+        low = precondition.low_rank(K, args.rank or min(RANK, max(1, K.shape[0] // 2)), args.seed, quiet=args.quiet)
+        options["look"], K = tasks.Look(low, masks["train"]), tasks.Labelled(K, masks["train"])
+    return K, targets["train"], mean, options
+
+
+def experiment(args, blocks, y):
+    """Choose the ridge, solve, predict, for one size: what came of it, as a dict.  blocks, y: as of `problem`, with
+    "test" in them too."""
+    K, targets, mean, options = problem(args, blocks, y)
+    _, f, result, _ = regression.fit(K, blocks["test"], targets, args.ridge, tol=args.tol, **options)
+    score = molecules.DATASETS[args.dataset]
+    return {f"test_{score}": SCORES[score](f + mean, y["test"]), "tasks": len(mean),
+            "labels": int(np.sum(~np.isnan(y["train"]))), **result}
 
 
 def rmse(f, y):
@@ -235,10 +290,12 @@ def describe(result):
     """The result line."""
     config = result["config"]
     name = molecules.DATASETS[config["dataset"]]
-    best = next((row[1] for row in result["validation"] if row[0] == result["ridge"]), float("nan"))
+    scores = {ridge: score for ridge, score, _ in result["search"]}
     return (f"{config['dataset']} {config['kernel']} {config['kind']} {config['whiten']} n_train={config['n_train']} "
-            f"n_test={config['n_test']}: test {name} {result['test_' + name]:.4f}, validation {best:.4f}, ridge "
-            f"{result['ridge']:.2g}, CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
+            f"n_test={config['n_test']}: test {name} {result['test_' + name]:.4f}, "
+            + (f"validation {scores[result['ridge']]:.4f}, " if result["select"] == "validation" else "")
+            + (f"leave-one-out {result['loo_score']:.4f}, " if "loo_score" in result else "")
+            + f"ridge {result['ridge']:.2g}, CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
             f"{result['entries_computed'] / max(result['seconds']['kernel'], 1e-9):.3g} entries/s, "
             + ", ".join(f"{name} {s:.1f} s" for name, s in result["seconds"].items())
             + f", peak memory {result['peak_memory_gb']:.1f} GB")

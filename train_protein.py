@@ -3,25 +3,30 @@
   f(x) = k(x, X) (K + lambda I)^-1 y,   K = k(X, X),   lambda = ridge * mean(diag K)
 
 the same tiles and solver as for images (train_cifar.py), other kernels (kernel.SEQUENCES). y is the measured
-fitness, or a monotone function of it. Encoding of residues, that function and ridge are chosen on validation rows,
-which are part of the training set (FLIP names them; else its last fifth): ridge by mean squared error, for its curve
-is smooth, encoding and function by Spearman's correlation, for it is the same for every function. Then all training
-rows are fitted, and the test rows are looked at once. proteins.py says what the data, encodings and functions are.
+fitness, or a monotone function of it. What is chosen is chosen on training rows alone: by leave-one-out where K is
+small (choose.py), else on validation rows, which are training rows too (FLIP names them; else the last fifth). The
+ridge has the least mean squared error, whose curve is smooth. Encoding of residues, function of the target, and every
+flag of the network that is given several values have the best Spearman correlation, which does not depend on that
+function. Then all training rows are fitted, and the test rows are read once. proteins.py defines data, encodings and
+functions.
 
   python train_protein.py                                     1,296 made sequences, ten seconds, no file needed
   python train_protein.py --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
   python train_protein.py --split three_vs_rest --data DIR --kernel seq_cnn --kind both
+  python train_protein.py --split one_vs_rest --data DIR --w_std 1,1.41,2 --b_std 0,0.5 --depth 1,3
   python train_protein.py --split two_vs_rest --data DIR --kernel linear --encoding centred --target raw --ridge 1
   python train_protein.py --split landscape --data DIR --kernel seq_cnn --sizes 1000,2000,4000,8000,16000
 """
 
 import argparse
+import itertools
 from functools import lru_cache, partial
 
 import numpy as np
 from scipy.special import ndtri
 from scipy.stats import rankdata
 
+import choose
 import command
 import kernel
 import lazy
@@ -35,7 +40,8 @@ try:
 except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
     from kernel import kernel_fn as engine
 
-COMPARED = 4096  # rows on which encodings and functions of the target are compared, at most
+COMPARED = choose.DENSE  # rows on which encodings, functions of the target and networks are compared, at most
+NETWORK = ("depth", "w_std", "b_std", "head", "gamma")  # flags that describe a network; linear has none of them
 WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # not what was computed: not recorded
 
 
@@ -51,7 +57,8 @@ def flags():
     rows.add_argument("--data", metavar="DIR", help="folder that holds FLIP's files")
     rows.add_argument("--n_train", type=int, help="training rows of landscape and made; None is all")
     rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training rows too, the first ones of "
-                      "n_train, on blocks of the same kernel; encoding and target are chosen for the smallest")
+                      "n_train, on blocks of the same kernel; encoding, target and network are chosen for the "
+                      "smallest")
     rows.add_argument("--n_test", type=int, help="test rows, the first ones; None is all")
     rows.add_argument("--encoding", default="auto", choices=["auto", *proteins.ENCODINGS])
     rows.add_argument("--target", default="auto", choices=["auto", *proteins.TARGETS],
@@ -61,13 +68,17 @@ def flags():
                          help="linear: <x, x'>, ridge regression; its --ridge is lambda itself, scikit-learn's alpha")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs on one pass over the kernel; choices are those of nngp")
-    network.add_argument("--depth", type=int, help="hidden layers or convolutions; None is 3")
+    network.add_argument("--depth", help="hidden layers or convolutions; None is 3. This and the next four take "
+                         "several values with commas: the best is chosen by Spearman's correlation")
+    command.network_flags(network)
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from n_train")
     network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there; none: keep "
                          "no tile, compute all in every product; None: in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
-                        "commas, or auto (10 down to 1e-6): chosen on validation rows")
+                        "commas, or auto (10 down to 1e-6): chosen on training rows")
+    command.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, beyond that validation, on the rows that FLIP "
+                        "names or the last fifth of the training rows")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
     solver.add_argument("--variance", action="store_true", help="predictive variance too, a solve for each test "
@@ -81,10 +92,18 @@ def flags():
 
 
 def parse(argv):
-    """The flags, checked against each other; ridge and sizes as lists of numbers."""
+    """The flags, checked against each other; ridge, sizes and those of the network as lists."""
     parser = flags()
-    args = parser.parse_args(argv)
-    command.check(parser, args, "n_test", "rank", "devices", "tile")
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(NETWORK)))  # None where one is not given
+    given = [flag for flag in NETWORK if getattr(args, flag) is not None]
+    if args.kernel == "linear" and given:
+        parser.error(f"--{given[0]} with --kernel linear: it has no layers to set; leave it out")
+    if args.kernel != "linear":
+        vars(args).update({flag: parser.get_default(flag) for flag in set(NETWORK) - set(given)})
+    command.check(parser, args, "n_test", "rank", "devices", "tile", "depth")
+    if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(command.settings(args)) > 1):
+        parser.error("--select gcv has no rank correlation to compare encodings, targets and networks by: give one "
+                     "value of each, or use --select loo or validation")
     if args.split in proteins.FLIP and (args.n_train or args.sizes):
         parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; they are "
                      "for landscape and made")
@@ -101,15 +120,14 @@ def main(argv=None):
         split = proteins.load(args.split, args.data, args.seed, args.quiet)
         derive(args, split)
     if not args.quiet:
-        print(" ".join(f"{key}={value}" for key, value in vars(args).items() if key != "ridge")
-              + " ridge=" + ",".join(f"{ridge:.2g}" for ridge in args.ridge))
+        print(command.described(args))
     with runs.phase("choose", seconds):
-        compared = choose(args, split, kinds[0])
+        compared = compare(args, split, kinds[0])
     with runs.phase("kernel", seconds):
         x = proteins.encode(split.sequences, args.encoding, args.sizes[0])
         x, x_test = x[:args.n_train], x[split.n_train:][:args.n_test]
         matrices = command.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, args.store,
-                                    {"kernel": args.kernel, "depth": args.depth or 3}, args.tile,
+                                    {"kernel": args.kernel, "layers": layers(args, x)}, args.tile,
                                     devices=command.devices(args.devices), quiet=args.quiet)
     results = {kind: {} for kind in kinds}
     for kind, (K, K_test) in zip(kinds, matrices):
@@ -137,26 +155,29 @@ def derive(args, split):
                           ("n_test", args.n_test, len(split.targets) - split.n_train)):
         if not 2 <= n <= have:
             raise ValueError(f"{what}={n}, but {args.split} has 2 to {have} rows to give")
-    several = len(args.ridge) > 1 or "auto" in (args.encoding, args.target)
-    if several and n_fit(split, args.sizes[0]) == args.sizes[0]:
-        raise ValueError(f"{args.split} with n_train={args.sizes[0]} has no validation rows to choose on; give "
-                         "--encoding, --target, and one number with --ridge")
+    n = args.sizes[0]
+    several = max(len(args.ridge), len(candidates(args))) > 1
+    if several and criterion(args, n) == "validation" and n_fit(split, n) == n:
+        raise ValueError(f"{args.split} with n_train={n} has no validation rows to choose on; use --select loo, or "
+                         "give one value of --ridge, --encoding, --target and each flag of the network")
     if args.tile is None:
         side = 256 if args.kernel == "seq_cnn_gap" else 1024
         args.tile = command.tile_side(side, 8192, args.n_train)
 
 
+def layers(args, x):
+    """The network of these flags for inputs like x (n, length, channels), as kernel.network lists it."""
+    if args.kernel == "linear":  # a network of one layer, without the means over channels and positions
+        return [("mask",), ("flatten",), ("dense", (x.shape[1] * x.shape[2]) ** 0.5, 0.0)]
+    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
+
+
 def network_kernel(args, kind, x):
-    """kernel_fn(x1, x2) of these flags for inputs like x (n, length, channels); kind: one, or a tuple of them."""
-    return compiled(args.kernel, args.depth, kind, x.shape[1] * x.shape[2])
+    """kernel_fn(x1, x2) of these flags for inputs like x; kind: one, or a tuple of them."""
+    return compiled(tuple(layers(args, x)), kind)
 
 
-@lru_cache
-def compiled(name, depth, kind, size):
-    """One function for all encodings: a new one would compile anew."""
-    if name == "linear":  # a network of one layer, without the means over channels and positions
-        return engine([("mask",), ("flatten",), ("dense", size**0.5, 0.0)], kind)
-    return engine(name, kind, **({} if depth is None else {"depth": depth}))
+compiled = lru_cache(engine)  # one function for all encodings: a new one would compile anew
 
 
 def scale(args, K):
@@ -175,39 +196,62 @@ def n_fit(split, n):
     return split.n_fit if n == split.n_train else n - n // 5
 
 
-def choose(args, split, kind):
-    """Sets args.encoding and args.target where they are auto; returns [[encoding, target, ridge, mse, Spearman of
-    the validation rows], ...], every ridge being the one with the least mse.
+def criterion(args, n):
+    """How n training rows choose: --select, or where it is not given leave-one-out up to choose.DENSE rows."""
+    return args.select or ("loo" if n <= choose.DENSE else "validation")
 
-    On the training rows of the smallest size, COMPARED at most, evenly from fitted and held out; functions of the
-    target are fitted on the fitted ones.
-    """
+
+def candidates(args):
+    """[{flag: value}, ...]: every combination of network, encoding and target that may be chosen."""
     encodings = proteins.ENCODINGS if args.encoding == "auto" else [args.encoding]
-    names = proteins.TARGETS if args.target == "auto" else [args.target]
-    if len(encodings) == len(names) == 1:
-        return []
-    n, sparse = args.sizes[0], -(-args.sizes[0] // COMPARED)
-    rows = [np.arange(*ends, sparse) for ends in ((0, n_fit(split, n)), (n_fit(split, n), n))]
-    fitted, rows = len(rows[0]), np.concatenate(rows)
-    y = split.targets[rows]
-    columns = np.stack([proteins.transform(name, y[:fitted])[0](y) for name in names], axis=1)
-    held_out, table = np.arange(fitted, len(rows)), []
-    for encoding in encodings:
-        x = proteins.encode(split.sequences, encoding, n)[rows]
-        K = tiles.gram(network_kernel(args, kind, x), x, args.tile, command.devices(args.devices), args.quiet).merged()
-        solver = regression.Solver(K, ridges=args.ridge, tol=regression.SEARCH, c=len(names), seed=args.seed,
-                                   prior=scale(args, K))
-        _, found = regression.choose_ridge(solver, columns, fitted, held_out, args.ridge, lambda f: [
-            (float(np.mean((f[:, c] - columns[held_out, c]) ** 2)), spearman(f[:, c], y[held_out]))
-            for c in range(len(names))])
-        for c, name in enumerate(names):
-            (mse, correlation), ridge = min((scores[c], ridge) for ridge, scores, _ in found)
-            table.append([encoding, name, ridge, mse, correlation])
-    args.encoding, args.target = max(table, key=lambda row: row[-1])[:2]
-    if not args.quiet:
-        print("\n".join(f"{encoding:8} {name:5} ridge {ridge:8.2g}: validation mse {mse:.4f}, Spearman {s:.4f}"
-                        for encoding, name, ridge, mse, s in table) + f"\nchosen: {args.encoding}, {args.target}")
+    targets = proteins.TARGETS if args.target == "auto" else [args.target]
+    return [{**network, "encoding": encoding, "target": target}
+            for network, encoding, target in itertools.product(command.settings(args), encodings, targets)]
+
+
+def compare(args, split, kind):
+    """Sets args.encoding, args.target and the flags of the network to one value each: those whose predictions of
+    training rows have the best Spearman correlation, each at the ridge with the least mse.
+
+    The rows are those of the smallest size, evenly thinned to COMPARED at most. Each is predicted from all others
+    (loo), or the validation rows from the fitted ones; functions of the target are fitted on all of them, or on the
+    fitted ones.  Returns [[{flag: value}, ridge, Spearman, mse], ...], [] where there is nothing to choose.
+    """
+    found, table, n = candidates(args), [], args.sizes[0]
+    several = [flag for flag in found[0] if len({one[flag] for one in found}) > 1]
+    step = -(-n // COMPARED)
+    loo = criterion(args, -(-n // step)) == "loo"
+    end = n if loo else n_fit(split, n)
+    rows = np.concatenate([np.arange(0, end, step), np.arange(end, n, step)])
+    fitted, y = -(-end // step), split.targets[rows]
+    for shared, group in itertools.groupby(found if several else [], lambda one: {**one, "target": None}):
+        network = argparse.Namespace(**{**vars(args), **shared})
+        x = proteins.encode(split.sequences, network.encoding, n)[rows]
+        K = tiles.gram(network_kernel(network, kind, x), x, args.tile, command.devices(args.devices),
+                       args.quiet).merged()
+        prior = scale(args, K)
+        if loo:
+            spectrum = choose.Spectrum(K.columns(np.arange(len(y))), prior.mean())
+        else:
+            solver = regression.Solver(K, ridges=args.ridge, tol=choose.SEARCH, seed=args.seed, prior=prior)
+        for one in group:
+            z = proteins.transform(one["target"], y[:fitted])[0](y)[:, None]
+            ridges = (choose.leave_one_out(spectrum, z, args.ridge, score(y)) if loo else choose.validation(
+                solver, z, args.ridge, fitted, np.arange(fitted, len(y)), score(y)))
+            table.append([{flag: one[flag] for flag in several}, *choose.best(ridges)[:3]])
+            if not args.quiet:
+                print(" ".join(f"{flag}={value}" for flag, value in table[-1][0].items())
+                      + ": ridge {:.2g}, Spearman {:.4f}, mse {:.5f}".format(*table[-1][1:]))
+    best = max(range(len(table)), key=lambda i: table[i][2], default=0)
+    vars(args).update(found[best])
+    if table and not args.quiet:
+        print("chosen: " + " ".join(f"{flag}={value}" for flag, value in table[best][0].items()))
     return table
+
+
+def score(y):
+    """(predictions (m, 1), their rows) -> their Spearman correlation with y[rows]."""
+    return lambda f, rows: spearman(f[:, 0], y[rows])
 
 
 def experiment(args, kind, K, K_test, split, n, x_test):
@@ -216,7 +260,7 @@ def experiment(args, kind, K, K_test, split, n, x_test):
     forward, inverse = proteins.transform(args.target, y)
     fitted, z = n_fit(split, n), forward(y)[:, None]
     alpha, f, result, solver = regression.fit(
-        K, K_test, z, args.ridge, fitted, np.arange(fitted, n), lambda f: spearman(f[:, 0], y[fitted:]), args.tol,
+        K, K_test, z, args.ridge, criterion(args, n), score(y), (fitted, np.arange(fitted, n)), tol=args.tol,
         rank=args.rank, seed=args.seed, quiet=args.quiet, prior=scale(args, K))
     result = {"test_spearman": spearman(f[:, 0], y_test),
               "test_rmse": float(np.sqrt(np.mean((inverse(f[:, 0]) - y_test) ** 2))),
@@ -253,7 +297,8 @@ def describe(result):
     config = result["config"]
     return (f"{config['split']} {config['kernel']} {config['kind']} {config['encoding']} {config['target']} "
             f"n_train={config['n_train']} n_test={config['n_test']}: test Spearman {result['test_spearman']:.4f}, "
-            f"RMSE {result['test_rmse']:.4f}, ridge {result['ridge']:.2g}, CG {result['cg_iterations']} steps to "
+            + (f"leave-one-out {result['loo_score']:.4f}, " if "loo_score" in result else "")
+            + f"RMSE {result['test_rmse']:.4f}, ridge {result['ridge']:.2g}, CG {result['cg_iterations']} steps to "
             f"{result['cg_residual']:.1e}, "
             + (f"coverage of 50 and 90 % intervals {100 * result['test_coverage_50']:.0f} and "
                f"{100 * result['test_coverage_90']:.0f} %, nll {result['test_gaussian_nll']:.3f}, "

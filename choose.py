@@ -1,0 +1,196 @@
+"""Which ridge: by leave-one-out, by generalised cross-validation, or by rows held out.
+
+  A = K + lambda I,   alpha = A^-1 Y,   lambda = ridge * mean(diag K)
+
+  loo         the error on each row of the regression fitted on all the others: alpha_i / [A^-1]_ii, exactly. Where a
+              row has copies (flips, crops), all of them are left out at once: the errors on the copies g of an image
+              are [A^-1]_gg^-1 alpha_g, and that on the image itself counts.
+  gcv         n |alpha|^2 / (tr A^-1)^2, with the mean of A^-1's diagonal in place of each element (Golub, Heath and
+              Wahba 1979). Its trace is the mean of <z, A^-1 z> over PROBES random signs z (Hutchinson 1990), which
+              are columns of the same solve.
+  validation  the mean squared error on rows that are held out, of the regression fitted on the others
+
+loo gives up no row and has no noise of a split, but needs the eigenvectors of K: K = Q S Q^T, at most DENSE rows. With
+them every ridge costs n^2: [A^-1]_ij = sum over k of Q_ik Q_jk / (S_k + lambda). They also give the effective
+dimension Tr K A^-1 = sum over k of S_k / (S_k + lambda), the number of directions of K that the ridge lets through.
+
+  n  rows of K   c  outputs   N  images (rows that are not copies)   ridge is relative: one number for every kernel
+
+Errors are compared by their mean square. Accuracy would be noise on a few hundred images: on subsets of CIFAR-10 it
+chose ridges from 0.01 to 1 where the squared error chose 0.3 or 1.
+
+    table = choose.leave_one_out(choose.Spectrum(K.dense()), y, ridges);   ridge = choose.best(table).ridge
+
+Proved by: test_all.py, section choose
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+import pcg
+
+RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
+SEARCH = 1e-3  # residual to which ridges are compared
+DENSE = 4096  # rows, at most, for eigenvectors: 10 s and 0.4 GB on two cores
+PROBES = 8  # random signs for the trace of A^-1
+CRITERIA = ("loo", "gcv", "validation")
+
+
+def criterion(select, rows, copies=1):
+    """`select`, or where it is None the criterion for a K of so many rows: loo up to DENSE, then gcv, or validation where
+    rows have copies.  ValueError: gcv with copies."""
+    if select == "gcv" and copies > 1:
+        raise ValueError(f"--select gcv with {copies} copies of each image as rows: each predicts the others. Use "
+                         "--select loo or validation")
+    return select or ("loo" if rows <= DENSE else "gcv" if copies == 1 else "validation")
+
+
+class Row(NamedTuple):
+    """What is known of one ridge."""
+    ridge: float
+    score: float | None  # what `score` makes of the predictions: accuracy, or a correlation
+    mse: float  # mean squared error, over rows and outputs
+    dimension: float | None = None  # effective dimension
+
+
+class Spectrum:
+    """K = Q S Q^T of a dense symmetric K (n, n), in float64.  scale: mean(diag K), or what ridges are relative to."""
+
+    def __init__(self, K, scale=None):
+        self.S, self.Q = np.linalg.eigh(np.asarray(K, np.float64))
+        self.scale = float(np.mean(np.diagonal(K))) if scale is None else float(scale)
+        self.noise = max(0.0, -self.S[0])  # a kernel has no negative eigenvalue: this is the rounding of its entries
+
+    def inverse(self, ridge):
+        """1 / (S + lambda), (n,).  Indefinite: lambda does not exceed the rounding of K."""
+        if ridge * self.scale < 2 * self.noise:
+            cure = 4 * self.noise / self.scale
+            raise pcg.Indefinite(
+                f"ridge {ridge:.1e} is within the rounding of K, whose lowest eigenvalue is {self.S[0]:.1e}: its "
+                f"regression would fit that rounding. Raise the ridge to {cure:.1e}", cure)
+        shifted = self.S + ridge * self.scale
+        if shifted[0] <= 0:
+            raise pcg.Indefinite("K is singular and the ridge is 0. Raise the ridge to 1e-6", 1e-6)
+        return 1 / shifted
+
+    def errors(self, y, ridge, copies=1):
+        """Leave-one-out errors y - f (N, c) on every copies-th row of y (n, c), and the effective dimension."""
+        inverse = self.inverse(ridge)
+        alpha = self.Q @ (inverse[:, None] * (self.Q.T @ y))
+        if copies == 1:
+            errors = alpha / (self.Q**2 @ inverse)[:, None]
+        else:
+            Q, alpha = (x.reshape(-1, copies, x.shape[1]) for x in (self.Q, alpha))
+            errors = np.linalg.solve((Q * inverse) @ Q.swapaxes(1, 2), alpha)[:, 0]
+        return errors, float(np.sum(self.S * inverse))
+
+    def predictions(self, K_test, y, ridges):
+        """K_test alpha of each ridge: (m, c) arrays.  K_test: (m, n)."""
+        left, right = K_test @ self.Q, self.Q.T @ y
+        return [left @ (self.inverse(ridge)[:, None] * right) for ridge in ridges]
+
+
+def leave_one_out(spectrum, y, ridges, score=None, copies=1):
+    """[Row, ...] from the largest ridge down, without those that are within the rounding of K.
+
+    score: (predictions (N, c), their rows) -> number, or None.
+    Indefinite: every ridge is.
+    """
+    rows, table = np.arange(0, len(y), copies), []
+    for ridge in sorted(ridges, reverse=True):
+        try:
+            errors, dimension = spectrum.errors(y, ridge, copies)
+        except pcg.Indefinite:
+            if not table:
+                raise
+            break
+        table.append(Row(ridge, score(y[rows] - errors, rows) if score else None,
+                         float(np.mean(errors**2)), dimension))
+    return table
+
+
+def generalised(solver, y, ridges, seed=0):
+    """[Row, ...] by GCV, from the largest ridge down, each from the solution before.  solver: a regression.Solver.
+
+    K must not hold copies of rows: left alone, each predicts the other.
+    """
+    n, c = y.shape
+    probes = np.random.default_rng(seed).choice([-1.0, 1.0], (n, PROBES))
+
+    def row(ridge, alpha):
+        alpha, z = alpha[:, :c], alpha[:, c:]
+        trace = np.einsum("np,np->p", probes, z).mean()
+        return Row(ridge, None, float(n * np.sum(alpha**2) / c / trace**2),
+                   n - ridge * solver.scale * trace)
+    return _descend(solver, np.concatenate([y, probes], axis=1), ridges, row)
+
+
+def validation(solver, y, ridges, n_fit, held_out, score=None):
+    """[Row, ...] on rows held out, from the largest ridge down, each from the solution before.
+
+    n_fit: how many rows are fitted, the first.   held_out: numbers of rows after them, or for rows that are not
+    of K (K_val, y_val), their kernel with the rows of K and their targets.
+    score: (predictions (m, c), their rows) -> number; rows are None for rows that are not of K.
+    """
+    part = solver.leading(n_fit)
+
+    def row(ridge, alpha):
+        if isinstance(held_out, tuple):
+            rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
+        else:  # the rows held out are K times alpha padded with zeros
+            alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, y.shape[1]))])
+            rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
+        return Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
+    return _descend(part, y[:n_fit], ridges, row)
+
+
+def _descend(solver, y, ridges, row):
+    """[row(ridge, alpha), ...]: solves to SEARCH in the residual, from the largest ridge down, the easy direction; all
+    of them, for the error of pooled kernels rises before it falls, but none below one with which A is not positive
+    definite."""
+    table, alpha = [], None
+    for ridge in sorted(ridges, reverse=True):
+        try:
+            alpha, info = solver(y, ridge, SEARCH, alpha)
+        except pcg.Indefinite as error:
+            if not table:
+                raise
+            if not solver.quiet:
+                print(f"ridge {ridge:.2g}: {error}")
+            break
+        table.append(row(ridge, alpha))
+        if not solver.quiet:
+            print(f"ridge {ridge:8.2g}: {describe(table[-1])}, {info.iterations} steps")
+    return table
+
+
+def describe(row):
+    """A row in words."""
+    return (f"mse {row.mse:.5f}" + ("" if row.score is None else f", score {row.score:.4f}")
+            + ("" if row.dimension is None else f", effective dimension {row.dimension:.1f}"))
+
+
+def best(table, by="mse"):
+    """The Row with the least mse, or by="score" with the largest score; of several within a thousandth of that, the
+    first: the larger ridge needs fewer steps."""
+    if by == "score":
+        return max(table, key=lambda row: row.score)
+    return next(row for row in table if row.mse <= 1.001 * min(row.mse for row in table))
+
+
+def draw(axes, spectrum, y, ridge, K_test=None, y_test=None, copies=1):
+    """Leave-one-out error, and with K_test (m, n) and y_test (m, c) the test error, against the ridge, as the root of
+    the mean square; on the right axis the effective dimension; a line at the ridge that was chosen."""
+    ridges = [r for r in np.geomspace(10, 1e-7, 65) if r * spectrum.scale > 4 * spectrum.noise]
+    table = leave_one_out(spectrum, y, ridges, copies=copies)
+    axes.plot(ridges, np.sqrt([row.mse for row in table]), label="leave-one-out error")
+    if K_test is not None:
+        errors = [np.sqrt(np.mean((f - y_test) ** 2)) for f in spectrum.predictions(K_test, y, ridges)]
+        axes.plot(ridges, errors, linestyle="--", label="test error, for comparison only")
+    axes.axvline(ridge, color="grey", linewidth=0.8, label=f"chosen: {ridge:.2g}")
+    axes.set(xscale="log", xlabel="ridge", ylabel="root mean squared error")
+    right = axes.twinx()
+    right.plot(ridges, [row.dimension for row in table], color="C2", linewidth=0.8, linestyle=":")
+    right.set_ylabel(f"effective dimension, of {len(y):,} (dotted)", color="C2")
+    axes.legend(frameon=False)
