@@ -27,6 +27,7 @@ Proved by: test_all.py, section choose
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import pcg
 
@@ -58,7 +59,8 @@ class Spectrum:
     """K = Q S Q^T of a dense symmetric K (n, n), in float64.  scale: mean(diag K), or what ridges are relative to."""
 
     def __init__(self, K, scale=None):
-        self.S, self.Q = np.linalg.eigh(np.asarray(K, np.float64))
+        with threadpool_limits(1 if len(K) < 2048 else None, "blas"):  # on a busy machine two threads take ten times as long
+            self.S, self.Q = np.linalg.eigh(np.asarray(K, np.float64))
         self.scale = float(np.mean(np.diagonal(K))) if scale is None else float(scale)
         self.noise = max(0.0, -self.S[0])  # a kernel has no negative eigenvalue: this is the rounding of its entries
 
@@ -152,16 +154,14 @@ def _descend(solver, y, ridges, row):
     table, alpha = [], None
     for ridge in sorted(ridges, reverse=True):
         try:
-            alpha, info = solver(y, ridge, SEARCH, alpha)
+            alpha, _ = solver(y, ridge, SEARCH, alpha)
         except pcg.Indefinite as error:
             if not table:
                 raise
-            if not solver.quiet:
+            if solver.verbose:
                 print(f"ridge {ridge:.2g}: {error}")
             break
         table.append(row(ridge, alpha))
-        if not solver.quiet:
-            print(f"ridge {ridge:8.2g}: {describe(table[-1])}, {info.iterations} steps")
     return table
 
 

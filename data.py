@@ -16,11 +16,14 @@ first n_test of the test file (CIFAR-5m: of its blocks in a fixed shuffle). Noth
 Then `whitening`, fitted on training images, which needs no label.   Proved by: test_all.py, section data
 """
 
+import errno
 import hashlib
 import os
+import secrets
 import tarfile
 import urllib.request
 import zipfile
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -272,6 +275,51 @@ def _download(folder="data"):
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")  # no links, no paths outside the folder
     return target
+
+
+@contextmanager
+def said(path):
+    """Turns a failure to write `path` into a sentence that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OSError(f"{path} could not be written: {error.strerror}. Whatever was finished is kept: "
+                      f"{'free some space' if full else 'make the folder writable'} and run the same "
+                      "command again") from error
+
+
+@contextmanager
+def replacing(path):
+    """A file to write that becomes `path` at the end: all of it or nothing, also if killed on the way."""
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    with said(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
+
+
+def images(path, shape):
+    """The images of an .npy file, checked: uint8 (m, *shape)."""
+    try:
+        x = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not there; --predict takes an .npy file of uint8 images, (m, h, w, "
+                                "channels)") from error
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a complete .npy array without pickle: {error}") from error
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):
+        got = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive"
+        raise ValueError(f"{path} holds {got}; the model was trained on images uint8 (m, "
+                         f"{', '.join(map(str, shape))})")
+    return x
 
 
 def one_hot(y, classes=CLASSES):

@@ -1,7 +1,7 @@
 """What k(x, x') is for an infinitely wide network.
 
-A network is a list of layers. For two inputs with positions p and q (pixels; one position for a
-plain vector) carry two arrays from layer to layer:
+A network is a list of layers. For two inputs with positions p and q (pixels; one position for a plain vector) carry two
+arrays from layer to layer:
   K[p, q]  covariance of the pre-activations                    NNGP
   T[p, q]  sum over all parameters of d f(x)_p . d f(x')_q      NTK
   v[p]     variance K_xx[p, p], from each input alone: once per input, not once per pair
@@ -9,32 +9,19 @@ plain vector) carry two arrays from layer to layer:
   input              K = <x_p, x'_q> / channels                            T = 0
   dense, conv        K <- w_std^2 A(K) + b_std^2                           T <- K_new + w_std^2 A(T)
   relu               K <- sqrt(v v') kappa1(c) / 2,  c = K / sqrt(v v')    T <- kappa0(c) T / 2
+  pool, flatten, gap K <- A(K)                                             T <- A(T)
   normalize          K <- c                                                T <- T / sqrt(v v')
   exp                K <- sqrt(v v') exp(gamma (c - 1))                    T <- gamma exp(gamma (c - 1)) T
-  pool, flatten, gap K <- A(K)                                             T <- A(T)
-  mask               of a sequence: from here on layers read K[p, q] = T[p, q] = 0 where p or q does not exist
-  aggregate          K <- A K A'^T, A and A' of the two graphs             T <- A T A'^T
-  sum, mean          sum, mean of K over pairs of nodes that exist         the same of T
 
-with kappa0(c) = (pi - arccos c) / pi and kappa1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi
-(Cho & Saul 2009), and A the identity (dense), the mean over the 3 x 3 window moving in both images
-together (conv), the same over 3 positions of two sequences (conv1d), the mean over 2 x 2 windows moving
-independently (pool), the mean over p of [p, p] (flatten), the mean over all p, q (gap). NTK
-parameterisation: Jacot et al. 2018, Arora et al. 2019.
+with kappa0(c) = (pi - arccos c) / pi and kappa1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi (Cho & Saul 2009), and A the
+identity (dense), the mean over the 3 x 3 window that moves in both images together (conv), the mean over 2 x 2 windows that
+move independently (pool), the mean over p of [p, p] (flatten), the mean over all p, q (gap). NTK parameterisation: Jacot et
+al. 2018, Arora et al. 2019.
 
-A sequence is an image one position wide, (length, 1, channels). Positions whose channels are all zero, as at the
-end of the shorter sequences of an array, do not exist: k(x, x') is the same however far x or x' is padded. Of l
-and l' positions that exist, gap is the sum over all p, q divided by l l', as in neural_tangents; flatten is the
-sum of [p, p] over those that both have, divided by sqrt(l l'), the network's readout being scaled by its input's
-own length: positive definite, and its k(x, x) does not fade with the length. Where l = l' both are the means above.
+Where a network never pools, conv, relu and flatten only read p = q. Then K is carried as its diagonal, (h, w) in place of
+(h, w, h, w). This is the only optimisation here; fast/fused.py has the others.
 
-Graphs (Du et al. 2019): positions are nodes, numbered in any order. x is (n, nodes, features + 2 degree):
-of a node its features, then the numbers of up to `degree` nodes that it listens to, itself among them
-if it does, then their weights A[p, number]. A graph with fewer nodes ends in rows of zeros, and such
-rows do not exist: no pool counts them and no weight leads to them.
-
-Where a network never pools, conv, relu and flatten only ever read p = q: then K is carried as its
-diagonal, (h, w) in place of (h, w, h, w). That is all the cleverness here; the speed is elsewhere.
+A layer of your own is one function with @layer above it; see the README. proteins/ and molecules/ add theirs so.
 
     python -c "import kernel, numpy as np; print(kernel.kernel_fn('fc', 'ntk')(np.eye(3)))"
 
@@ -44,90 +31,125 @@ Cost of an entry: one arccos per position pair and relu.      Proved by: test_al
 import importlib.util
 import sys
 import types
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-NETWORKS = ("fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10")
-SEQUENCES = ("seq_fc", "seq_cnn", "seq_cnn_gap")
 KINDS = ("nngp", "ntk")
-LAYERS = {"dense": 2, "conv": 2, "conv1d": 2, "relu": 0, "pool": 0, "flatten": 0, "gap": 0, "mask": 0,  # parameters
-          "aggregate": 1, "jump": 0, "sum": 0, "mean": 0, "normalize": 0, "exp": 1}
-ELEMENTWISE = ("relu", "normalize", "exp")  # layers that read the variances of both inputs
-HEADS = ("linear", "cosine", "relu", "exp")
-GRAPH = ("aggregate", "jump", "sum", "mean")  # layers that read the graph
 BLOCK = 2**18  # array elements worked on at a time where positions are carried: 1 MB stays in cache
 
 
-def network(name, depth=None, w_std=2**0.5, b_std=0.0, head="linear", gamma=1.0):
-    """The layers of a named network: a list of (layer,) or (layer, w_std, b_std).
+class Layer(NamedTuple):
+    """What is known of a kind of layer; `layer` makes one."""
+    apply: Callable  # (layer, K, T, one, two) -> K, T
+    parameters: int  # numbers that follow the name in a list of layers
+    variance: bool  # it reads one.std and two.std
+    pairs: bool  # it reads K[p, q] of p != q
+    ends: bool  # it leaves no positions
 
-    depth: hidden layers of fc and seq_fc (default 3), convolutions of cnn_vec and cnn_gap (default 8), of
-    seq_cnn and seq_cnn_gap (default 3); the number in a Myrtle network's name fixes its depth (Shankar et al. 2020).
-    head: what comes before the last dense layer. linear: nothing. cosine: a dense layer, normalized (layer norm), so
-    that k(x, x) is the same for all x. relu and exp: a relu on top of that, or exp(gamma (cosine - 1)); both are
-    heads of Shankar et al. 2020.
-    name may also be such a list itself, which is checked and returned.
+
+class Side(NamedTuple):
+    """One of the two inputs, as a layer sees it."""
+    x: jax.Array  # (h, w, channels)
+    std: jax.Array | None  # sqrt(v), (h, w) or (): before this layer, if it reads variances
+    notes: dict  # what layers of one pass over the network leave for each other
+
+
+class Input(NamedTuple):
+    """What a network takes whose first layer has another name than those here; see INPUTS."""
+    check: Callable  # layers -> None, or ValueError
+    positions: Callable  # x -> (n, h, w, channels), or ValueError
+    features: Callable  # (layers, x (..., channels)) -> what the input layer multiplies
+
+
+LAYERS = {}  # name -> Layer
+INPUTS = {}  # name of a first layer -> Input; images, and vectors before flatten, have none
+NETWORKS = {}  # name -> function (depth or None, w_std, b_std) -> layers before the head
+REFERENCE = {}  # name -> function (neural_tangents.stax, *parameters) -> its layer
+
+
+def layer(name, parameters=0, variance=False, pairs=False, ends=False):
+    """Adds the function below it, (layer, K, T, one, two) -> K, T, to LAYERS."""
+    def add(apply):
+        LAYERS[name] = Layer(apply, parameters, variance, pairs, ends)
+        return apply
+    return add
+
+
+@layer("dense", 2)
+def dense(layer, K, T, one, two, mean=lambda k: k):
+    _, w_std, b_std = layer
+    K = w_std**2 * mean(K) + b_std**2
+    return K, K + w_std**2 * mean(T)
+
+
+@layer("conv", 2)
+def conv(layer, K, T, one, two):
+    return dense(layer, K, T, one, two, window)
+
+
+@layer("relu", variance=True)
+def relu(layer, K, T, one, two):
+    kappa0, kappa1 = kappas(K * outer(K, inverse(one.std), inverse(two.std)))
+    return outer(K, one.std, two.std) * kappa1 / 2, kappa0 * T / 2
+
+
+@layer("normalize", variance=True)
+def normalize(layer, K, T, one, two):
+    scale = outer(K, inverse(one.std), inverse(two.std))
+    return K * scale, T * scale
+
+
+@layer("exp", 1, variance=True)
+def exp(layer, K, T, one, two):
+    E = jnp.exp(layer[1] * (K * outer(K, inverse(one.std), inverse(two.std)) - 1))
+    return outer(K, one.std, two.std) * E, layer[1] * E * T
+
+
+@layer("pool", pairs=True)
+def pool(layer, K, T, one, two):
+    h, w = K.shape[0] // 2, K.shape[1] // 2
+    return tuple(k.reshape(h, 2, w, 2, h, 2, w, 2).mean(axis=(1, 3, 5, 7)) for k in (K, T))
+
+
+@layer("flatten", ends=True)
+def flatten(layer, K, T, one, two):
+    return diagonal(K).mean(), diagonal(T).mean()
+
+
+@layer("gap", pairs=True, ends=True)
+def gap(layer, K, T, one, two):
+    return K.mean(), T.mean()
+
+
+def outer(K, a, b):
+    """a[p] b[q] for a K of pairs, a[p] b[p] for a K that is carried as its diagonal."""
+    return a.reshape(a.shape + (1,) * (K.ndim - a.ndim)) * b[(None,) * (K.ndim - b.ndim)]
+
+
+def inverse(std):
+    """1 / std, and 0 where std is 0, as of black patches."""
+    return jnp.where(std > 0, 1 / jnp.where(std > 0, std, jnp.ones_like(std)), jnp.zeros_like(std))
+
+
+def window(K, width=3):
+    """Mean over the 3 x `width` window that moves in both images together, zeros outside: (h, w[, h, w]).
+
+    A loop, so that XLA keeps the padded array. Unrolled, XLA fuses padding and arithmetic into one loop that branches at
+    every element, two to seven times slower on a CPU.
     """
-    if not isinstance(name, str):
-        layers = [tuple(layer) for layer in name]
-        bad = [layer for layer in layers if LAYERS.get(layer[0]) != len(layer) - 1]
-        names = {layer[0] for layer in layers}
-        if bad or not {"flatten", "gap", "sum", "mean"} & names:
-            raise ValueError(f"in the list of layers {bad or layers}: expected (\"dense\" or \"conv\", "
-                             "w_std, b_std), (\"relu\",), (\"pool\",), and (\"flatten\",) or (\"gap\",) "
-                             "at least once; of graphs (\"aggregate\", degree), (\"jump\",), and (\"sum\",) or "
-                             "(\"mean\",); (\"normalize\",) and (\"exp\", gamma) anywhere")
-        if {"conv1d", "mask"} & names and ({"conv", "pool", *GRAPH} & names or layers[0] != ("mask",)
-                                           or ("mask",) in layers[1:]):
-            raise ValueError(f"in the list of layers {layers}: a network of sequences begins with (\"mask\",), the "
-                             "only one, and has (\"conv1d\", w_std, b_std) in place of conv, no pool and no graph")
-        if (depth, w_std, b_std, head, gamma) != network.__defaults__:
-            raise ValueError("depth, w_std, b_std, head and gamma are for named networks; a list of layers has its own")
-        return layers
-    if name not in NETWORKS + SEQUENCES:
-        raise ValueError(f"kernel {name!r} is unknown; choose one of {', '.join(NETWORKS + SEQUENCES)}")
-    if depth is not None and (name.startswith("myrtle") or depth < 1):
-        raise ValueError(f"depth={depth} does not fit {name}: depth is a positive number of layers "
-                         "for all but the Myrtle networks, whose depth is in their name")
-    if not w_std > 0 or not b_std >= 0:
-        raise ValueError(f"w_std={w_std}, b_std={b_std}: expected w_std > 0 and b_std >= 0")
-    dense, conv, relu, pool = ("dense", w_std, b_std), ("conv", w_std, b_std), ("relu",), ("pool",)
-    heads = {"linear": [], "cosine": [dense, ("normalize",)], "relu": [dense, ("normalize",), relu],
-             "exp": [dense, ("normalize",), ("exp", gamma)]}
-    if head not in heads or not gamma > 0:
-        raise ValueError(f"head={head!r}, gamma={gamma}: expected one of {', '.join(heads)}, and gamma > 0")
-    last = heads[head] + [dense]
-    if name == "fc":
-        return [("flatten",)] + [dense, relu] * (depth or 3) + last
-    if name in ("cnn_vec", "cnn_gap"):
-        return [conv, relu] * (depth or 8) + [("flatten" if name == "cnn_vec" else "gap",)] + last
-    if name == "seq_fc":
-        return [("mask",), ("flatten",)] + [dense, relu] * (depth or 3) + last
-    if name in ("seq_cnn", "seq_cnn_gap"):
-        return ([("mask",)] + [("conv1d", w_std, b_std), relu] * (depth or 3)
-                + [("flatten" if name == "seq_cnn" else "gap",)] + last)
-    a, b, c = {"myrtle5": (2, 1, 1), "myrtle7": (2, 2, 2), "myrtle10": (3, 3, 3)}[name]
-    return [conv, relu] * a + [pool] + [conv, relu] * b + [pool] + [conv, relu] * c + [("gap",)] + last
+    padded = jnp.pad(K, [(1, 1), (width // 2, width // 2)] * (K.ndim // 2))
+
+    def add(k, total):
+        return total + jax.lax.dynamic_slice(padded, (k // width, k % width) * (K.ndim // 2), K.shape)
+    return jax.lax.fori_loop(0, 3 * width, add, jnp.zeros_like(K)) / (3 * width)
 
 
-def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0.0):
-    """The layers of a graph network: depth rounds of aggregate and `hidden` times (dense, relu), a pool, dense.
-
-    degree: of x, see the top.   pool: "sum" or "mean" over nodes.   jump: pool the nodes after every round
-    and add these up, each with weights of its own (jumping knowledge): K and T are the sums over rounds.
-    """
-    if min(degree, depth, hidden) < 1 or pool not in ("sum", "mean") or not w_std > 0 or not b_std >= 0:
-        raise ValueError(f"degree={degree}, depth={depth}, hidden={hidden}, pool={pool!r}, w_std={w_std}, "
-                         f"b_std={b_std}: expected three positive numbers, sum or mean, w_std > 0 and b_std >= 0")
-    step = [("aggregate", degree)] + [("dense", w_std, b_std), ("relu",)] * hidden
-    return (step + [("jump",)] * jump) * (depth - 1) + step + [(pool,), ("dense", w_std, b_std)]
-
-
-def on(numbers):
-    """The one of {"cpu": ..., "gpu": ...} for where this runs; that of a GPU for every other accelerator."""
-    return numbers.get(jax.default_backend(), numbers["gpu"])
+def diagonal(K):
+    """K[p, p]: (h, w, h, w) -> (h, w); what is carried as its diagonal stays as it is."""
+    return jnp.einsum("ijij->ij", K) if K.ndim == 4 else K
 
 
 def _angle_coefficients(degree):
@@ -147,154 +169,133 @@ def kappas(c):
       kappa0 = 1 - sqrt(t) P(t) for c >= 0, sqrt(t) P(t) for c < 0
       kappa1 = max(c, 0) + t sqrt(t) Q(t),  Q_k = P_k / (k + 3/2), as kappa1' = kappa0
     so no arccos is called and nothing cancels as c -> -1.
-    kappa0 has infinite slope at c = 1, so rounding of 1e-7 in c would cost 1e-4 in the NTK of an
-    image with itself. A |c| within 16 units of rounding of 1 therefore counts as 1 (a CIFAR-10 image
-    with itself came out within 9). Errors: 2e-7 in float32 and 2e-15 in float64, and in kappa0 of a
-    c that is that close to 1 without being 1, up to 6e-4 and 3e-8.
+    The slope of kappa0 is infinite at c = 1: a rounding error of 1e-7 in c would change the NTK of an image with itself by
+    1e-4. A |c| within 16 units of rounding of 1 therefore counts as 1 (a CIFAR-10 image with itself came out within 9).
+    Errors: 2e-7 in float32 and 2e-15 in float64; in kappa0 of a c that is that close to 1 without being 1, up to 6e-4 and
+    3e-8.
     """
     t = 1 - jnp.abs(c)
     t = jnp.where(t < 16 * float(jnp.finfo(c.dtype).eps), jnp.zeros_like(t), t)
     P = Q = jnp.zeros_like(t)
     for k, coefficient in reversed(list(enumerate(ANGLE[c.dtype.name]))):
         P, Q = P * t + coefficient, Q * t + coefficient / (k + 1.5)
-    root = 2 * jnp.sqrt(t / 4)  # not the same expression as below: XLA would store a shared root in
-    return (jnp.where(c < 0, root * P, 1 - root * P),  # memory, and split the loop around it
+    root = 2 * jnp.sqrt(t / 4)  # written differently from sqrt(t) below: XLA would store a shared root in memory, and
+    return (jnp.where(c < 0, root * P, 1 - root * P),  # split the loop around it
             jnp.maximum(c, jnp.zeros_like(c)) + t * jnp.sqrt(t) * Q)
 
 
-def window(K, width=3):
-    """Mean over the 3 x `width` window moving in both images together, zeros outside: (h, w[, h, w]).
+def on(numbers):
+    """The entry of {"cpu": ..., "gpu": ...} for JAX's backend; every backend but the CPU uses "gpu"."""
+    return numbers.get(jax.default_backend(), numbers["gpu"])
 
-    A loop, so that XLA keeps the padded array: unrolled, it fuses padding and arithmetic into one
-    loop that branches at every element, two to seven times slower on a CPU.
+
+def network(name, depth=None, w_std=2**0.5, b_std=0.0, head="linear", gamma=1.0):
+    """The layers of a named network, as a list of (layer, parameters ...).
+
+    name: of NETWORKS, or such a list itself, which is checked and returned.
+    depth: hidden layers of fc (default 3), convolutions of cnn_vec and cnn_gap (default 8); the number in a Myrtle
+    network's name fixes its depth (Shankar et al. 2020).
+    head: what comes before the last dense layer. linear: nothing. cosine: a dense layer, normalized (layer norm), so that
+    k(x, x) is the same for all x. relu and exp: a relu on top of that, or exp(gamma (cosine - 1)); both are heads of
+    Shankar et al. 2020.
+    Raises ValueError: an unknown name, layer or head, parameters that do not fit.
     """
-    padded = jnp.pad(K, [(1, 1), (width // 2, width // 2)] * (K.ndim // 2))
-
-    def add(k, total):
-        return total + jax.lax.dynamic_slice(padded, (k // width, k % width) * (K.ndim // 2), K.shape)
-    return jax.lax.fori_loop(0, 3 * width, add, jnp.zeros_like(K)) / (3 * width)
-
-
-def pool(K):
-    """Mean over 2 x 2 windows, in each image by itself: (h, w, h, w) -> (h/2, w/2, h/2, w/2)."""
-    h, w = K.shape[0] // 2, K.shape[1] // 2
-    return K.reshape(h, 2, w, 2, h, 2, w, 2).mean(axis=(1, 3, 5, 7))
-
-
-def diagonal(K):
-    """K[p, p]: (h, w, h, w) -> (h, w); what is carried as its diagonal stays as it is."""
-    return jnp.einsum("ijij->ij", K) if K.ndim == 4 else K
-
-
-def linear(layer, K, T):
-    """K and T after any layer that mixes positions or channels linearly."""
-    name = layer[0]
-    if name == "mask":
-        return K, T  # what it does is done by `masked`, before every layer
-    if name in ("dense", "conv", "conv1d"):
-        w_std, b_std = layer[1:]
-        mean = {"dense": lambda k: k, "conv": window, "conv1d": lambda k: window(k, 1)}[name]
-        K = w_std**2 * mean(K) + b_std**2
-        return K, K + w_std**2 * mean(T)
-    mean = {"pool": pool, "flatten": lambda k: diagonal(k).mean(), "gap": jnp.mean}[name]
-    return mean(K), mean(T)
+    if not isinstance(name, str):
+        if (depth, w_std, b_std, head, gamma) != network.__defaults__:
+            raise ValueError("depth, w_std, b_std, head and gamma are for named networks; a list of layers has its own")
+        return checked([tuple(one) for one in name])
+    if name not in NETWORKS:
+        raise ValueError(f"kernel {name!r} is unknown; choose one of {', '.join(NETWORKS)}")
+    if depth is not None and (name.startswith("myrtle") or depth < 1):
+        raise ValueError(f"depth={depth} does not fit {name}: depth is a positive number of layers "
+                         "for all but the Myrtle networks, whose depth is in their name")
+    if not w_std > 0 or not b_std >= 0:
+        raise ValueError(f"w_std={w_std}, b_std={b_std}: expected w_std > 0 and b_std >= 0")
+    last = ("dense", w_std, b_std)
+    heads = {"linear": [], "cosine": [last, ("normalize",)], "relu": [last, ("normalize",), ("relu",)],
+             "exp": [last, ("normalize",), ("exp", gamma)]}
+    if head not in heads or not gamma > 0:
+        raise ValueError(f"head={head!r}, gamma={gamma}: expected one of {', '.join(heads)}, and gamma > 0")
+    return NETWORKS[name](depth, w_std, b_std) + heads[head] + [last]
 
 
-def graph_layer(layer, K, T, x1, x2, kept):
-    """K and T (nodes, 1, nodes, 1) after a layer of GRAPH; x1, x2 (nodes, 1, features + 2 degree) name the
-    neighbours.  kept: the (K, T) of the jumps so far, added up where the nodes are pooled."""
-    name = layer[0]
-    if name == "jump":
-        kept.append((K, T))
-        return K, T
-    if name == "aggregate":
-        A1, A2 = adjacency(x1, layer[1]), adjacency(x2, layer[1])
-        return tuple(jnp.einsum("pr,risj,qs->piqj", A1, k, A2, precision="highest") for k in (K, T))
-    weight1, weight2 = ((x != 0).any(axis=(1, 2)).astype(K.dtype) for x in (x1, x2))
-    if name == "mean":
-        weight1, weight2 = weight1 / weight1.sum(), weight2 / weight2.sum()
-    K, T = (sum(ks) for ks in zip((K, T), *kept))
-    return tuple(jnp.einsum("p,piqj,q->", weight1, k, weight2, precision="highest") for k in (K, T))
+def checked(layers):
+    """The list itself.  ValueError: a layer that is unknown or has another number of parameters, no layer that ends."""
+    known = {"(" + ", ".join([f'"{name}"', *["number"] * one.parameters]) + ("" if one.parameters else ",") + ")"
+             for name, one in LAYERS.items()}
+    bad = [one for one in layers if one[0] not in LAYERS or LAYERS[one[0]].parameters != len(one) - 1]
+    if bad or not any(LAYERS[one[0]].ends for one in layers):
+        ends = " or ".join(name for name, one in LAYERS.items() if one.ends)
+        raise ValueError(f"in the list of layers {bad or layers}: expected some of {', '.join(sorted(known))}, among them "
+                         f"{ends}")
+    if layers[0][0] in INPUTS:
+        INPUTS[layers[0][0]].check(layers)
+    return layers
 
 
-def adjacency(x, degree):
-    """A (nodes, nodes) of a graph x (nodes, 1, features + 2 degree)."""
-    numbers, weights = x[:, 0, -2 * degree:-degree].astype(jnp.int32), x[:, 0, -degree:]
-    return jnp.zeros((len(x), len(x)), x.dtype).at[jnp.arange(len(x))[:, None], numbers].add(weights)
+def _fc(depth, w_std, b_std):
+    return [("flatten",)] + [("dense", w_std, b_std), ("relu",)] * (depth or 3)
 
 
-def features(layers, x):
-    """x without what `aggregate` reads: (..., features)."""
-    return x[..., :x.shape[-1] - 2 * next((layer[1] for layer in layers if layer[0] == "aggregate"), 0)]
+def _cnn(end):
+    return lambda depth, w_std, b_std: [("conv", w_std, b_std), ("relu",)] * (depth or 8) + [(end,)]
 
 
-def elementwise(layer, K, T, std1, std2):
-    """K and T after a layer of ELEMENTWISE; std1 and std2 are sqrt(v) of the two inputs, zero for black patches."""
-    def outer(a, b):
-        return a.reshape(a.shape + (1,) * (K.ndim - a.ndim)) * b[(None,) * (K.ndim - b.ndim)]
-
-    def inverse(s):
-        return jnp.where(s > 0, 1 / jnp.where(s > 0, s, jnp.ones_like(s)), jnp.zeros_like(s))
-    scale = outer(inverse(std1), inverse(std2))
-    if layer[0] == "normalize":
-        return K * scale, T * scale
-    if layer[0] == "exp":
-        E = jnp.exp(layer[1] * (K * scale - 1))
-        return outer(std1, std2) * E, layer[1] * E * T
-    kappa0, kappa1 = kappas(K * scale)
-    return outer(std1, std2) * kappa1 / 2, kappa0 * T / 2
+def _myrtle(a, b, c):
+    def layers(depth, w_std, b_std):
+        step = [("conv", w_std, b_std), ("relu",)]
+        return step * a + [("pool",)] + step * b + [("pool",)] + step * c + [("gap",)]
+    return layers
 
 
-def covariance(x1, x2, pools):
-    """The input layer, <x_p, x'_q> / channels: (h, w, channels) twice -> (h, w, h, w) or (h, w)."""
-    subscripts = "ijc,klc->ijkl" if pools else "ijc,ijc->ij"
+NETWORKS.update(fc=_fc, cnn_vec=_cnn("flatten"), cnn_gap=_cnn("gap"), myrtle5=_myrtle(2, 1, 1), myrtle7=_myrtle(2, 2, 2),
+                myrtle10=_myrtle(3, 3, 3))
+IMAGES = tuple(NETWORKS)  # those that take images; rooms add others
+
+
+def covariance(layers, x1, x2):
+    """The input layer, <x_p, x'_q> / channels: (h, w, channels) twice -> (h, w, h, w), or (h, w) where that is enough."""
+    x1, x2 = (features(layers, x) for x in (x1, x2))
+    subscripts = "ijc,klc->ijkl" if carries_pairs(layers) else "ijc,ijc->ij"
     return jnp.einsum(subscripts, x1, x2, precision="highest") / x1.shape[-1]
 
 
-def exists(layers, x):
-    """1 where the sequence x (length, 1, channels) has a position, else 0; None for images, which have all."""
-    return (x != 0).any(axis=-1).astype(x.dtype) if layers[0] == ("mask",) else None
+def features(layers, x):
+    """What the input layer multiplies: x, without what a room's layers read beside it."""
+    return INPUTS[layers[0][0]].features(layers, x) if layers[0][0] in INPUTS else x
 
 
-def masked(layer, K, T, exists1, exists2):
-    """K and T as `layer` reads them: 0 where a position does not exist, and before flatten and gap scaled so
-    that their mean over all positions is what the top of this file says."""
-    if exists1 is None or K.ndim == 0:
-        return K, T
-    power = {"flatten": 0.5, "gap": 1.0}.get(layer[0], 0.0)
-    exists1, exists2 = (e / e.mean() ** power for e in (exists1, exists2))
-    both = exists1.reshape(exists1.shape + (1,) * (K.ndim - 2)) * exists2.reshape((1,) * (K.ndim - 2) + exists2.shape)
-    return K * both, T * both
+def carries_pairs(layers):
+    """Whether some layer reads p != q, so that all of K[p, q] is needed and not its diagonal."""
+    return any(LAYERS[one[0]].pairs for one in layers)
 
 
 def deviations(layers, x):
-    """sqrt(v) before each layer of ELEMENTWISE, for one input x (h, w, channels): the recursion of x with itself."""
-    K, there = covariance(features(layers, x), features(layers, x), carries_pairs(layers)), exists(layers, x)
-    stds, kept = [], []
-    for layer in layers:
-        K, _ = masked(layer, K, K, there, there)
-        if layer[0] in ELEMENTWISE:
+    """sqrt(v) before each layer that reads variances, for one input x (h, w, channels): the recursion of x with itself."""
+    K, stds, notes = covariance(layers, x, x), [], {}
+    for one in layers:
+        kind = LAYERS[one[0]]
+        if kind.variance:
             stds.append(jnp.sqrt(diagonal(K)))
-            K, _ = elementwise(layer, K, K, stds[-1], stds[-1])
-        elif layer[0] in GRAPH:
-            K, _ = graph_layer(layer, K, K, x, x, kept)
-        else:
-            K, _ = linear(layer, K, K)
+        side = Side(x, stds[-1] if kind.variance else None, notes)
+        K, _ = kind.apply(one, K, K, side, side)
     return stds
 
 
 def pair(layers, kind, x1, x2, stds1, stds2):
     """k(x1, x2) of two inputs (h, w, channels), scalars: the recursion at the top of this file."""
-    K = covariance(features(layers, x1), features(layers, x2), carries_pairs(layers))
-    T = jnp.zeros_like(K)
-    stds, there, kept = iter(zip(stds1, stds2)), (exists(layers, x1), exists(layers, x2)), []
-    for layer in layers:
-        K, T = masked(layer, K, T, *there)
-        if layer[0] in GRAPH:
-            K, T = graph_layer(layer, K, T, x1, x2, kept)
-        else:
-            K, T = elementwise(layer, K, T, *next(stds)) if layer[0] in ELEMENTWISE else linear(layer, K, T)
+    K = covariance(layers, x1, x2)
+    T, stds, notes = jnp.zeros_like(K), iter(zip(stds1, stds2)), {}
+    for one in layers:
+        of = LAYERS[one[0]]
+        std1, std2 = next(stds) if of.variance else (None, None)
+        K, T = of.apply(one, K, T, Side(x1, std1, notes), Side(x2, std2, notes))
     return chosen(kind, K, T)
+
+
+def after(layer, K, T, std1=None, std2=None):
+    """K and T after one layer that does not look at the inputs; std1, std2: sqrt(v) of both, where it reads variances."""
+    return LAYERS[layer[0]].apply(layer, K, T, Side(None, std1, {}), Side(None, std2, {}))
 
 
 def chosen(kind, K, T):
@@ -302,13 +303,7 @@ def chosen(kind, K, T):
     unknown = set([kind] if isinstance(kind, str) else kind) - set(KINDS)
     if unknown or not kind:
         raise ValueError(f"kind {kind!r} is unknown; choose {' or '.join(KINDS)}, or a tuple of them")
-    return (K, T)[KINDS.index(kind)] if isinstance(kind, str) else tuple(
-        (K, T)[KINDS.index(k)] for k in kind)
-
-
-def carries_pairs(layers):
-    """True where some layer mixes p != q, so that all of K[p, q] is needed and not its diagonal."""
-    return any(layer[0] in ("pool", "gap", *GRAPH) for layer in layers)
+    return (K, T)[KINDS.index(kind)] if isinstance(kind, str) else tuple((K, T)[KINDS.index(k)] for k in kind)
 
 
 def as_images(layers, x):
@@ -318,19 +313,13 @@ def as_images(layers, x):
     if 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}: at least one input, none of its sides empty")
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    if any(layer[0] in GRAPH for layer in layers):
-        if x.ndim != 3 or not features(layers, x).shape[-1]:
-            raise ValueError(f"x has shape {x.shape}; this network takes graphs (n, nodes, features + 2 degree)")
-        return x[:, :, None]
+    if layers[0][0] in INPUTS:
+        return INPUTS[layers[0][0]].positions(layers, x)
     if layers[0][0] == "flatten" and x.ndim >= 2:
         return x.reshape(x.shape[0], 1, 1, -1)
-    if layers[0][0] == "mask":
-        if x.ndim != 3:
-            raise ValueError(f"x has shape {x.shape}; this network takes sequences (n, length, channels)")
-        return x[:, :, None]
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}; this network takes images (n, h, w, channels)")
-    side = 2 ** sum(layer[0] == "pool" for layer in layers)
+    side = 2 ** sum(one[0] == "pool" for one in layers)
     if x.shape[1] % side or x.shape[2] % side:
         raise ValueError(f"images are {x.shape[1]}x{x.shape[2]}, but this network halves them "
                          f"{side.bit_length() - 1} times: height and width must be positive "
@@ -353,11 +342,11 @@ def as_pair(layers, x1, x2):
 def kernel_fn(name, kind, **options):
     """The kernel matrix function of a network: fn(x1, x2=None) -> (n1, n2).
 
-    name: one of NETWORKS or SEQUENCES, or a list of layers as `network` returns.
+    name: one of NETWORKS, or a list of layers as `network` returns.
     kind: "nngp", "ntk", or a tuple of them for a tuple of matrices in one pass.
     options: depth, w_std, b_std, head, gamma of `network`.
-    x1, x2: (n, h, w, channels), or (n, d) for fc, (n, length, channels) for sequences. Computed in float32, or
-    in float64 where x1 is float64. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
+    x1, x2: (n, h, w, channels), or (n, d) for fc. Computed in float32, or in float64 where x1 is float64. fn(x) is
+    fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
     Raises ValueError: unknown name or kind, images that do not fit the network.
     """
     layers = network(name, **options)
@@ -385,6 +374,16 @@ def blocked(f, xs, size):
     return jax.vmap(f)(xs) if size >= n else jax.lax.map(f, xs, batch_size=max(1, size))
 
 
+# ---- the same networks by neural_tangents: the oracle of the tests, and --engine nt
+
+REFERENCE.update({
+    "dense": lambda nt, w_std, b_std: nt.Dense(1, W_std=w_std, b_std=b_std),
+    "conv": lambda nt, w_std, b_std: nt.Conv(1, (3, 3), padding="SAME", W_std=w_std, b_std=b_std),
+    "relu": lambda nt: nt.Relu(), "pool": lambda nt: nt.AvgPool((2, 2), (2, 2)), "flatten": lambda nt: nt.Flatten(),
+    "gap": lambda nt: nt.GlobalAvgPool(), "normalize": lambda nt: nt.LayerNorm(-1, eps=0.0),
+    "exp": lambda nt, gamma: nt.ExpNormalized(gamma)})
+
+
 def stax():
     """The module neural_tangents.stax, 0.6.5, on a JAX that is newer than its last release.
 
@@ -394,8 +393,7 @@ def stax():
     if "neural_tangents" not in sys.modules:
         spec = importlib.util.find_spec("neural_tangents")
         if spec is None:
-            raise ImportError("neural_tangents is not installed: "
-                              "pip install --no-deps -r requirements.txt")
+            raise ImportError("neural_tangents is not installed: pip install --no-deps -r requirements.txt")
         package = types.ModuleType("neural_tangents")
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["neural_tangents"] = package
@@ -405,29 +403,14 @@ def stax():
 
 
 def reference_fn(name, kind, **options):
-    """The same network built with neural_tangents.stax; same signature and result as kernel_fn.
-
-    But for sequences of several lengths: its flatten divides by the length of the array, not by their own.
-    """
-    nt = stax()
-    layers = network(name, **options)
-    build = {
-        "dense": lambda w_std, b_std: nt.Dense(1, W_std=w_std, b_std=b_std),
-        "conv": lambda w_std, b_std: nt.Conv(1, (3, 3), padding="SAME", W_std=w_std, b_std=b_std),
-        "conv1d": lambda w_std, b_std: nt.Conv(1, (3, 1), padding="SAME", W_std=w_std, b_std=b_std),
-        "relu": nt.Relu, "pool": lambda: nt.AvgPool((2, 2), (2, 2)), "flatten": nt.Flatten,
-        "gap": nt.GlobalAvgPool, "mean": nt.GlobalAvgPool, "sum": nt.GlobalSumPool,
-        "aggregate": lambda degree: nt.Aggregate((1, 2), 0, 3),
-        "normalize": lambda: nt.LayerNorm(-1, eps=0.0), "exp": lambda gamma: nt.ExpNormalized(gamma)}
-    kernel = nt.serial(*[build[layer[0]](*layer[1:]) for layer in layers if layer != ("mask",)])[2]
-    mask = {"mask_constant": 0.0} if layers[0] == ("mask",) else {}
+    """The same network built with neural_tangents.stax; same signature and result as kernel_fn."""
+    nt, layers = stax(), network(name, **options)
+    kernel = nt.serial(*[REFERENCE[one[0]](nt, *one[1:]) for one in layers if REFERENCE[one[0]]])[2]
+    inputs = REFERENCE.get("inputs of " + layers[0][0], lambda layers, x1, x2: ((x1, x2), {}))
 
     @jax.jit
     def fn(x1, x2=None):
         x1, x2 = as_images(layers, x1), x2 if x2 is None else as_images(layers, x2)
-        if not any(layer[0] in GRAPH for layer in layers):
-            return kernel(x1, x2, kind, **mask)
-        degree = next(layer[1] for layer in layers if layer[0] == "aggregate")
-        pattern = tuple(jax.vmap(lambda one: adjacency(one, degree).T[:, None, :, None])(x) for x in (x1, x2))
-        return kernel(features(layers, x1), features(layers, x2), kind, pattern=pattern)
+        (x1, x2), more = inputs(layers, x1, x2)
+        return kernel(x1, x2, kind, **more)
     return fn

@@ -20,26 +20,41 @@ from which the next one starts.
 Proved by: test_all.py, section regression
 """
 
+import json
+import time
+import zipfile
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import numpy as np
 from scipy.special import ndtr
 from tqdm import tqdm
 
+import augment
 import choose
+import data
 import pcg
-import precondition
-import runs
 
+FORMAT = 2  # of a model's file
 COLUMNS = 256  # right sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
-PRECONDITIONERS = {"lowrank": precondition.low_rank, "jacobi": precondition.jacobi,
-                   "none": precondition.none}
+PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
+                   "none": pcg.none}
+
+
+@contextmanager
+def phase(name, seconds):
+    """Adds to seconds[name] what the block takes."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Solver:
     """(y, ridge, tol) -> alpha, info, for one K and one preconditioner of it."""
 
     def __init__(self, K, name="lowrank", rank=None, ridges=(), tol=1e-6, c=1, seed=0, max_iters=1000,
-                 quiet=True, keep=None, look=None, prior=None):
+                 quiet=True, verbose=False, keep=None, look=None, prior=None):
         """name: of PRECONDITIONERS.   rank, seed: of low_rank; rank None is what is worth its cost where
         `ridges`, one at least, are to be compared and then one is to be solved to `tol`, for c columns.
         keep: (ridge, tol, y) -> its checkpoint or None.   look: what the preconditioner has seen of K.
@@ -47,15 +62,15 @@ class Solver:
         """
         self.prior = K.diagonal() if prior is None else prior
         self.K, self.name, self.look, self.scale = K, name, look, self.prior.mean()
-        self.max_iters, self.quiet, self.keep = max_iters, quiet, keep
+        self.max_iters, self.quiet, self.verbose, self.keep, self.tol = max_iters, quiet, verbose, keep, tol
         if look is None and name == "lowrank":
             n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.scale
             solves = [(ridge, choose.SEARCH) for ridge in ridges if len(ridges) > 1]
             product = 2 * n * n * c * K.slowness
-            block = 4 * precondition.BLOCK if K.reads_all else precondition.block(n)
-            worth = None if rank else precondition.Worth(
+            block = 4 * pcg.BLOCK if K.reads_all else pcg.block(n)
+            worth = None if rank else _worth(
                 n, solves + [(ridges[len(ridges) // 2], tol)], product, K.reads_all * product / block, c)
-            self.look = precondition.low_rank(K, rank, seed, worth, block, quiet)
+            self.look = pcg.low_rank(K, rank, seed, worth, block, quiet)
         elif look is None:
             self.look = PRECONDITIONERS[name](K)
         self.rank = getattr(self.look, "rank", None)
@@ -63,7 +78,7 @@ class Solver:
     def leading(self, n):
         """The same for the leading n x n block of K."""
         look = self.look.leading(n) if hasattr(self.look, "leading") else None
-        return Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet,
+        return Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet, verbose=self.verbose,
                       keep=self.keep, look=look, prior=self.prior[:n])
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
@@ -78,89 +93,86 @@ class Solver:
             raise pcg.Indefinite(f"{error}: --ridge {cure:.1e}", cure) from error
 
 
-def fit(K, K_test, y, ridges, select="loo", score=None, held_out=None, copies=1, by="mse", tol=1e-6, **options):
+def fit(K, K_test, y, ridges, select="loo", tol=1e-6, **options):
     """Choose the ridge, solve, predict: alpha (n, c), f (m, c), the evidence as {name: value}, and the Solver.
 
-    select: of choose.CRITERIA; one ridge needs no choose.   held_out: for validation, (n_fit, rows held out) as
-    `choose.validation` takes them.   score, copies, by: as in choose.py.   tol: of the solve.   options: of `Solver`.
-    Where K has few rows and all are labelled, the evidence has the leave-one-out error of the chosen ridge too.
+    options: of `choose_ridge`.
     """
-    seconds, quiet = {}, options.get("quiet", True)
-    spectrum, solver, table = _searched(K, y, ridges, select if len(ridges) > 1 else None, score, held_out, copies, by,
-                                        tol, options, seconds)
+    seconds = {}
+    with phase("ridge", seconds):
+        ridge, solver, found = choose_ridge(K, y, ridges, select, tol=tol, **options)
+    with phase("solve", seconds):
+        alpha, info = solver(y, ridge, tol)
+    with phase("predict", seconds):
+        f = K_test.matvec(alpha)
+    return alpha, f, {**found, **evidence(solver, y, alpha, info), "seconds": seconds}, solver
+
+
+def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1, by="mse", tol=1e-6, **options):
+    """The best of the ridges, a Solver for it, and what was found, as fields of a result.
+
+    select: of choose.CRITERIA; one ridge needs no choice.   held_out: for validation, (n_fit, rows held out) as
+    `choose.validation` takes them.   score, copies, by: as in choose.py.   tol: of the solve to come.   options: of
+    `Solver`.   Where K has few rows and all are labelled, the leave-one-out error of the best ridge is among the fields.
+    """
+    select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
+    if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):
+        spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean())
+    if select == "loo":
+        table = choose.leave_one_out(spectrum, y, ridges, score, copies)
+    solver = Solver(K, ridges=[choose.best(table, by).ridge] if table else ridges, tol=tol, c=y.shape[1], **options)
+    if select == "gcv":
+        table = choose.generalised(solver, y, ridges, options.get("seed", 0))
+    elif select == "validation":
+        table = choose.validation(solver, y, ridges, *held_out, score)
+    if solver.verbose:
+        print("\n".join(f"ridge {row.ridge:8.2g}: {select} {choose.describe(row)}" for row in table))
     ridge = choose.best(table, by).ridge if table else ridges[0]
     ridge = float(K.team.all_reduce(np.array([ridge * (K.team.index == 0)]))[0])  # one choice, should hosts round apart
-    with runs.phase("solve", seconds):
-        alpha, info = solver(y, ridge, tol)
-    with runs.phase("predict", seconds):
-        f = K_test.matvec(alpha)
-    read = K.read_rate()
+    found = {"ridge": ridge, "select": select, "search": [list(row[:3]) for row in table]}
+    try:
+        row, = choose.leave_one_out(spectrum, y, [ridge], score, copies) if spectrum else [None]
+    except pcg.Indefinite:  # the ridge is within the rounding of K
+        row = None
+    if row:
+        found.update({"loo_mse": row.mse, "effective_dimension": row.dimension}, **({"loo_score": row.score} if score else {}))
+    return ridge, solver, found
+
+
+def search(K, y, ridges, select, **options):
+    """[choose.Row, ...]: how good each ridge is, also where there is only one.  options: of `choose_ridge`."""
+    found = choose_ridge(K, y, list(ridges) * (1 + (len(ridges) == 1)), select, **options)[2]
+    return [choose.Row(*row) for row in found["search"]]
+
+
+def evidence(solver, y, alpha, info):
+    """What a solve can show for itself, as fields of a result."""
+    K, read = solver.K, solver.K.read_rate()
     result = {
-        "ridge": ridge, "select": select if table else None, "search": [list(row[:3]) for row in table], "rows": len(y),
-        "rank": solver.rank,
-        "cg_iterations": info.iterations, "cg_converged": info.converged, "condition": info.condition,
-        "cg_residual": float(info.residual.max()), "cg_residuals": info.residual.tolist(),
+        "rows": len(y), "rank": solver.rank, "cg_iterations": info.iterations, "cg_converged": info.converged,
+        "condition": info.condition, "cg_residual": float(info.residual.max()), "cg_residuals": info.residual.tolist(),
         "cg_history": [float(f"{r:.3g}") for r in info.history], "rounding": rounding(solver, y, alpha),
         "step_seconds": info.seconds / max(1, info.iterations),
         "product_bytes_per_second": read and 4 * K.entries * info.products / info.product_seconds,
-        "read_bytes_per_second": read and read * K.team.count,
-        "seconds": seconds, **left_out(spectrum, y, ridge, score, copies)}
-    if not quiet:
-        print(evidence(result, tol))
-    return alpha, f, result, solver
+        "read_bytes_per_second": read and read * K.team.count}
+    if solver.verbose:
+        print(f"solve: {info.iterations} steps of {result['step_seconds']:.2g} s, rank {solver.rank or 0}, residuals "
+              f"{info.residual.min():.1e} to {info.residual.max():.1e}, condition {info.condition:.3g}"
+              + (f"; tiles multiplied at {result['product_bytes_per_second'] / 1e9:.2f} GB/s, read alone at "
+                 f"{result['read_bytes_per_second'] / 1e9:.2f} GB/s" if read else ""))
+    if solver.tol < result["rounding"] / 100 and not solver.quiet:
+        print(f"note: rounding K to float32 alone makes a residual of about {result['rounding']:.0e}; steps from there to "
+              f"{solver.tol:.0e} fit that rounding")
+    return result
 
 
-def search(K, y, ridges, select, score=None, held_out=None, copies=1, by="mse", **options):
-    """[choose.Row, ...] of the ridges; arguments as of `fit`.  One ridge is compared with nothing, but measured."""
-    return _searched(K, y, ridges, select, score, held_out, copies, by, choose.SEARCH, options, {})[2]
-
-
-def _searched(K, y, ridges, select, score, held_out, copies, by, tol, options, seconds):
-    """(spectrum or None, Solver, table) for `fit`; select None: no table."""
-    quiet, spectrum, table = options.get("quiet", True), None, []
-    if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):
-        with runs.phase("ridge", seconds):
-            prior = options.get("prior")
-            spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean())
-    if select == "loo":
-        with runs.phase("ridge", seconds):
-            table = choose.leave_one_out(spectrum, y, ridges, score, copies)
-            if not quiet:
-                print("\n".join(f"ridge {row.ridge:8.2g}: leave-one-out {choose.describe(row)}" for row in table))
-    with runs.phase("precondition", seconds):
-        solver = Solver(K, ridges=[choose.best(table, by).ridge] if table else ridges, tol=tol, c=y.shape[1], **options)
-    with runs.phase("ridge", seconds):
-        if select == "gcv":
-            table = choose.generalised(solver, y, ridges, options.get("seed", 0))
-        elif select == "validation":
-            table = choose.validation(solver, y, ridges, *held_out, score)
-    return spectrum, solver, table
-
-
-def left_out(spectrum, y, ridge, score, copies):
-    """The leave-one-out error of one ridge, as fields of a result; none where there is no spectrum, or the ridge is
-    within the rounding of K."""
+def _worth(*cost):
+    """large/rank.py's model of what a rank costs and saves, or None where that room is not there."""
     try:
-        row, = choose.leave_one_out(spectrum, y, [ridge], score, copies) if spectrum else [None]
-    except pcg.Indefinite:
-        row = None
-    return {} if row is None else {"loo_mse": row.mse, "effective_dimension": row.dimension,
-                                   **({"loo_score": row.score} if score else {})}
-
-
-def evidence(result, tol):
-    """What a solve can show for itself, in words."""
-    residuals, rounds = result["cg_residuals"], result["rounding"]
-    moved, read = result["product_bytes_per_second"], result["read_bytes_per_second"]
-    return (f"solve: {result['cg_iterations']} steps of {result['step_seconds']:.2g} s"
-            + (f", rank {result['rank']}" if result["rank"] else "")
-            + f", residuals {min(residuals):.1e} to {max(residuals):.1e}, condition {result['condition']:.3g}"
-            + (f", product {moved / 1e9:.2f} GB/s, {100 * moved / read:.0f} % of the rate at which its tiles "
-               "can be read" if read else "")
-            + (f"\nleave-one-out: mse {result['loo_mse']:.5f}, effective dimension {result['effective_dimension']:.1f} of "
-               f"{result['rows']}" if "loo_mse" in result else "")
-            + (f"\nnote: rounding K to float32 alone makes a residual of about {rounds:.0e}; steps from "
-               f"there to {tol:.0e} fit that rounding" if tol < rounds / 100 else ""))
+        from large import rank
+    except ModuleNotFoundError:
+        return None
+    return rank.Worth(*cost)
 
 
 def rounding(solver, y, alpha):
@@ -225,3 +237,43 @@ def calibration(f, sd, labels, y, bins=15):
     gaussian = np.log(2 * np.pi * sd**2)[:, None] / 2 + (f - y) ** 2 / (2 * sd**2)[:, None]
     return {"test_nll": float(-np.log(np.maximum(p[np.arange(len(f)), labels], 1e-300)).mean()),
             "test_ece": float(np.abs(gaps).sum() / len(f)), "test_gaussian_nll": float(gaussian.mean())}
+
+
+class Model(NamedTuple):
+    """What a file holds."""
+    alpha: np.ndarray  # (rows, c) float64
+    support: np.ndarray  # (n, h, w, channels) uint8, as they were read
+    view: augment.View  # rows of alpha -> images
+    whiten: data.Whitening
+    about: dict  # layers, kind, flips, tile, and whatever else was recorded
+
+
+def save(path, model):
+    """Write it, all or nothing.  OSError: it cannot be written."""
+    arrays = {"alpha": model.alpha, "support": model.support,
+              **{f"view_{name}": value for name, value in model.view._asdict().items()},
+              **{f"whiten_{name}": value for name, value in model.whiten._asdict().items()}}
+    with data.replacing(path) as file:
+        np.savez(file, format=FORMAT, about=json.dumps(model.about), **arrays)
+
+
+def load(path):
+    """The Model of a file.  ValueError: it is not one, or damaged.  FileNotFoundError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        if int(arrays["format"]) != FORMAT:
+            raise ValueError(f"format {arrays['format']}, and this program reads {FORMAT}")
+        view = {name: arrays[f"view_{name}"] for name in augment.View._fields}
+        view.update(pad=int(view["pad"]), copies=int(view["copies"]))
+        whiten = data.Whitening(*(arrays[f"whiten_{name}"] for name in data.Whitening._fields))
+        model = Model(arrays["alpha"], arrays["support"], augment.View(**view), whiten,
+                      json.loads(str(arrays["about"])))
+        if (len(model.alpha) != len(model.view.original) or model.support.dtype != np.uint8
+                or not np.isfinite(model.alpha).all()):
+            raise ValueError("its arrays do not fit each other")
+        return model
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not there; --load takes a file that --save has written") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a model that --save has written, or damaged: {error!r}") from error

@@ -48,29 +48,22 @@ import jax.numpy as jnp  # noqa: E402
 
 import augment  # noqa: E402
 import choose  # noqa: E402
-import compare_solvers  # noqa: E402
 import data  # noqa: E402
-import fused  # noqa: E402
-import gpu  # noqa: E402
-import graphs  # noqa: E402
-import hosts  # noqa: E402
+import experiment  # noqa: E402
 import kernel  # noqa: E402
-import lazy  # noqa: E402
-import matrix  # noqa: E402
-import model  # noqa: E402
-import molecules  # noqa: E402
 import pcg  # noqa: E402
-import plan  # noqa: E402
-import precondition  # noqa: E402
-import proteins  # noqa: E402
 import regression  # noqa: E402
-import scaling  # noqa: E402
-import store  # noqa: E402
-import tasks  # noqa: E402
 import tiles  # noqa: E402
 import train_cifar  # noqa: E402
-import train_molecule  # noqa: E402
-import train_protein  # noqa: E402
+from fast import fused, gpu  # noqa: E402
+from large import on_the_fly, plan, processes, rank, store  # noqa: E402
+from molecules import graphs, missing, smiles  # noqa: E402
+from molecules import layers as graph_layers  # noqa: E402
+from molecules import train as train_molecule  # noqa: E402
+from proteins import layers as sequence_layers  # noqa: E402
+from proteins import sequences  # noqa: E402
+from proteins import train as train_protein  # noqa: E402
+from results import compare_solvers, report  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CIFAR = os.path.join(HERE, "..", "shared", "data", "cifar10", "cifar-10-batches-bin")
@@ -82,7 +75,7 @@ needs_cifar = pytest.mark.skipif(not os.path.exists(CIFAR), reason="CIFAR-10 is 
 needs_molecules = pytest.mark.skipif(not os.path.exists(MOLECULES), reason="molecules are not beside the project")
 needs_rdkit = pytest.mark.skipif(importlib.util.find_spec("rdkit") is None, reason="RDKit is not installed")
 both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
-every_network = pytest.mark.parametrize("name", kernel.NETWORKS)
+every_network = pytest.mark.parametrize("name", kernel.IMAGES)
 
 
 @contextmanager
@@ -132,7 +125,7 @@ def images(rng, n, shape):
     return x
 
 
-@pytest.mark.parametrize("name, options", [(name, options) for name in kernel.NETWORKS for options in (
+@pytest.mark.parametrize("name, options", [(name, options) for name in kernel.IMAGES for options in (
     {}, {"w_std": 1.2, "b_std": 0.3}) if name != ("myrtle7" if options else "myrtle10")], ids=str)
 def test_kernel_is_neural_tangents(name, options):
     """K is neural_tangents': to 1e-10 in float64, to 1e-5 in float32, odd and even sizes."""
@@ -277,7 +270,7 @@ def test_kernel_is_the_limit_of_wide_networks(name, options):
 
 
 PEPTIDES = ["M", "GIVEQCCTSICSLYQLENYCN", "NLYIQWLKDGGPSSGRPPPS"]  # one residue, insulin's A chain, Trp-cage
-every_sequence_network = pytest.mark.parametrize("name", kernel.SEQUENCES)
+every_sequence_network = pytest.mark.parametrize("name", sequence_layers.SEQUENCES)
 
 
 def recursion(layers, x, y):
@@ -325,7 +318,7 @@ def test_kernel_of_sequences_is_neural_tangents(name):
 def test_kernel_of_peptides_is_neural_tangents(name, options):
     """Real sequences of different lengths, one residue among them, against neural_tangents' masks; its flatten
     divides by the length of the array, ours by the geometric mean of theirs."""
-    x, lengths = proteins.encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
+    x, lengths = sequences.encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
     means = x.shape[1] / np.sqrt(lengths[:, None] * lengths[None]) if name == "seq_cnn" else np.ones((1, 1))
     for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
         for K, expected in zip(kernel.kernel_fn(name, kernel.KINDS, **options)(x.astype(dtype)),
@@ -335,12 +328,12 @@ def test_kernel_of_peptides_is_neural_tangents(name, options):
             assert np.diag(off).max() < max(tolerance, 3e-8)  # neural_tangents' rounding of c = 1
 
 
-@pytest.mark.parametrize("name, options", [(name, options) for name in kernel.SEQUENCES for options in (
+@pytest.mark.parametrize("name, options", [(name, options) for name in sequence_layers.SEQUENCES for options in (
     {"depth": 1}, {"depth": 3, "w_std": 1.2, "b_std": 0.5})], ids=str)
 def test_kernel_of_sequences_in_plain_loops(name, options):
     """Every pair of peptides is the recursion in loops over their own positions to 1e-10, so that padding changes
     nothing, bias or not; and K is positive definite."""
-    x = proteins.encode(PEPTIDES, "blosum", 0).astype(np.float64)
+    x = sequences.encode(PEPTIDES, "blosum", 0).astype(np.float64)
     own, layers = [z[:len(s)] for z, s in zip(x, PEPTIDES)], kernel.network(name, **options)
     fn = kernel.kernel_fn(name, kernel.KINDS, **options)
     padded = fn(np.pad(x, ((0, 0), (0, 7), (0, 0))))
@@ -453,7 +446,7 @@ def test_fused_sequences(name, tail, monkeypatch):
     """Sequences of 1 to 21 residues with bias, several blocks of columns: kernel.py to 1e-5; also with a relu
     after the ending, which reads k(x, x)."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
-    x = proteins.encode(PEPTIDES * 4, "blosum", 0)
+    x = sequences.encode(PEPTIDES * 4, "blosum", 0)
     x[3:] *= np.random.default_rng(0).uniform(0.5, 1, size=x[3:].shape).astype(np.float32)
     layers = [*kernel.network(name, depth=2, b_std=0.5), ("relu",), ("dense", 1.1, 0.3)]
     layers = layers[:len(layers) - 2 + tail]
@@ -531,7 +524,7 @@ def test_fused_flips(name, shape, monkeypatch):
 def test_fused_on_a_gpu(name, flips, monkeypatch):
     """gpu.py, run by Pallas' interpreter: kernel.py to 1e-5 in float32 and 1e-12 in float64; images that are not
     square, with bias, several blocks of columns, sequences."""
-    x = (proteins.encode(PEPTIDES, "blosum", 0).astype(float) if name == "seq_cnn" else
+    x = (sequences.encode(PEPTIDES, "blosum", 0).astype(float) if name == "seq_cnn" else
          images(np.random.default_rng(0), 9, (8, 8, 2) if name == "myrtle5" else (4, 6, 2)))
     layers = kernel.network(name, b_std=0.3, **({} if name == "myrtle5" else {"depth": 2}))
     exact = kernel.kernel_fn(layers, kernel.KINDS)
@@ -594,7 +587,7 @@ def test_fused_compiles_loops():
 @pytest.mark.parametrize("n, tile", [(1, 8), (7, 8), (8, 8), (9, 8), (19, 8), (19, 1), (3, 100)])
 @pytest.mark.parametrize("devices", [1, 3, 4])
 def test_tiles_any_size(n, tile, devices):
-    """Any n, tile and number of devices: every method is that of the dense kernel matrix."""
+    """Any n, tile and number of devices: every method is that of the dense kernel tiles."""
     rng = np.random.default_rng(n)
     x, x_test = (rng.normal(size=(rows, 6)).astype(np.float32) for rows in (n, 5))
     fn = kernel.kernel_fn("fc", "ntk")
@@ -669,7 +662,7 @@ def test_tiles_errors():
     x[2, 1] = np.nan
     with pytest.raises(ValueError, match="not finite: look for NaN"):
         tiles.gram(fn, x)
-    bad = lazy.matrix(fn, x, quiet=True)
+    bad = on_the_fly.matrix(fn, x, quiet=True)
     for wrong in (bad.diagonal, lambda: bad.columns([2]), lambda: bad.rows(2, 3), lambda: bad.matvec(np.eye(4))):
         with pytest.raises(ValueError, match="of the kernel's tiles are not finite: look for NaN"):
             wrong()
@@ -684,8 +677,8 @@ def test_tiles_belong_to_one_process(symmetric):
     """Every tile is some process's and of no other, shares differ by one tile at most, and a larger
     matrix leaves every tile with the process that had it."""
     def owners(columns, count):
-        teams = [matrix.Team(index, count) for index in range(count)]
-        shares = [list(matrix.TiledMatrix((3, columns), (1, 1), symmetric, {}, team).keys()) for team in teams]
+        teams = [tiles.Team(index, count) for index in range(count)]
+        shares = [list(tiles.TiledMatrix((3, columns), (1, 1), symmetric, {}, team).keys()) for team in teams]
         assert max(map(len, shares)) <= min(map(len, shares)) + 1
         keys = sum(shares, [])
         assert sorted(keys) == sorted((i, j) for j in range(columns) for i in range(
@@ -938,8 +931,8 @@ def test_lazy_is_kept(devices):
         x, x_test = inputs(n), inputs(200)[50:61]
         v = np.random.default_rng(1).normal(size=(n, 3))
         where = dict(tile=16, devices=jax.local_devices()[:devices], quiet=True)
-        for K, kept in ((lazy.matrix(linear, x, **where), tiles.gram(linear, x, **where)),
-                        (lazy.matrix(linear, x_test, x, **where), tiles.cross(linear, x_test, x, **where))):
+        for K, kept in ((on_the_fly.matrix(linear, x, **where), tiles.gram(linear, x, **where)),
+                        (on_the_fly.matrix(linear, x_test, x, **where), tiles.cross(linear, x_test, x, **where))):
             assert K.shape == kept.shape and K.entries == kept.entries
             assert np.allclose(K.matvec(v), kept.matvec(v), rtol=1e-5, atol=1e-5)
             indices = np.array([n - 1, 0])
@@ -950,7 +943,7 @@ def test_lazy_is_kept(devices):
                 half = -(-n // 2)
                 assert np.allclose(K.leading(half).matvec(v[:half]), kept.rows(0, 11)[:, :half] @ v[:half],
                                    rtol=1e-5, atol=1e-5)
-        K, kept, k = lazy.matrix(linear, x, **where), tiles.gram(linear, x, **where), -(-n // 2)
+        K, kept, k = on_the_fly.matrix(linear, x, **where), tiles.gram(linear, x, **where), -(-n // 2)
         assert np.allclose(K.diagonal(), kept.diagonal(), rtol=1e-5, atol=1e-5)
         assert np.allclose(K.leading(k).matvec(v[:k]), kept.leading(k).matvec(v[:k]), rtol=1e-5, atol=1e-5)
         product = K.matvec(np.eye(n))
@@ -987,8 +980,8 @@ def test_pcg_is_cholesky(condition, tol, name):
     n = 200
     K, y = spectrum(n, condition), np.random.default_rng(1).normal(size=(n, 4))
     ridge = 1 / condition
-    P = {"none": precondition.none, "jacobi": precondition.jacobi,
-         "lowrank": lambda K: precondition.low_rank(K, rank=100)}[name](Dense(K))(ridge)
+    P = {"none": pcg.none, "jacobi": pcg.jacobi,
+         "lowrank": lambda K: pcg.low_rank(K, rank=100)}[name](Dense(K))(ridge)
     x, info = pcg.solve(Dense(K).matvec, y, ridge, P, tol=tol, max_iters=50000)
     L = np.linalg.cholesky(K + ridge * np.eye(n))
     exact = np.linalg.solve(L.T, np.linalg.solve(L, y))
@@ -1001,9 +994,9 @@ def test_pcg_is_scikit_learn():
     x, labels = digits(400)
     K, y = tiles.gram(kernel.kernel_fn("fc", "ntk"), x, tile=128), data.one_hot(labels)
     ridge = 1e-3 * K.diagonal().mean()
-    alpha, _ = pcg.solve(K.matvec, y, ridge, precondition.low_rank(K, 40)(ridge), tol=1e-10)
+    alpha, _ = pcg.solve(K.matvec, y, ridge, pcg.low_rank(K, 40)(ridge), tol=1e-10)
     model = KernelRidge(alpha=ridge, kernel="precomputed").fit(K.dense().astype(np.float64), y)
-    assert np.allclose(alpha, model.dual_coef_, rtol=1e-6, atol=1e-8 * np.abs(alpha).max())
+    assert np.allclose(alpha, regression.dual_coef_, rtol=1e-6, atol=1e-8 * np.abs(alpha).max())
 
 
 def test_pcg_residual_of_every_column():
@@ -1030,7 +1023,7 @@ def test_pcg_low_rank_cuts_iterations(source):
     K, y = tiles.gram(kernel.kernel_fn("fc", "nngp"), x, tile=512), data.one_hot(labels)
     ridge = 1e-4 * K.diagonal().mean()
     counts = [pcg.solve(K.matvec, y, ridge, P, max_iters=5000)[1].iterations
-              for P in (None, precondition.jacobi(K)(ridge), precondition.low_rank(K, len(x) // 5)(ridge))]
+              for P in (None, pcg.jacobi(K)(ridge), pcg.low_rank(K, len(x) // 5)(ridge))]
     assert counts[0] >= 4 * counts[2] and counts[1] > 0.5 * counts[0]
 
 
@@ -1064,7 +1057,7 @@ def test_pcg_edges():
     """n = 1, more columns than rows, vectors, exact duplicates, a start at the solution: all right."""
     for K, y in ((np.full((1, 1), 3.0), np.ones((1, 1))), (np.eye(3), np.ones((3, 7))),
                  (np.ones((4, 4)), np.arange(4.0)), (np.eye(3), np.zeros((3, 2)))):
-        for P in (None, precondition.jacobi(Dense(K))(0.1), precondition.low_rank(Dense(K), 10)(0.1)):
+        for P in (None, pcg.jacobi(Dense(K))(0.1), pcg.low_rank(Dense(K), 10)(0.1)):
             x, info = pcg.solve(lambda v: K @ v, y, 0.1, P, tol=1e-10)
             assert info.converged and x.shape == y.shape
             assert np.allclose(x, np.linalg.solve(K + 0.1 * np.eye(len(K)), y))
@@ -1092,7 +1085,7 @@ def test_pcg_resumes(source):
     """From the state after any step a solve goes on as if it had not been broken off: same solution to
     the last bit, same steps, same condition; from its last state it has nothing to do."""
     A, y = spectrum(60, 1e6), np.random.default_rng(1).normal(size=(60, 3))
-    P = precondition.low_rank(Dense(A), 20)(1e-5) if source == "lowrank" else None
+    P = pcg.low_rank(Dense(A), 20)(1e-5) if source == "lowrank" else None
     trace = Memory()
     x, info = pcg.solve(lambda v: A @ v, y, 1e-5, P, 1e-9, checkpoint=trace)
     assert info.iterations == len(trace.states) > 20
@@ -1106,15 +1099,15 @@ def test_pcg_checkpoint(tmp_path, capsys):
     """A checkpoint gives back what it was given, to one that asks about the same solve; it is not
     written at every step; a damaged one is said and not used."""
     path, about = str(tmp_path / "solve" / "a.npz"), {"ridge": 0.1, "rows": 5}
-    kept = store.Checkpoint(path, about, matrix.ALONE)
+    kept = store.Checkpoint(path, about, tiles.ALONE)
     assert kept.load() is None
     for step in range(100):
         kept.save({"x": np.full(3, step)}, False)
-    assert store.Checkpoint(path, about, matrix.ALONE).load()["x"][0] < 99
+    assert store.Checkpoint(path, about, tiles.ALONE).load()["x"][0] < 99
     kept.save({"x": np.full(3, 7.5), "history": [1.0]}, True)
-    state = store.Checkpoint(path, about, matrix.ALONE).load()
+    state = store.Checkpoint(path, about, tiles.ALONE).load()
     assert set(state) == {"x", "history"} and (state["x"] == 7.5).all()
-    assert store.Checkpoint(path, {**about, "ridge": 1.0}, matrix.ALONE).load() is None
+    assert store.Checkpoint(path, {**about, "ridge": 1.0}, tiles.ALONE).load() is None
     flip(tmp_path / "solve" / "a.npz")
     assert kept.load() is None and "damaged: this solve starts anew" in capsys.readouterr().out
 
@@ -1142,7 +1135,7 @@ def test_pcg_draws():
     from matplotlib.figure import Figure
     K, y = spectrum(50, 1e4), np.random.default_rng(0).normal(size=(50, 2))
     infos = {name: pcg.solve(lambda v: K @ v, y, 1e-4, P)[1]
-             for name, P in (("none", None), ("half", precondition.low_rank(Dense(K), 25)(1e-4)))}
+             for name, P in (("none", None), ("half", pcg.low_rank(Dense(K), 25)(1e-4)))}
     axes = Figure().add_subplot()
     pcg.draw(axes, infos)
     for line, (name, info) in zip(axes.lines, infos.items(), strict=True):
@@ -1155,11 +1148,11 @@ def test_precondition_partial_cholesky():
     """On a matrix of its rank right to 1e-5, for F is float32; on a real kernel within twice the best
     error at half its rank."""
     G = np.random.default_rng(0).normal(size=(200, 30))
-    F = precondition.partial_cholesky(Dense(G @ G.T), 100).astype(np.float64)
+    F = pcg.partial_cholesky(Dense(G @ G.T), 100).astype(np.float64)
     assert F.shape[1] == 30 and np.allclose(F @ F.T, G @ G.T, atol=1e-5 * (G @ G.T).max())
     K = np.asarray(kernel.kernel_fn("fc", "nngp")(digits(500)[0]), np.float64)
     for rank in (20, 100, 300):  # within and beyond one block of pivots
-        F = precondition.partial_cholesky(Dense(K), rank).astype(np.float64)
+        F = pcg.partial_cholesky(Dense(K), rank).astype(np.float64)
         left = np.diag(K) - np.sum(F**2, axis=1)
         assert F.shape[1] == rank and left.min() > -1e-5 * K.max()
         assert left.sum() < 2 * np.linalg.eigvalsh(K)[:-rank // 2].sum()
@@ -1169,16 +1162,16 @@ def test_precondition_low_rank_formula():
     """P^-1 is the inverse of F F^T + s^2 sqrt(diag K / mean) + ridge, made densely, for n beyond what a
     thread takes; for a leading block, of the first rows of F, also where they are fewer than its columns."""
     K = spectrum(60, 1e5) * np.outer(*2 * [np.linspace(1, 3, 60)])
-    low = precondition.low_rank(Dense(K), 20)
+    low = pcg.low_rank(Dense(K), 20)
     for n in (60, 45, 11):
         F, d = low.F[:n].astype(np.float64), np.diag(K)[:n]
         s2 = np.linalg.svd(F, compute_uv=False)[:20].min() ** 2
         P = F @ F.T + np.diag(s2 * np.sqrt(d / d.mean()) + 1e-3)
         inverse = (low if n == 60 else low.leading(n))(1e-3)(np.eye(n))
         assert np.allclose(inverse @ P, np.eye(n), atol=1e-7) and low.leading(n).rank == min(n, 20)
-    assert np.allclose(precondition.low_rank(Dense(np.zeros((3, 3))))(0.5)(np.eye(3)), 2 * np.eye(3))
+    assert np.allclose(pcg.low_rank(Dense(np.zeros((3, 3))))(0.5)(np.eye(3)), 2 * np.eye(3))
     F, r = np.random.default_rng(0).normal(size=(5000, 3)), np.random.default_rng(1).normal(size=(5000, 2))
-    z = precondition.LowRank(F, np.ones(5000))(1.0)(r)
+    z = pcg.LowRank(F, np.ones(5000))(1.0)(r)
     s2 = np.linalg.eigvalsh(F.T @ F)[0]
     assert np.allclose(F @ (F.T @ z) + (1 + s2) * z, r)
 
@@ -1194,7 +1187,7 @@ def threads(count, work):
             total = sum(parts[i] for i in range(count))
             barrier.wait()
             return total
-        out[index] = work(matrix.Team(index, count, all_reduce))
+        out[index] = work(tiles.Team(index, count, all_reduce))
     running = [threading.Thread(target=run, args=(index,)) for index in range(count)]
     [one.start() for one in running], [one.join() for one in running]
     return out
@@ -1206,7 +1199,7 @@ def test_precondition_rows_by_process(count):
     P^-1 of one that holds all, also for a leading block, as far as F is: to float32."""
     K, r = spectrum(4 if count == 5 else 61, 1e4), np.random.default_rng(0).normal(size=(61, 3))
     def work(team):
-        low = precondition.low_rank(Shared(K, team), 20, size=7)
+        low = pcg.low_rank(Shared(K, team), 20, size=7)
         return low.F, low.outside, low(1e-3)(r[:len(K)]), low.leading(len(K) // 2)(1e-3)(r[:len(K) // 2])
     alone, = threads(1, work)
     for index, (F, *shared) in enumerate(threads(count, work)):
@@ -1230,17 +1223,17 @@ def test_precondition_rank_is_worth_it(source, ridge):
         kernel.kernel_fn("fc", "nngp")(digits(n)[0]), np.float64)
     y, product = np.random.default_rng(0).normal(size=(n, 10)), 2 * n * n * 10
     ridge *= np.diag(K).mean()
-    worth = precondition.Worth(n, [(ridge, 1e-6)], product)
-    chosen = precondition.low_rank(Dense(K), None, worth=worth, size=16)
+    worth = rank.Worth(n, [(ridge, 1e-6)], product)
+    chosen = pcg.low_rank(Dense(K), None, worth=worth, size=16)
 
     def cost(low):
         k = low.F.shape[1]
         steps = pcg.solve(Dense(K).matvec, y, ridge, low(ridge), max_iters=3000)[1].iterations
         return steps * (product + 4 * n * k * 10) + 3 * n * k**2 + k**3
-    best = min(cost(precondition.low_rank(Dense(K), k)) for k in (20, 40, 80, 120, 160, 240))
+    best = min(cost(pcg.low_rank(Dense(K), k)) for k in (20, 40, 80, 120, 160, 240))
     assert 16 < chosen.rank < n // 2 and cost(chosen) < 1.2 * best
-    dearer = precondition.Worth(n, [(ridge, 1e-6)], 10 * product)
-    assert precondition.low_rank(Dense(K), None, worth=dearer, size=16).rank > chosen.rank
+    dearer = rank.Worth(n, [(ridge, 1e-6)], 10 * product)
+    assert pcg.low_rank(Dense(K), None, worth=dearer, size=16).rank > chosen.rank
 
 
 # ------------------------------------------------------------------------------------ regression
@@ -1310,7 +1303,7 @@ def test_regression_rounding():
     factor of ten; and no more steps make it smaller."""
     x, fn = digits(300)[0].astype(np.float64), kernel.kernel_fn("fc", "ntk")
     exact = np.asarray(fn(x))
-    K = matrix.TiledMatrix(exact.shape, exact.shape, True, {(0, 0): exact.astype(np.float32)})
+    K = tiles.TiledMatrix(exact.shape, exact.shape, True, {(0, 0): exact.astype(np.float32)})
     y, solver = data.one_hot(digits(300)[1]), regression.Solver(K, rank=60)
     for tol in (1e-9, 1e-12):
         alpha, _ = solver(y, 1e-4, tol)
@@ -1391,7 +1384,7 @@ def test_choose_ridges_that_are_too_small(capsys):
     """A ridge with which K is not positive definite is no candidate, nor is a smaller one; alone, it is an
     error that names a ridge, in the user's terms, that will do."""
     K = spectrum(100, 1e6).astype(np.float16).astype(np.float64)
-    K = matrix.TiledMatrix(K.shape, K.shape, True, {(0, 0): K})
+    K = tiles.TiledMatrix(K.shape, K.shape, True, {(0, 0): K})
     y = np.random.default_rng(0).normal(size=(100, 2))
     lowest = np.linalg.eigvalsh(K.dense())[0] / K.diagonal().mean()
     solver = regression.Solver(K, "none", quiet=False)
@@ -2130,7 +2123,7 @@ def test_train_compares_as_runs_alone_do(tmp_path):
         assert alone["ridge"] == ridge and abs(alone["loo_mse"] / mse - 1) < 1e-5
 
 
-@pytest.mark.parametrize("name", kernel.NETWORKS)
+@pytest.mark.parametrize("name", kernel.IMAGES)
 def test_train_defaults(name):
     """Every network has a whitening of its own, and a flag that is given wins."""
     args = train_cifar.parse(["--kernel", name])
@@ -2194,13 +2187,13 @@ def protein(tmp_path, *flags):
 def test_proteins_gb1(capsys):
     """FLIP's files: rows fitted, held out and test as its README counts them, 4 of 265 residues vary, the wild
     type has fitness 1; the landscape's test rows are the same for every seed, its training rows in another order."""
-    for split, counts in zip(proteins.FLIP, ((25, 28), (381, 424), (2691, 2990), (4580, 5089), (6289, 6988))):
-        loaded = proteins.load(split, GB1, quiet=False)
+    for split, counts in zip(sequences.FLIP, ((25, 28), (381, 424), (2691, 2990), (4580, 5089), (6289, 6988))):
+        loaded = sequences.load(split, GB1, quiet=False)
         assert loaded[2:] == counts and len(loaded.sequences) == len(loaded.targets) == 8733
-        assert proteins.encode(loaded.sequences, "onehot", loaded.n_train).shape == (8733, 4, 20)
+        assert sequences.encode(loaded.sequences, "onehot", loaded.n_train).shape == (8733, 4, 20)
     wild = "MQYKLILNGKTLKGETTTEAVDAATAEKVFKQYANDNGVDGEWTYDDATKTFTVTE"
     assert [y for s, y in zip(*loaded[:2]) if s.startswith(wild)] == [1.0]
-    first, second = (proteins.load("landscape", GB1, seed, quiet=False) for seed in (0, 1))
+    first, second = (sequences.load("landscape", GB1, seed, quiet=False) for seed in (0, 1))
     assert capsys.readouterr().out == ""  # no note that these were other files than those of SHA256
     n = first.n_train
     assert (len(first.targets), n, first.n_fit) == (149361, 119489, 119489 - 119489 // 5)
@@ -2211,11 +2204,11 @@ def test_proteins_gb1(capsys):
 def test_proteins_made():
     """The made landscape is what it says: 1,296 sequences, variance 1, of which least squares on one-hot explains
     exactly the share of the main effects."""
-    sequences, y = proteins._made()
+    sequences, y = sequences._made()
     assert len(set(sequences)) == 6**4 and abs(y.mean()) < 1e-12 and abs(y.var() - 1) < 1e-12
-    x = proteins.encode(sequences, "onehot", 0).reshape(1296, -1).astype(float)
+    x = sequences.encode(sequences, "onehot", 0).reshape(1296, -1).astype(float)
     residual = y - x @ np.linalg.lstsq(x, y)[0]
-    assert abs(1 - residual.var() - proteins.MADE_LINEAR) < 1e-12
+    assert abs(1 - residual.var() - sequences.MADE_LINEAR) < 1e-12
 
 
 def test_proteins_encodings():
@@ -2223,27 +2216,27 @@ def test_proteins_encodings():
     whose triangle is symmetric with the published sums; centred: mean 0 over training rows. Constant positions are
     left out, shorter sequences end in zeros."""
     sequences = ["MAGIW", "MLGIW", "MLGVW", "MAGVY"]
-    x = proteins.encode(sequences, "onehot", 2)
+    x = sequences.encode(sequences, "onehot", 2)
     assert x.shape == (4, 3, 20) and x.dtype == np.float32
     assert (np.einsum("npc,mpc->nm", x, x) == [[sum(a == b for a, b in zip(s[1::2] + s[4:], t[1::2] + t[4:]))
                                                 for t in sequences] for s in sequences]).all()
-    B = proteins.blosum() @ proteins.blosum().T
-    at = {residue: i for i, residue in enumerate(proteins.RESIDUES)}
+    B = sequences.blosum() @ sequences.blosum().T
+    at = {residue: i for i, residue in enumerate(sequences.RESIDUES)}
     assert np.allclose(np.diag(B), 1) and np.linalg.matrix_rank(B) == 19
     for a, near, far in ("ILP", "DEW", "FYD", "KRC", "STW"):
         assert B[at[a], at[near]] > 0.3 > 0 > B[at[a], at[far]]
-    centred = proteins.encode(sequences, "centred", 2)
+    centred = sequences.encode(sequences, "centred", 2)
     assert centred.shape == (4, 1, 20) and np.abs(centred[:2].mean(axis=0)).max() < 1e-7
-    ragged = proteins.encode(["MA", "M", "MAW"], "blosum", 3)
+    ragged = sequences.encode(["MA", "M", "MAW"], "blosum", 3)
     assert ragged.shape == (3, 3, 20) and (np.abs(ragged).max(axis=2) > 0).sum(axis=1).tolist() == [2, 1, 3]
 
 
-@pytest.mark.parametrize("name", proteins.TARGETS)
+@pytest.mark.parametrize("name", sequences.TARGETS)
 def test_proteins_targets(name):
     """Each function of the target keeps the order, has mean 0 and variance 1 on the rows it was fitted on, and its
     inverse gives them back; ties stay ties; beyond the range it stays finite."""
     y = np.array([3.0, 0, 0, 1, 8, 0.5])
-    forward, inverse = proteins.transform(name, y)
+    forward, inverse = sequences.transform(name, y)
     z = forward(y)
     assert abs(z.mean()) < 1e-12 and abs(z.var() - 1) < 1e-12 and np.allclose(inverse(z), y, atol=1e-12)
     assert (np.argsort(z, kind="stable") == np.argsort(y, kind="stable")).all() and z[1] == z[2]
@@ -2267,7 +2260,7 @@ def test_proteins_bad_files(tmp_path, text, words):
     """What is wrong in a file is said in one sentence, with its line."""
     (tmp_path / "two_vs_rest.csv").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
-        proteins.load("two_vs_rest", str(tmp_path))
+        sequences.load("two_vs_rest", str(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -2275,22 +2268,22 @@ def test_proteins_files_elsewhere(tmp_path, capsys):
     """The same rows from an archive, from its folder unpacked, from a bare table; a sentence where there is none."""
     text = "sequence,target,set,validation\nMA,1,train,\nMW,3,test,\nML,2,train,True\n"
     with pytest.raises(FileNotFoundError, match="flip_gb1_splits.zip, .* is there; fetch it from https"):
-        proteins.load("sampled", str(tmp_path))
+        sequences.load("sampled", str(tmp_path))
     with zipfile.ZipFile(tmp_path / "flip_gb1_splits.zip", "w") as file:
         file.writestr("splits/sampled.csv", text)
-    found = [proteins.load("sampled", str(tmp_path))]
+    found = [sequences.load("sampled", str(tmp_path))]
     with pytest.raises(ValueError, match="holds no splits/one_vs_rest.csv"):
-        proteins.load("one_vs_rest", str(tmp_path))
+        sequences.load("one_vs_rest", str(tmp_path))
     os.replace(tmp_path / "flip_gb1_splits.zip", tmp_path / "splits.zip")  # FLIP's own name for it
-    found.append(proteins.load("sampled", str(tmp_path), quiet=False))
+    found.append(sequences.load("sampled", str(tmp_path), quiet=False))
     assert "splits.zip is not the file that the figures in README.md were made from" in capsys.readouterr().out
     (tmp_path / "splits.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="truncated"):
-        proteins.load("sampled", str(tmp_path))
+        sequences.load("sampled", str(tmp_path))
     for path in (tmp_path / "splits" / "sampled.csv", tmp_path / "sampled.csv"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        found.append(proteins.load("sampled", str(tmp_path)))
+        found.append(sequences.load("sampled", str(tmp_path)))
         path.unlink()
     for split in found:
         assert split.sequences == ["MA", "ML", "MW"] and split.targets.tolist() == [1, 2, 3] and split[2:] == (1, 2)
@@ -2303,9 +2296,9 @@ def test_proteins_smoke(tmp_path, capsys):
     assert "--split two_vs_rest --data DIR" in capsys.readouterr().out
     assert result["test_spearman"] > 0.99 and result["test_rmse"] < 0.1 and result["cg_converged"]
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result
-    assert len(result["compared"]) == len(proteins.ENCODINGS) * len(proteins.TARGETS)
+    assert len(result["compared"]) == len(sequences.ENCODINGS) * len(sequences.TARGETS)
     linear = protein(tmp_path, "--kernel", "linear", "--encoding", "onehot", "--target", "raw")
-    assert abs(linear["test_rmse"]**2 - (1 - proteins.MADE_LINEAR)) < 0.1
+    assert abs(linear["test_rmse"]**2 - (1 - sequences.MADE_LINEAR)) < 0.1
 
 
 @needs_gb1
@@ -2317,8 +2310,8 @@ def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
     from sklearn.linear_model import Ridge
     result = protein(tmp_path, "--split", split, "--data", GB1, "--kernel", "linear", "--encoding", "centred",
                      "--target", "raw", "--ridge", "1")
-    sequences, y, _, n = proteins.load(split, GB1)
-    x = proteins.encode(sequences, "onehot", n).reshape(len(y), -1).astype(np.float64)
+    sequences, y, _, n = sequences.load(split, GB1)
+    x = sequences.encode(sequences, "onehot", n).reshape(len(y), -1).astype(np.float64)
     f = Ridge(alpha=1.0).fit(x[:n], y[:n]).predict(x[n:])
     assert round(result["test_spearman"], 2) == published == round(spearmanr(f, y[n:]).statistic, 2)
     assert abs(result["test_rmse"] - np.sqrt(np.mean((f - y[n:])**2))) < 1e-4
@@ -2329,16 +2322,16 @@ def test_proteins_is_a_dense_solve(tmp_path):
     last fifth of the training rows, functions of the target are fitted on the others, then all are fitted."""
     result = protein(tmp_path, "--n_train", "100", "--encoding", "onehot", "--ridge", "0.1,0.001", "--depth", "1",
                      "--kind", "ntk", "--tol", "1e-9", "--select", "validation")
-    sequences, y, *_ = proteins.load("made")
-    x, n_train = proteins.encode(sequences, "onehot", 100).astype(np.float64), proteins.load("made").n_train
+    sequences, y, *_ = sequences.load("made")
+    x, n_train = sequences.encode(sequences, "onehot", 100).astype(np.float64), sequences.load("made").n_train
     K = np.asarray(kernel.kernel_fn("seq_cnn", "ntk", depth=1)(x, x[:100]))
 
     def solve(n, target, ridge):
-        forward, _ = proteins.transform(target, y[:n])
+        forward, _ = sequences.transform(target, y[:n])
         A = K[:n, :n] + ridge * np.diag(K[:n, :n]).mean() * np.eye(n)
         return K[:, :n] @ np.linalg.solve(A, forward(y[:n])), forward(y)
     best = []
-    for row, target in zip(result["compared"], proteins.TARGETS):
+    for row, target in zip(result["compared"], sequences.TARGETS):
         tried = [(np.mean((f - z)[80:100]**2), ridge, spearmanr(f[80:100], y[80:100]).statistic)
                  for ridge in (0.1, 0.001) for f, z in [solve(80, target, ridge)]]
         mse, ridge, correlation = min(tried)
@@ -2348,7 +2341,7 @@ def test_proteins_is_a_dense_solve(tmp_path):
     assert result["config"]["target"] == target
     f = solve(100, target, result["ridge"])[0][n_train:]
     assert abs(result["test_spearman"] - spearmanr(f, y[n_train:]).statistic) < 1e-4
-    inverse = proteins.transform(target, y[:100])[1]
+    inverse = sequences.transform(target, y[:100])[1]
     assert abs(result["test_rmse"] - np.sqrt(np.mean((inverse(f) - y[n_train:])**2))) < 1e-4
 
 
@@ -2366,18 +2359,18 @@ def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
     monkeypatch.setattr(train_protein, "COMPARED", most)
     result = protein(tmp_path, "--n_train", "40", "--kernel", "seq_fc", "--depth", "1,2", "--b_std", "0,1", "--ridge",
                      "0.1,0.01")
-    sequences, y, *_ = proteins.load("made")
+    sequences, y, *_ = sequences.load("made")
 
     fn = functools.cache(lambda **network: kernel.kernel_fn("seq_fc", "nngp", **network))
 
     def best(depth, b_std, encoding, target, rows):
-        x, y_rows = proteins.encode(sequences, encoding, 40)[rows].astype(np.float64), y[rows]
-        K, z = np.asarray(fn(depth=depth, b_std=b_std)(x)), proteins.transform(target, y_rows)[0](y_rows)
+        x, y_rows = sequences.encode(sequences, encoding, 40)[rows].astype(np.float64), y[rows]
+        K, z = np.asarray(fn(depth=depth, b_std=b_std)(x)), sequences.transform(target, y_rows)[0](y_rows)
         found = [(ridge, refitted(K, z, ridge)) for ridge in (0.1, 0.01)]
         return min(([ridge, spearmanr(f, y_rows).statistic, np.mean((f - z) ** 2)] for ridge, f in found),
                    key=lambda row: row[2])
     settings = [(depth, b_std, encoding, target) for depth in (1, 2) for b_std in (0.0, 1.0)
-                for encoding in proteins.ENCODINGS for target in proteins.TARGETS]
+                for encoding in sequences.ENCODINGS for target in sequences.TARGETS]
     table = [best(*one, np.arange(0, 40, 2 if most == 20 else 1)) for one in settings]
     assert [list(row[0].values()) for row in result["compared"]] == list(map(list, settings))
     assert np.allclose([row[1:] for row in result["compared"]], table, rtol=1e-4)
@@ -2409,7 +2402,7 @@ def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select):
     w_std and ridge."""
     flags = ["--n_train", "60", "--kernel", "seq_fc", "--depth", "1,2", "--w_std", "1,2", "--b_std", "1", "--select",
              select, "--ridge", "1,0.1,0.01"]
-    first, load = protein(tmp_path, *flags), proteins.load
+    first, load = protein(tmp_path, *flags), sequences.load
     for change in (np.negative, np.random.default_rng(0).permutation):
         def other(*args):
             split = load(*args)
@@ -2462,8 +2455,8 @@ def test_proteins_sizes_store_and_kinds(tmp_path):
         assert alone["config"] == sizes[kind][n]["config"] and alone["ridge"] == sizes[kind][n]["ridge"]
         assert abs(alone["test_rmse"] - sizes[kind][n]["test_rmse"]) < 1e-5
     path = tmp_path / "curve.png"
-    assert scaling.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "made", "--figure", str(path)]) == 0
-    curve = scaling.curves(scaling.load(tmp_path / "runs.jsonl"), "made")
+    assert report.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "made", "--figure", str(path)]) == 0
+    curve = report.curves(report.load(tmp_path / "runs.jsonl"), "made")
     assert [points[100] for points in curve.values()] == [[1 - sizes[kind][100]["test_spearman"]]
                                                           for kind in kernel.KINDS]
 
@@ -2472,10 +2465,10 @@ def test_proteins_variance(tmp_path):
     """Mean and variance are those of a dense Gaussian process, and calibration is its formulas'."""
     result = protein(tmp_path, "--n_train", "60", "--n_test", "30", "--encoding", "blosum", "--target", "raw",
                      "--ridge", "0.1", "--kernel", "seq_fc", "--variance", "--tol", "1e-9")
-    sequences, y, _, n_train = proteins.load("made")
-    x = proteins.encode(sequences, "blosum", 60).astype(np.float64)
+    sequences, y, _, n_train = sequences.load("made")
+    x = sequences.encode(sequences, "blosum", 60).astype(np.float64)
     rows = np.r_[:60, n_train:n_train + 30]
-    K, z = np.asarray(kernel.kernel_fn("seq_fc", "nngp")(x[rows])), proteins.transform("raw", y[:60])[0](y[rows])
+    K, z = np.asarray(kernel.kernel_fn("seq_fc", "nngp")(x[rows])), sequences.transform("raw", y[:60])[0](y[rows])
     noise = 0.1 * np.diag(K)[:60].mean()
     solved = np.linalg.solve(K[:60, :60] + noise * np.eye(60), K[:60])
     f, scale = solved[:, 60:].T @ z[:60], z[:60] @ np.linalg.solve(K[:60, :60] + noise * np.eye(60), z[:60]) / 60
@@ -2511,7 +2504,7 @@ def test_proteins_commands(capsys):
     shown = re.findall(r"python train_protein.py (--.*?)(?:  .*)?$", train_protein.__doc__, re.M)
     assert len(shown) >= 4
     for command in shown:
-        train_protein.parse(command.split())
+        train_protein.parse(experiment.split())
     for flags, words in ((["--ridge", "often"], "--ridge often: expected a number"),
                          (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
                          (["--tile", "0"], "at least 1"), (["--depth", "3,0"], "at least 1"),
@@ -2575,7 +2568,7 @@ def dense_graphs(layers, x1, x2):
 def test_graphs_are_neural_tangents(options):
     """K and T are neural_tangents' of the graphs without padding to 1e-10 in float64: graphs of different sizes,
     one node too, and directed edges with any weight."""
-    rng, layers = np.random.default_rng(0), kernel.gcn(7, 2, **options)
+    rng, layers = np.random.default_rng(0), graph_layers.gcn(7, 2, **options)
     sizes = (1, 6), (4, 9)
     x1, x2 = (np.stack([random_graph(rng, n, 11) for n in of for _ in range(2)]) for of in sizes)
     exact = kernel.kernel_fn(layers, kernel.KINDS)(x1, x2)
@@ -2596,7 +2589,7 @@ def test_graphs_are_the_formula(side, options, monkeypatch):
         monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     monkeypatch.setattr(graphs, "NODES", 32)
     monkeypatch.setattr(graphs, "GRAPHS", 3)
-    rng, layers, sizes = np.random.default_rng(0), kernel.gcn(7, 2, **options), (1, 20, 3, 2, 1, 9, 17, 16, 12, 1, 1)
+    rng, layers, sizes = np.random.default_rng(0), graph_layers.gcn(7, 2, **options), (1, 20, 3, 2, 1, 9, 17, 16, 12, 1, 1)
     x = np.stack([random_graph(rng, n, 20) for n in sizes])
     expected = np.moveaxis([[dense_graphs(layers, a[:n], b[:m]) for m, b in zip(sizes[4:], x[4:])]
                             for n, a in zip(sizes, x[:4])], -1, 0)
@@ -2636,7 +2629,7 @@ def test_graphs_nodes_that_look_alike(collide, monkeypatch):
     same: kernel.py's to 1e-6."""
     if collide:
         monkeypatch.setattr(graphs, "hashed", lambda rows: jnp.zeros(len(rows), jnp.uint32))
-    rng, layers = np.random.default_rng(0), kernel.gcn(4)
+    rng, layers = np.random.default_rng(0), graph_layers.gcn(4)
     x = np.stack([ring_of_trees(rng, n, 30) for n in rng.integers(12, 21, size=16)])
     degree, rounds, pool, _ = graphs.parse(layers)
     N = 30 * 16
@@ -2658,11 +2651,11 @@ def test_graphs_symmetry_and_tiles():
     padded only when read; and what `take` takes is what is there."""
     rng = np.random.default_rng(0)
     x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
-    fn = graphs.kernel_fn(kernel.gcn(7, 2), "nngp")
+    fn = graphs.kernel_fn(graph_layers.gcn(7, 2), "nngp")
     K = np.asarray(fn(x))
     assert (K == K.T).all() and relative_error(K, np.asarray(fn(x, x), np.float64)) < 1e-6
     lengths = (x != 0).any(axis=2).sum(axis=1)
-    kept = molecules.Graphs(np.concatenate([one[:n] for one, n in zip(x, lengths)]),
+    kept = smiles.Graphs(np.concatenate([one[:n] for one, n in zip(x, lengths)]),
                             np.concatenate([[0], np.cumsum(lengths)]), 7, 9)
     assert (kept[np.arange(13)] == x).all() and (kept.take([4, 4, 2])[np.arange(3)] == x[[4, 4, 2]]).all()
     tiled = tiles.gram(fn, kept, 5, quiet=True)
@@ -2670,14 +2663,14 @@ def test_graphs_symmetry_and_tiles():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: kernel.gcn(0), "degree=0, depth=3, hidden=1, pool='sum': expected three positive"),
-    (lambda: kernel.gcn(4, pool="max"), "pool='max': expected .* sum or mean"),
-    (lambda: graphs.kernel_fn(kernel.gcn(4), "ntk")(np.ones((2, 3, 8))), r"\(2, 3, 8\).*features \+ 2 degree"),
-    (lambda: kernel.kernel_fn(kernel.gcn(4), "ntk")(np.ones((3, 9))), r"\(3, 9\).*graphs \(n, nodes, features"),
-    (lambda: graphs.kernel_fn(kernel.gcn(4), "ntk")(np.ones((2, 3, 9)), np.ones((2, 4, 9))), "must agree"),
+    (lambda: graph_layers.gcn(0), "degree=0, depth=3, hidden=1, pool='sum': expected three positive"),
+    (lambda: graph_layers.gcn(4, pool="max"), "pool='max': expected .* sum or mean"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 8))), r"\(2, 3, 8\).*features \+ 2 degree"),
+    (lambda: kernel.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((3, 9))), r"\(3, 9\).*graphs \(n, nodes, features"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 9)), np.ones((2, 4, 9))), "must agree"),
     (lambda: graphs.kernel_fn(kernel.network("fc"), "ntk"), "graphs.py takes .*take kernel.kernel_fn"),
-    (lambda: graphs.kernel_fn(kernel.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "take kernel.kernel_fn"),
-    (lambda: graphs.kernel_fn(kernel.gcn(4), "gp"), "'gp' is unknown; choose nngp or ntk"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "take kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4), "gp"), "'gp' is unknown; choose nngp or ntk"),
 ])
 def test_graphs_errors(call, words):
     """What does not fit is refused in one sentence."""
@@ -2698,10 +2691,10 @@ def test_molecules_are_neural_tangents():
     float32 is neural_tangents in float64 to 1e-5, and the formula on every pair; padded, and with their atoms
     numbered otherwise."""
     from rdkit import Chem
-    mols, rng = [molecules.read(one) for one in ODD], np.random.default_rng(0)
+    mols, rng = [smiles.read(one) for one in ODD], np.random.default_rng(0)
     mols += [Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist()) for mol in mols]
-    x = molecules.graphs(mols, least=23)
-    layers, packed, sizes = kernel.gcn(x.degree, 2), x[np.arange(len(mols))], np.diff(x.starts)
+    x = smiles.graphs(mols, least=23)
+    layers, packed, sizes = graph_layers.gcn(x.degree, 2), x[np.arange(len(mols))], np.diff(x.starts)
     assert x.degree == 11 and sizes.min() == 1 and sizes.max() >= 11 and packed.shape[1] == 23
     fast = [np.asarray(K) for K in graphs.kernel_fn(layers, kernel.KINDS)(packed, packed)]
     exact, n = [one[:size].astype(np.float64) for one, size in zip(packed, sizes)], len(ODD)
@@ -2717,28 +2710,28 @@ def test_molecules_are_neural_tangents():
 @needs_rdkit
 def test_molecules_graph_of_one():
     """Ethanol by hand: its atoms' features, and the three kinds of weights; a carbonyl's with orders of bonds."""
-    mol = molecules.read("CCO")
-    x = molecules.graphs([mol])
+    mol = smiles.read("CCO")
+    x = smiles.graphs([mol])
     features = x.atoms[:, :-2 * x.degree]
     assert x.degree == 3 and (features.sum(axis=1) == 6).all()
     assert (features[0] == features[1]).sum() < features.shape[1] and features[2, 2] == 1  # oxygen
     A = np.array([[1, 1, 0], [1, 1, 1], [0, 1, 1.0]])
-    for weights, mol, A in (("sum", mol, A), ("normal", mol, A), ("order", molecules.read("C=O"), [[1, 2], [2, 1]])):
+    for weights, mol, A in (("sum", mol, A), ("normal", mol, A), ("order", smiles.read("C=O"), [[1, 2], [2, 1]])):
         A = np.array(A, float)
-        x = molecules.graphs([mol], weights)
-        got = np.asarray(kernel.adjacency(jnp.asarray(x[:1])[0][:, None], x.degree))
+        x = smiles.graphs([mol], weights)
+        got = np.asarray(graph_layers.adjacency(jnp.asarray(x[:1])[0][:, None], x.degree))
         root = np.sqrt(A.sum(axis=1))
         assert np.allclose(got, A if weights == "sum" else A / np.outer(root, root), atol=1e-7)
 
 
 @needs_rdkit
-@pytest.mark.parametrize("name", molecules.FINGERPRINTS)
+@pytest.mark.parametrize("name", smiles.FINGERPRINTS)
 def test_molecules_fingerprints(name):
     """log(1 + counts) of RDKit's patterns, of all and no others; where there are counts there are bits. Several
     stand one after the other, each of norm 1, or zero where a molecule has no such pattern."""
     from rdkit.Chem import rdFingerprintGenerator
-    mols = [molecules.read(one) for one in (*ODD, "CCO")]
-    x, make = molecules.fingerprints(mols, [name], bits=512), {
+    mols = [smiles.read(one) for one in (*ODD, "CCO")]
+    x, make = smiles.fingerprints(mols, [name], bits=512), {
         "morgan": rdFingerprintGenerator.GetMorganGenerator, "pairs": rdFingerprintGenerator.GetAtomPairGenerator,
         "torsions": rdFingerprintGenerator.GetTopologicalTorsionGenerator}[name](fpSize=512, **(
             {"radius": 2} if name == "morgan" else {}))
@@ -2748,7 +2741,7 @@ def test_molecules_fingerprints(name):
         assert np.allclose(np.exp(row[list(counts)]) - 1, list(counts.values()))
         assert name != "morgan" or set(counts) == set(make.GetFingerprint(mol).GetOnBits())
     other = "pairs" if name != "pairs" else "torsions"
-    both = molecules.fingerprints(mols, [other, name], bits=512)[:, 512:]
+    both = smiles.fingerprints(mols, [other, name], bits=512)[:, 512:]
     assert np.allclose(both * np.linalg.norm(x, axis=1, keepdims=True), x, atol=1e-6)
     assert np.allclose(np.linalg.norm(both, axis=1), x.any(axis=1)) and x[-1].any() == (name != "torsions")
 
@@ -2784,14 +2777,14 @@ def molecule_folder(tmp_path):
 @needs_rdkit
 def test_molecules_files(molecule_folder):
     """Every data set is read from files of its format: targets, missing labels as NaN, the official split."""
-    esol, hiv, muv = (molecules.load(name, molecule_folder) for name in ("esol", "molhiv", "muv"))
-    pcba, ogb = (molecules.load(name, molecule_folder / "pcba") for name in ("molpcba",) * 2)
+    esol, hiv, muv = (smiles.load(name, molecule_folder) for name in ("esol", "molhiv", "muv"))
+    pcba, ogb = (smiles.load(name, molecule_folder / "pcba") for name in ("molpcba",) * 2)
     assert [len(rows.mols) for rows in (esol, hiv, muv, pcba, ogb)] == [30] * 5
     assert np.allclose(esol.y[:, 0], np.round(np.arange(30) / 7, 3)) and (hiv.y[:, 0] == np.arange(30) % 2).all()
     for rows in (muv, pcba):
         assert rows.y.shape == (30, 2) and (np.isnan(rows.y[:, 0]) == (np.arange(30) % 3 == 0)).all()
     for rows in (hiv, pcba):
-        train, val, test = molecules.split(rows, "official", seed=1)
+        train, val, test = smiles.split(rows, "official", seed=1)
         assert (np.sort(train) == np.arange(20)).all() and (val == np.arange(20, 25)).all() and len(test) == 5
     assert muv.official is None and muv.tasks == ["A", "B"]
 
@@ -2803,18 +2796,18 @@ def test_molecules_splits():
     rings = ["c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccc2ccccc2c1", "C1CCOC1", "c1ccsc1"]
     smiles = [ring + "C" * i for k, ring in enumerate(rings) for i in range(1, 9 - k)] + ["CCO", "CCN"]
     smiles.append("O=C1O[Al]23(OC1=O)(OC(=O)C(=O)O2)OC(=O)C(=O)O3")
-    rows = molecules.checked(smiles, np.zeros((len(smiles), 1)), ["y"], None, "made")
+    rows = smiles.checked(smiles, np.zeros((len(smiles), 1)), ["y"], None, "made")
     for how in ("random", "scaffold"):
-        parts = molecules.split(rows, how, seed=0)
+        parts = smiles.split(rows, how, seed=0)
         assert (np.sort(np.concatenate(parts)) == np.arange(len(smiles))).all() and all(map(len, parts))
-    for part, other in zip(parts, molecules.split(rows, "scaffold", seed=7)):
+    for part, other in zip(parts, smiles.split(rows, "scaffold", seed=7)):
         assert set(part) == set(other)
     ring_of = [next((k for k, ring in enumerate(rings) if one.startswith(ring)), one[:2])
                for one in smiles]
     of_part = [{ring_of[i] for i in part} for part in parts]
     assert not (of_part[0] & of_part[1] or of_part[0] & of_part[2] or of_part[1] & of_part[2])
     with pytest.raises(ValueError, match="split 'official': this data set has random, scaffold$"):
-        molecules.split(rows, "official")
+        smiles.split(rows, "official")
 
 
 @needs_rdkit
@@ -2824,7 +2817,7 @@ def test_molecules_bad_rows(molecule_folder, capsys):
     lines = path.read_text().splitlines()
     lines[1 + 3], lines[1 + 21], lines[1 + 26] = "C1CC,CI,1", ",CI,1", "CN(C)(C)(C)C,CI,0"
     path.write_text("\n".join(lines))
-    rows = molecules.load("molhiv", molecule_folder)
+    rows = smiles.load("molhiv", molecule_folder)
     said = capsys.readouterr().out
     assert "2 of 30 rows left out, RDKit cannot read their SMILES: row 3 ('C1CC'), row 21 ('')" in said
     assert len(rows.mols) == 28 and 26 in rows.rows and [len(part) for part in rows.official] == [19, 4, 5]
@@ -2843,7 +2836,7 @@ def test_molecules_damaged_files(molecule_folder, file, old, new, words):
     path = molecule_folder / file
     path.write_bytes(b"nothing" if old is None else path.read_bytes().replace(old.encode(), new.encode()))
     with pytest.raises(ValueError, match=words) as error:
-        molecules.load("esol" if file.startswith("del") else "molhiv", molecule_folder)
+        smiles.load("esol" if file.startswith("del") else "molhiv", molecule_folder)
     assert file in str(error.value) and "\n" not in str(error.value)
 
 
@@ -2857,7 +2850,7 @@ def test_molecules_damaged_archives(molecule_folder, damage):
         path = folder / file
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(ValueError, match=f"{file} is truncated or not packed by gzip"):
-            molecules.load(name, folder)
+            smiles.load(name, folder)
 
 
 @needs_rdkit
@@ -2866,10 +2859,10 @@ def test_molecules_files_are_ours(capsys, molecule_folder):
     """A note says where a file is not the one that README's figures were made from."""
     tables = {"esol": ("delaney-processed.csv", ["measured log solubility in mols per litre"]),
               "molhiv": ("HIV.csv", ["HIV_active"]), "muv": ("muv.csv.gz", None)}
-    assert set(tables) == set(molecules.SHA256)
+    assert set(tables) == set(smiles.SHA256)
     for name, (file, columns) in tables.items():
         for folder, notes in ((MOLECULES, 0), (molecule_folder, 1)):
-            molecules.table(os.path.join(folder, file), columns, sha256=molecules.SHA256[name])
+            smiles.table(os.path.join(folder, file), columns, sha256=smiles.SHA256[name])
             assert capsys.readouterr().out.count("is not the file that the figures in README.md") == notes
 
 
@@ -2877,7 +2870,7 @@ def test_molecules_need_rdkit(monkeypatch):
     """Without RDKit: one sentence that says what to install."""
     monkeypatch.setitem(sys.modules, "rdkit", None)
     with pytest.raises(ImportError, match="RDKit, which reads molecules, is not installed: pip install"):
-        molecules.load("nci")
+        smiles.load("nci")
 
 
 def test_molecules_tasks_are_dense_solves():
@@ -2889,9 +2882,9 @@ def test_molecules_tasks_are_dense_solves():
     K = tiles.gram(lambda a, b: jnp.exp(-((a[:, None] - b[None]) ** 2).sum(axis=2) / 4), z, 50, quiet=True)
     mask = rng.random((120, 3)) < [0.2, 0.6, 1.0]
     y = np.where(mask, rng.normal(size=(120, 3)), 0)
-    low = precondition.low_rank(K, 40)
-    look = tasks.Look(low, mask)
-    masked = tasks.Labelled(K, mask)
+    low = pcg.low_rank(K, 40)
+    look = missing.Look(low, mask)
+    masked = missing.Labelled(K, mask)
     x, info = pcg.solve(masked.matvec, y, 1e-3, look(1e-3), 1e-10)
     assert info.converged and pcg.solve(masked.matvec, y, 1e-3, tol=1e-10)[1].iterations > 2 * info.iterations
     for t, rows in enumerate(mask.T):
@@ -2941,14 +2934,14 @@ def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
     monkeypatch.setattr(train_molecule, "FEW", 60)
     result = train_molecules(tmp_path, *flags, "--ridge", "0.1,1e-3,1e-5")
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result and result["cg_converged"]
-    rows = molecules.load("nci", limit=60)
-    parts = molecules.split(rows)
+    rows = smiles.load("nci", limit=60)
+    parts = smiles.split(rows)
     mols, y = [rows.mols[i] for i in np.concatenate(parts)], [rows.y[part] for part in parts]
     config, n, m, scores = result["config"], len(parts[0]), len(parts[1]), {}
-    x, prints = molecules.graphs(mols, config["weights"]), molecules.fingerprints(mols, config["fingerprints"])
+    x, prints = smiles.graphs(mols, config["weights"]), smiles.fingerprints(mols, config["fingerprints"])
     for b_std in [row[0]["b_std"] for row in result["compared"]] or [0.5]:
         network = {"depth": config["depth"], "w_std": config["w_std"], "b_std": b_std}
-        fns = [(kernel.gcn(x.degree, pool=config["pool"], jump=config["jump"], **network), x[np.arange(60)])]
+        fns = [(graph_layers.gcn(x.degree, pool=config["pool"], jump=config["jump"], **network), x[np.arange(60)])]
         fns += [(kernel.network("fc", **network), prints)] * (config["kernel"] == "sum")
         K = 0
         for layers, inputs in fns:
@@ -2974,9 +2967,9 @@ def test_molecules_train_tasks(tmp_path, molecule_folder):
     assert set(both) == set(kernel.KINDS) and set(both["ntk"]) == {10, 20}
     result = train_molecules(tmp_path, *flags, "--kind", "nngp")
     assert result["test_ap"] == both["nngp"][20]["test_ap"] and result["tasks"] == 2
-    rows = molecules.load("molpcba", str(molecule_folder / "pcba"))
-    parts = molecules.split(rows, "official")
-    x, (y, _, y_test) = molecules.fingerprints(rows.mols).astype(np.float64), (rows.y[part] for part in parts)
+    rows = smiles.load("molpcba", str(molecule_folder / "pcba"))
+    parts = smiles.split(rows, "official")
+    x, (y, _, y_test) = smiles.fingerprints(rows.mols).astype(np.float64), (rows.y[part] for part in parts)
     K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(x))
     found = []
     for t in range(2):
@@ -2996,9 +2989,9 @@ def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
     from sklearn.metrics import roc_auc_score
     result = train_molecules(tmp_path, "--dataset", dataset, "--data", str(molecule_folder), "--kernel", "fingerprint",
                              "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01")
-    rows = molecules.load(dataset, str(molecule_folder))
-    train = molecules.split(rows, "random" if dataset == "esol" else "official")[0]
-    x, y = molecules.fingerprints([rows.mols[i] for i in train]).astype(np.float64), rows.y[train]
+    rows = smiles.load(dataset, str(molecule_folder))
+    train = smiles.split(rows, "random" if dataset == "esol" else "official")[0]
+    x, y = smiles.fingerprints([rows.mols[i] for i in train]).astype(np.float64), rows.y[train]
     table = []
     for depth, b_std in ((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)):
         K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=depth, b_std=b_std)(x))
@@ -3041,7 +3034,7 @@ def test_molecules_never_look_at_test_rows(tmp_path, molecule_folder, monkeypatc
     score: the same depth, b_std and ridge."""
     flags = ["--dataset", "molhiv", "--data", str(molecule_folder), "--kernel", "fingerprint", "--select", select,
              "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01"]
-    first, load = train_molecules(tmp_path, *flags), molecules.load
+    first, load = train_molecules(tmp_path, *flags), smiles.load
 
     def other(*args):
         rows = load(*args)
@@ -3089,12 +3082,12 @@ def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
 def test_molecules_official_split_is_ogbs():
     """The files of ogbg-molhiv are read: 41,127 rows in three parts, 1,443 active, none left out."""
     path = os.path.join(MOLECULES, "HIV.csv")
-    smiles, y, _ = molecules.table(path, ["HIV_active"])
-    parts = molecules._npz_split(os.path.join(MOLECULES, "ogbg-molhiv_scaffold_split.npz"))
+    smiles, y, _ = smiles.table(path, ["HIV_active"])
+    parts = smiles._npz_split(os.path.join(MOLECULES, "ogbg-molhiv_scaffold_split.npz"))
     assert len(smiles) == 41_127 and y.sum() == 1443 and [len(part) for part in parts] == [32_901, 4113, 4113]
     assert (np.sort(np.concatenate(parts)) == np.arange(41_127)).all()
     hard = [i for i, one in enumerate(smiles) if "->" in one or "[Co" in one][:50]
-    assert all(molecules.read(smiles[i]) is not None for i in hard)
+    assert all(smiles.read(smiles[i]) is not None for i in hard)
 
 
 @needs_rdkit
@@ -3206,7 +3199,7 @@ import sys, time
 import jax.numpy as jnp, numpy as np
 import hosts, tiles
 index, port = map(int, sys.argv[1:])
-team, tiles.MEET, sums = hosts.start(f"127.0.0.1:{port}", 2, index), 0.2, []
+team, tiles.MEET, sums = processes.start(f"127.0.0.1:{port}", 2, index), 0.2, []
 
 class Rows:
     def __len__(self):
@@ -3235,8 +3228,8 @@ def test_hosts_errors():
     """One flag of the three without the others, or a number that is not there: one sentence."""
     for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
         with pytest.raises(ValueError, match="give HOST:PORT of process 0, their number P, and 0 to P - 1"):
-            hosts.start(*given)
-    assert hosts.start() == hosts.start("h:1", 1, 0) == matrix.ALONE
+            processes.start(*given)
+    assert processes.start() == processes.start("h:1", 1, 0) == tiles.ALONE
 
 
 def test_hosts_error_in_one_ends_all(tmp_path):
@@ -3303,10 +3296,10 @@ def test_plan_of_five_million(tmp_path, capsys):
 def test_scaling_finds_a_known_law(a, b, c):
     """Points on a n^-b + c give a, b and c back, to the grid of b; with noise of 1 %, b within 0.15."""
     n = 2.0 ** np.arange(5, 15)
-    found = np.array(scaling.fit(n, (a * n**-b + c)[None], np.ones(10)))[:, 0]
+    found = np.array(report.fit(n, (a * n**-b + c)[None], np.ones(10)))[:, 0]
     assert np.allclose(found, [a, b, c], rtol=0.05, atol=0.01)
     noise = 1 + 0.01 * np.random.default_rng(0).normal(size=(20, 10))
-    _, powers, _ = scaling.fit(n, (a * n**-b + c) * noise, np.ones(10))
+    _, powers, _ = report.fit(n, (a * n**-b + c) * noise, np.ones(10))
     assert np.abs(powers - b).mean() < 0.15
 
 
@@ -3316,9 +3309,9 @@ def test_scaling_fit_is_the_least():
     rng, n, weight = np.random.default_rng(0), np.array([10.0, 30, 100, 300, 1000]), np.array([3, 3, 3, 2, 1])
     for shape in (n**-0.3, n**-0.3 - 0.1, np.full(5, 0.5), n**0.1):
         error = shape * (1 + 0.05 * rng.normal(size=5))
-        a, b, c = (z[0] for z in scaling.fit(n, error[None], weight))
+        a, b, c = (z[0] for z in report.fit(n, error[None], weight))
         found = np.linalg.norm(np.sqrt(weight) * ((a * n**-b + c) / error - 1))
-        design = [np.sqrt(weight)[:, None] * np.stack([n**-b, np.ones(5)], 1) / error[:, None] for b in scaling.POWERS]
+        design = [np.sqrt(weight)[:, None] * np.stack([n**-b, np.ones(5)], 1) / error[:, None] for b in report.POWERS]
         assert found <= min(nnls(M, np.sqrt(weight))[1] for M in design) * (1 + 1e-9)
 
 
@@ -3331,12 +3324,12 @@ def test_scaling_interval_covers():
         scatter = 0.02 * (n[0] / n) ** 0.25
         points = {int(k): list((2 * k**-0.3 + 0.1) * (1 + s * rng.normal(size=1 if k == n[-1] else 3)))
                   for k, s in zip(n, scatter)}
-        _, (_, (low, high), _) = scaling.law(points, draws=300, seed=experiment)
+        _, (_, (low, high), _) = report.law(points, draws=300, seed=experiment)
         inside += low <= 0.3 <= high
     assert 90 <= inside <= 99
-    assert scaling.law({k: v[:1] for k, v in points.items()})[1] is None
+    assert report.law({k: v[:1] for k, v in points.items()})[1] is None
     with pytest.raises(ValueError, match="2 sizes"):
-        scaling.law({10: [0.5], 20: [0.4]})
+        report.law({10: [0.5], 20: [0.4]})
 
 
 def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
@@ -3373,8 +3366,8 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
                                                    "proteins", "molecules", "numbers", "assays",
                                                    "landscape")) + "\nbelow\n")
     paths = ["--runs", str(runs), "--readme", str(page)]
-    assert scaling.main([*paths, "--check"]) == 1 and "old" in page.read_text()
-    assert scaling.main(paths) == 0 and scaling.main([*paths, "--check"]) == 0
+    assert report.main([*paths, "--check"]) == 1 and "old" in page.read_text()
+    assert report.main(paths) == 0 and report.main([*paths, "--check"]) == 0
     text = page.read_text()
     assert "| fc NTK | 1,000 | 10,000 | 2 | 51.00 ± 1.41 | 0.1 | 7 | 2 | 7 | 1.5 |" in text
     assert "| n | cnn_vec NTK, flips |\n" in text and "| 400 | 77.64 |\n" in text
@@ -3389,23 +3382,23 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert re.search(r"\| fc NTK: kernel, s \| 0.02 \| 0.2 \| 2 \| 1.00 \|", text)
     assert text.startswith("above") and text.endswith("below\n")
     (tmp_path / "curves.svg").write_text("another")
-    assert scaling.main([*paths, "--check"]) == 1 and "curves.svg: stale" in capsys.readouterr().err
+    assert report.main([*paths, "--check"]) == 1 and "curves.svg: stale" in capsys.readouterr().err
     runs.write_text("{}\n")
     with pytest.raises(ValueError, match="line 1 is not a run"):
-        scaling.main(paths)
+        report.main(paths)
     runs.write_text(json.dumps(fake_run(1000, 0.5)) + "\n")
     with pytest.raises(ValueError, match="no kernel with three sizes of cifar10; run --sizes"):
-        scaling.main(paths)
+        report.main(paths)
     runs.unlink()
     with pytest.raises(FileNotFoundError, match="runs.jsonl is not there; --runs takes"):
-        scaling.main(paths)
+        report.main(paths)
 
 
 def test_scaling_of_a_learning_curve(tmp_path, capsys):
     """Two kernels on digits at four sizes, one command each way: table, laws and a figure that is a picture."""
     train(tmp_path, "--kind", "both", "--sizes", "45,90,180,360", "--whiten", "none")
     path = tmp_path / "curve.png"
-    assert scaling.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "digits", "--figure", str(path)]) == 0
+    assert report.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "digits", "--figure", str(path)]) == 0
     said = capsys.readouterr().out
     assert "| n | fc NNGP, none | fc NTK, none |" in said and "| 360 | 9" in said
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
@@ -3420,7 +3413,7 @@ def readme():
 
 def test_docs_results_are_what_the_runs_say():
     """README's tables and its figure are what scaling.py makes of results/runs.jsonl."""
-    assert scaling.main(["--check"]) == 0, "python scaling.py writes it anew"
+    assert report.main(["--check"]) == 0, "python scaling.py writes it anew"
 
 
 def test_docs_requirements_are_pinned():
@@ -3437,7 +3430,7 @@ def test_docs_requirements_are_pinned():
 
 def commands(script=train_cifar):
     """The flags of every command with this script that README and docstrings show, as lists."""
-    everything = re.sub(r"\\\n *", "", readme() + script.__doc__ + hosts.__doc__ + plan.__doc__)
+    everything = re.sub(r"\\\n *", "", readme() + script.__doc__ + processes.__doc__ + plan.__doc__)
     shown = re.findall(rf"python (?:-u )?{script.__name__}.py ([^`\n#&]*)", everything)
     return [re.sub(r"  .*", "", command).split() for command in shown if "--" in command and "--help" not in command]
 
@@ -3571,9 +3564,9 @@ def test_benchmark_graphs(benchmark, kind, engine):
     benchmark.group = f"gcn {kind}"
     n, sizes = {"graphs": (1280, range(14, 19)), "neural_tangents": ((4, 8, 16, 32), [16])}[engine]
     n = 3 if benchmark.disabled else n
-    mols = [mol for mol in molecules.load("nci").mols if mol.GetNumAtoms() in sizes]
-    x = molecules.graphs(mols[:n if isinstance(n, int) else max(n)])
-    layers, devices = kernel.gcn(x.degree, 1 if benchmark.disabled else 3), jax.local_devices()[:os.cpu_count()]
+    mols = [mol for mol in smiles.load("nci").mols if mol.GetNumAtoms() in sizes]
+    x = smiles.graphs(mols[:n if isinstance(n, int) else max(n)])
+    layers, devices = graph_layers.gcn(x.degree, 1 if benchmark.disabled else 3), jax.local_devices()[:os.cpu_count()]
     fn = {"graphs": graphs.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](layers, kind)
 
     def call(n):
@@ -3614,7 +3607,7 @@ def test_benchmark_sequences(benchmark, name, kind, length, engine):
         n = fastest(call, n)
     benchmark.extra_info["n"] = n
     K = time_it(benchmark, call(n), "entries", n * n)
-    K = K.dense() if isinstance(K, matrix.TiledMatrix) else K
+    K = K.dense() if isinstance(K, tiles.TiledMatrix) else K
     assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
 
 
@@ -3658,7 +3651,7 @@ n, count, index, port = map(int, sys.argv[1:])
 os.sched_setaffinity(0, {index})  # a core each, as a host each
 import jax, numpy as np
 import fused, hosts, tiles
-team = hosts.start(f"127.0.0.1:{port}", count, index)
+team = processes.start(f"127.0.0.1:{port}", count, index)
 x = np.random.default_rng(0).standard_normal((n, 32, 32, 3), np.float32)
 kernel_fn = fused.kernel_fn("cnn_vec", "ntk")
 for rows in (n // 4, n):  # the first compiles

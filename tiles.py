@@ -1,118 +1,161 @@
-"""Kernel matrices, tile by tile, on every device.
+"""Kernel matrices: computed tile by tile on every device, and multiplied where the tiles lie.
 
-Every entry of K is independent of every other, so K is cut into tiles and each device of each process
-computes whole tiles; no device talks to another. Where K is symmetric, tiles on and above the diagonal
-only. What comes out is a matrix.TiledMatrix, or one for each kind.
+No entry of K depends on another, so K is cut into b x b tiles, and each device of each process computes whole tiles; no
+device talks to another. K(X, X) is symmetric: only tiles (i, j) with i <= j are computed and kept. The product y = K v
+reads every tile once and uses it twice,
 
-  n, m  rows, columns   b  tile side   D  devices of a process   P  processes
+  y_i += K_ij v_j   and, off the diagonal,   y_j += K_ij^T v_i,
 
-Any n, b, D, P: the last tile of a row or column is computed at full size, with row 0 standing in
-for the rows that do not exist (real data, so finite whatever the kernel), and cut to what does.
+and one sum over the processes finishes it.
 
-    K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x_train);  K.matvec(v)
+  n, m  rows, columns   b  tile side   c  columns of v   D  devices of a process   P  processes
 
-Cost: n (n + b) / (2 D P) entries a device.      Proved by: test_all.py, section tiles
+Any n, b, D, P. The last tiles of a row or column are computed at full size, padded with copies of row 0, so that the
+kernel sees only real data, and then cut. Tile number t, counted down the columns, belongs to process t mod P; t does not
+depend on n, so a larger K leaves every tile where it was.
+
+Tiles are kept in a mapping {(i, j): array}: a dict, or whatever has the same methods (large/store.py: a folder).
+
+    K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x_train);  y = K.matvec(v)
+
+Cost: n (n + b) / (2 D P) entries a device; 4 n m bytes, half of them where K is symmetric; a product 2 n m c operations,
+and 8 n c bytes summed over processes.      Proved by: test_all.py, section tiles
 """
 
+import itertools
 import math
+import os
 import sys
 import time
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Callable, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
-from matrix import ALONE, TILE, check_memory, empty
+TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large that a call to a device costs nothing
+PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
+# times the rows, for then the overhead of Python shows (1.35 times faster)
+MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
 
-MEET = 300  # seconds between two meetings while tiles are computed; a collective waits for half an hour
+
+class Team(NamedTuple):
+    """The processes that share a matrix. One process alone is the default."""
+    index: int = 0
+    count: int = 1
+    all_reduce: Callable = lambda array: array  # the sum over processes, the same in all of them
+
+
+ALONE = Team()
 
 
 def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False, store=None, team=ALONE):
-    """K = kernel_fn(x, x), (n, n), symmetric to the last bit, as a TiledMatrix.
+    """K = kernel_fn(x, x), (n, n), exactly symmetric, as a TiledMatrix.
 
-    kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored. Where
-    it returns a tuple of these, as with NNGP and NTK in one pass, so does this function.
-    x: n inputs: an array, or anything with len(x) and, for an array of row numbers, x[rows]: an array, or what
-    has on(device) to make one there, as augment.Images.
+    kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored. Where it returns a tuple of
+    these, as with NNGP and NTK in one pass, so does this function.
+    x: n inputs: an array, or anything with len(x) and, for an array of row numbers, x[rows]: an array, or an object with
+    on(device), which makes the array there (augment.Images).
     tile: side b of a tile.   devices: JAX devices to use, by default every local one.
-    store: where tiles are kept and found, a `store.Store`, or a tuple of them; None is in memory.
+    store: a mapping for the tiles, or a tuple of them; None is a dict in memory. Tiles that it has are not computed.
     team: the processes that share the work.
-    Raises ValueError: no inputs, a tile below 1, entries that are not finite.  MemoryError: K does
-    not fit.  OSError: a tile could not be written.
+    Raises ValueError: no inputs, a tile below 1, entries that are not finite.  MemoryError: K does not fit.
     """
-    return _compute(kernel_fn, x, x, tile, devices, quiet, store, team, symmetric=True)
+    return _matrices(kernel_fn, x, x, tile, devices, quiet, store, team, symmetric=True)
 
 
 def cross(kernel_fn, x1, x2, tile=TILE, devices=None, quiet=False, store=None, team=ALONE):
     """K = kernel_fn(x1, x2), (n, m), as a TiledMatrix; arguments and errors as for `gram`."""
-    return _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric=False)
+    return _matrices(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric=False)
 
 
-def _compute(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
+def diagonal(kernel_fn, x, tile=64, devices=None, team=ALONE):
+    """k(x, x) of every row of x, (n,) float64, without the rest of the matrix: n b entries."""
+    out, K = np.zeros(len(x)), empty(len(x), len(x), tile, True, team)
+    keys = [(i, i) for i in range(team.index, -(-len(x) // K.sides[0]), team.count)]
+    for key, (part,) in computed(_diagonal(kernel_fn), [(0, x), (1, x)], K.sides, keys, devices):
+        rows, _ = K.slices(key)
+        out[rows] = part[:rows.stop - rows.start]
+    return team.all_reduce(out)
+
+
+@lru_cache(maxsize=8)
+def _diagonal(kernel_fn):
+    return lambda a, b: jnp.diagonal(kernel_fn(a, b))
+
+
+def _matrices(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
+    """One TiledMatrix, or a tuple of them, with all of this process's tiles."""
     K = empty(len(x1), len(x2), tile, symmetric, team)
     keys = list(K.keys())
     if store is None:
         check_memory(f"the {len(x1)} x {len(x2)} kernel", 4 * len(keys) * K.sides[0] * K.sides[1])
-        blocks = [placed(x, np.zeros(1, int), jax.local_devices()[0]) for x in (x1, x2)]
-        result = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side,) + block.shape[1:], block.dtype)
-                                             for side, block in zip(K.sides, blocks)))
-        store = tuple({} for _ in result) if isinstance(result, tuple) else {}
-    kept = store if isinstance(store, tuple) else (store,)
+        store = _dicts(kernel_fn, x1, x2, K.sides)
+    stores = store if isinstance(store, tuple) else (store,)
     shapes = {key: tuple(s.stop - s.start for s in K.slices(key)) for key in keys}
-    done = [one.intact(shapes, quiet) if hasattr(one, "intact") else one for one in kept]
-    todo = [key for key in keys if not all(key in there for there in done)]
-    found = sum(math.prod(shapes[key]) for key in keys) - sum(math.prod(shapes[key]) for key in todo)
-    matrices = tuple(replace(K, tiles=one, found=found) for one in kept)
-    size = K.sides[0] * K.sides[1]
-    with tqdm(total=len(keys) * size, initial=(len(keys) - len(todo)) * size, unit=" entries",
-              unit_scale=True, desc=f"kernel, {len(keys)} tiles", disable=quiet or None,
-              leave=False) as bar:
-        met = time.monotonic()
-        for key, results in walk(kernel_fn, [(0, x1), (1, x2)], K.sides, todo, devices):
-            for K, there, result in zip(matrices, done, results):
-                if key not in there:
-                    K.put(key, result)
+    intact = [one.intact(shapes, quiet) if hasattr(one, "intact") else set(one) for one in stores]
+    missing = [key for key in keys if not all(key in known for known in intact)]
+    found = sum(math.prod(shapes[key]) for key in set(keys) - set(missing))
+    matrices = tuple(replace(K, tiles=one, found=found) for one in stores)
+    size, met = K.sides[0] * K.sides[1], time.monotonic()
+    with tqdm(total=len(keys) * size, initial=(len(keys) - len(missing)) * size, unit=" entries", unit_scale=True,
+              desc=f"kernel, {len(keys)} tiles", disable=quiet or None, leave=False) as bar:
+        for key, arrays in computed(kernel_fn, [(0, x1), (1, x2)], K.sides, missing, devices):
+            for K, known, array in zip(matrices, intact, arrays):
+                if key not in known:
+                    K.put(key, array)
             bar.update(size)
             if team.count > 1 and time.monotonic() > met + MEET:
                 team.all_reduce(np.ones(1))
                 met = time.monotonic()
-        while team.all_reduce(np.zeros(1))[0]:  # how many still compute
-            pass
+        busy = 1.0
+        while busy:  # meet the others until none of them computes any more
+            busy = team.all_reduce(np.zeros(1))[0]
     return matrices if isinstance(store, tuple) else matrices[0]
 
 
-def walk(fn, inputs, sides, keys, devices=None):
-    """Yields (key, list of the arrays that fn returns) for every key, a key on each device at a time.
+def _dicts(kernel_fn, x1, x2, sides):
+    """A dict for each array that kernel_fn returns."""
+    device, row = jax.local_devices()[0], np.zeros(1, int)
+    blocks = [block(x, row, device) for x in (x1, x2)]
+    arrays = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side, *one.shape[1:]), one.dtype)
+                                         for side, one in zip(sides, blocks)))
+    return tuple({} for _ in arrays) if isinstance(arrays, tuple) else {}
 
-    inputs: [(0 or 1, rows), ...], what fn is called with: of `rows` the block with number key[0] or
-    key[1], of sides[0] or sides[1] rows. Each device walks its own run of consecutive keys, so that a
-    block is placed on it once for as long as it is needed. Keys are taken in squares, so large that the blocks of
-    rows and columns of one fit in what x keeps (x.kept rows; an array is all there).
+
+def computed(fn, inputs, sides, keys, devices=None):
+    """Yields (key, [arrays that fn returns]) for every key, one key on each device at a time.
+
+    inputs: [(0 or 1, rows), ...], the arguments of fn: block number key[0] of `rows`, sides[0] rows long, or block number
+    key[1], sides[1] rows long.
+    Each device takes a run of neighbouring keys, so that a block is placed once for as long as it is needed. Keys are
+    taken in squares whose blocks of rows and columns fit in what x keeps (x.kept rows; an array keeps all).
     """
     devices = jax.local_devices() if devices is None else devices
     group = min(max(1, getattr(x, "kept", sys.maxsize) // (2 * sides[side])) for side, x in inputs)
     keys = sorted(keys, key=lambda key: (key[1] // group, key[0] // group, key[1], key[0]))
     runs = np.array_split(np.array(keys, np.int64).reshape(-1, 2), len(devices))
-    mesh = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec("device"))
-    mapped = _mapped(fn, tuple(devices))
-    here = {}
+    sharding = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec("device"))
+    mapped, placed = _pmap(fn, tuple(devices)), {}
 
-    def blocks(which, step):
-        """The blocks of one argument for one step, one on each device: (D, b, ...) in D shards."""
+    def argument(which, step):
+        """The blocks of one argument for one step, (D, b, ...), one on each device."""
         side, x = inputs[which]
         for device, run in zip(devices, runs):
             index = run[min(step, len(run) - 1)][side] if len(run) else 0
-            if here.get((which, device), (None,))[0] != index:
+            if placed.get((which, device), (None,))[0] != index:
                 rows = np.arange(index * sides[side], (index + 1) * sides[side])
-                here[which, device] = index, placed(x, np.where(rows < len(x), rows, 0), device)[None]
-        shards = [here[which, device][1] for device in devices]
-        return jax.make_array_from_single_device_arrays(
-            (len(devices),) + shards[0].shape[1:], mesh, shards)
+                placed[which, device] = index, block(x, np.where(rows < len(x), rows, 0), device)[None]
+        shards = [placed[which, device][1] for device in devices]
+        return jax.make_array_from_single_device_arrays((len(devices), *shards[0].shape[1:]), sharding, shards)
 
-    def fetch(results, step):
+    def fetched(results, step):
         shards = [result.addressable_shards for result in jax.tree.leaves(results)]
         for shard in sum(shards, []):
             shard.data.copy_to_host_async()
@@ -120,32 +163,252 @@ def walk(fn, inputs, sides, keys, devices=None):
             if step < len(run):
                 yield tuple(run[step].tolist()), [np.asarray(of[device].data)[0] for of in shards]
 
-    pending = None  # dispatch is asynchronous: step s runs while the results of s - 1 are used
+    pending = None  # dispatch is asynchronous: step s runs while the results of step s - 1 are used
     for step in range(len(runs[0])):
-        result = mapped(*(blocks(which, step) for which in range(len(inputs))))
+        results = mapped(*(argument(which, step) for which in range(len(inputs))))
         if pending is not None:
-            yield from fetch(pending, step - 1)
-        pending = result
+            yield from fetched(pending, step - 1)
+        pending = results
     if pending is not None:
-        yield from fetch(pending, len(runs[0]) - 1)
-
-
-def placed(x, rows, device):
-    """The block x[rows] as an array on a device."""
-    block = x[rows]
-    return block.on(device) if hasattr(block, "on") else jax.device_put(np.asarray(block), device)
+        yield from fetched(pending, len(runs[0]) - 1)
 
 
 @lru_cache(maxsize=8)
-def _mapped(fn, devices):
-    """pmap, once: a new one would compile anew."""
+def _pmap(fn, devices):
+    """pmap, once for each function: a new one would compile again."""
     return jax.pmap(fn, devices=devices)
 
 
-if __name__ == "__main__":
-    import store
+def block(x, rows, device):
+    """x[rows] as an array on a device."""
+    part = x[rows]
+    return part.on(device) if hasattr(part, "on") else jax.device_put(np.asarray(part), device)
 
-    try:
-        sys.exit(min(1, sum(map(store.report, sys.argv[1:] or ["."]))))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+
+@dataclass(frozen=True)
+class TiledMatrix:
+    """A kernel matrix (n, m) in tiles; of a symmetric one only tiles (i, j) with i <= j exist.
+
+    shape: (n, m).   sides: rows and columns of a whole tile.   tiles: {(i, j): array}, smaller at the ends, at least
+    those of this process. They may reach beyond shape (after `leading`, or from a store); methods read what is inside.
+    team: the processes. A method that returns an array is called by all of them, and all get the same array.
+    """
+    shape: tuple
+    sides: tuple
+    symmetric: bool
+    tiles: dict
+    team: Team = ALONE
+    found: int = 0  # entries that this process did not have to compute
+
+    def keys(self):
+        """This process's tiles inside the matrix, down the columns."""
+        rows, columns = (-(-size // side) for size, side in zip(self.shape, self.sides))
+        total = columns * (columns + 1) // 2 if self.symmetric else rows * columns
+        for t in range(self.team.index, total, self.team.count):
+            if self.symmetric:
+                j = (math.isqrt(8 * t + 1) - 1) // 2
+                yield t - j * (j + 1) // 2, j
+            else:
+                yield t % rows, t // rows
+
+    def slices(self, key):
+        """The rows and the columns of the matrix that a tile covers."""
+        return [slice(k * side, min(size, (k + 1) * side)) for k, side, size in zip(key, self.sides, self.shape)]
+
+    def cut(self, key):
+        """Rows, columns and entries of a tile, cut to the matrix."""
+        rows, cols = self.slices(key)
+        return rows, cols, self.tiles[key][:rows.stop - rows.start, :cols.stop - cols.start]
+
+    def put(self, key, tile):
+        """Cut a computed tile to the matrix, check it, make one on the diagonal symmetric, keep it."""
+        rows, cols = (s.stop - s.start for s in self.slices(key))
+        tile = tile[:rows, :cols]
+        if not np.isfinite(tile).all():
+            raise ValueError(f"tile {key} of the kernel has {np.sum(~np.isfinite(tile))} entries that "
+                             "are not finite: look for NaN or infinity in the inputs")
+        if self.symmetric and key[0] == key[1]:
+            tile = np.triu(tile) + np.triu(tile, 1).T
+        self.tiles[key] = np.array(tile)  # a copy: the device's buffer is padded and will be used again
+
+    @property
+    def entries(self):
+        """Kernel entries kept by all processes: about half of n^2 where it is symmetric."""
+        (n, m), b = self.shape, self.sides[0]
+        if not self.symmetric:
+            return n * m
+        return (n * n + n // b * b * b + (n % b) ** 2) // 2  # tiles on the diagonal are whole
+
+    @property
+    def reads_all(self):
+        """Whether a few columns cost as much as a product: true on a disk, where a tile is read as a whole."""
+        return not isinstance(self.tiles, dict)
+
+    @property
+    def slowness(self):
+        """How much slower an operation of `matvec` is than one of a product of float64 matrices, roughly."""
+        return 4 if self.reads_all else 2
+
+    def leading(self, n):
+        """The first n columns, and of a symmetric matrix the first n rows. Shares the tiles, copies nothing."""
+        if not 1 <= n <= self.shape[1]:
+            raise ValueError(f"leading({n}) of a {self.shape[0]} x {self.shape[1]} matrix: needs 1 <= n <= "
+                             f"{self.shape[1]}")
+        out = replace(self, shape=(n if self.symmetric else self.shape[0], n))
+        return replace(out, tiles=self.tiles.part(out.keys())) if hasattr(self.tiles, "part") else out
+
+    def merged(self, side=TILE):
+        """The same matrix in memory with tiles of up to `side`, for small tiles: with tiles of 32 a product is a hundred
+        times more Python than arithmetic. Returns self where tiles are large, shared by processes, or would take a third
+        of the memory."""
+        times = side // max(self.sides)
+        if times < 2 or self.team.count > 1 or 4 * self.entries > free_memory() / 3:
+            return self
+        out = replace(self, sides=tuple(times * side for side in self.sides), tiles={})
+        for key in self.keys():
+            rows, cols, tile = self.cut(key)
+            into = key[0] // times, key[1] // times
+            (top, bottom), (first, last) = ((s.start, s.stop) for s in out.slices(into))
+            if into not in out.tiles:
+                out.tiles[into] = np.zeros((bottom - top, last - first), tile.dtype)
+            whole = out.tiles[into]
+            whole[rows.start - top:rows.stop - top, cols.start - first:cols.stop - first] = tile
+            if self.symmetric and into[0] == into[1]:
+                whole[cols.start - first:cols.stop - first, rows.start - top:rows.stop - top] = tile.T
+        return out
+
+    def diagonal(self):
+        """K[i, i], (n,) float64, of a symmetric matrix."""
+        out = np.zeros(self.shape[0])
+        for key in self.keys():
+            if key[0] == key[1]:
+                rows, _, tile = self.cut(key)
+                out[rows] = np.diagonal(tile)
+        return self.team.all_reduce(out)
+
+    def columns(self, indices):
+        """K[:, indices], (n, len(indices)) float64, in the order asked for."""
+        indices = np.asarray(indices)
+        out = np.zeros((self.shape[0], len(indices)))
+        for key in self.keys():
+            rows, cols = self.slices(key)
+            right = (cols.start <= indices) & (indices < cols.stop)
+            below = (rows.start <= indices) & (indices < rows.stop)
+            mirrored = self.symmetric and key[0] != key[1] and below.any()
+            if right.any() or mirrored:
+                *_, tile = self.cut(key)
+                out[rows, right] = tile[:, indices[right] - cols.start]
+                if mirrored:
+                    out[cols, below] = tile[indices[below] - rows.start].T
+        return self.team.all_reduce(out)
+
+    def rows(self, start, stop):
+        """K[start:stop], (stop - start, m) float64, of a matrix that is not symmetric."""
+        out = np.zeros((stop - start, self.shape[1]))
+        for key in self.keys():
+            rows, cols = self.slices(key)
+            first, last = max(start, rows.start), min(stop, rows.stop)
+            if first < last:
+                *_, tile = self.cut(key)
+                out[first - start:last - start, cols] = tile[first - rows.start:last - rows.start]
+        return self.team.all_reduce(out)
+
+    def matvec(self, v):
+        """y = K v: (m, c) float64 -> (n, c) float64; tiles as they are stored, sums in float64.
+
+        One pass over the tiles, each by one thread. PART entries at a time are converted to float64 and used for both
+        products while they are in cache. BLAS's own threads would wait for each other: 40 times slower.
+        """
+        check_vectors(v, self.shape)
+        step = PART[0] * max(1, 8 // max(1, v.shape[1]))
+
+        def product(key):
+            rows, cols, tile = self.cut(key)
+            both = self.symmetric and key[0] != key[1]
+            v_i, v_j = v[rows] if both else None, v[cols]
+            y_i, y_j = np.zeros((tile.shape[0], v.shape[1])), np.zeros((tile.shape[1], v.shape[1]))
+            space = np.empty((min(step, tile.shape[0]), min(PART[1], tile.shape[1])))
+            for r, s in itertools.product(range(0, len(tile), step), range(0, len(v_j), PART[1])):
+                part = tile[r:r + step, s:s + PART[1]]
+                part64 = space[:len(part), :part.shape[1]]
+                np.copyto(part64, part)
+                y_i[r:r + step] += part64 @ v_j[s:s + PART[1]]
+                if both:
+                    y_j[s:s + PART[1]] += part64.T @ v_i[r:r + step]
+            return rows, y_i, cols, y_j if both else None
+
+        y = np.zeros((self.shape[0], v.shape[1]))
+        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(self._threads) as pool:
+            for rows, y_i, cols, y_j in pool.map(product, self.keys()):
+                y[rows] += y_i
+                if y_j is not None:
+                    y[cols] += y_j
+        return self.team.all_reduce(y)
+
+    @property
+    def _threads(self):
+        """A thread for each core, and two more where tiles are on a disk, so that some read while others multiply."""
+        return os.cpu_count() + 2 * self.reads_all
+
+    def read_rate(self, limit=2**31):
+        """Bytes/s at which this process can read its tiles, at most `limit` bytes of them, by the threads of `matvec`: the
+        speed of a product whose arithmetic is free."""
+        def read(key):
+            *_, tile = self.cut(key)
+            tile.sum()
+            return tile.nbytes
+        keys = list(itertools.islice(self.keys(), max(1, limit // (4 * self.sides[0] * self.sides[1]))))
+        start = time.perf_counter()
+        with ThreadPoolExecutor(self._threads) as pool:
+            size = sum(pool.map(read, keys))
+        return size / (time.perf_counter() - start)
+
+    def dense(self):
+        """The whole matrix as one array of the tiles' dtype, for small n.  MemoryError: it does not fit."""
+        first = next(self.keys(), None)
+        dtype = np.dtype(np.float32) if first is None else self.tiles[first].dtype
+        check_memory(f"the dense {self.shape[0]} x {self.shape[1]} kernel",
+                     self.shape[0] * self.shape[1] * dtype.itemsize)
+        out = np.zeros(self.shape, dtype)
+        for key in self.keys():
+            rows, cols, tile = self.cut(key)
+            out[rows, cols] = tile
+            if self.symmetric:
+                out[cols, rows] = tile.T
+        return self.team.all_reduce(out)
+
+
+def empty(n, m, tile, symmetric, team=ALONE):
+    """The TiledMatrix (n, m) before it has a tile.  ValueError: n, m or tile below 1."""
+    if min(n, m, tile) < 1:
+        raise ValueError(f"got {n} and {m} inputs and tile={tile}: each must be at least 1")
+    return TiledMatrix((n, m), (min(tile, n), min(tile, m)), symmetric, {}, team)
+
+
+def check_vectors(v, shape):
+    """Raises ValueError unless v can be multiplied by a matrix of this shape."""
+    if v.ndim != 2 or v.shape[0] != shape[1]:
+        raise ValueError(f"v has shape {v.shape}; a product with a {shape[0]} x {shape[1]} matrix needs "
+                         f"({shape[1]}, c)")
+
+
+def free_memory():
+    """Bytes of memory that this host has free; infinite where it does not say."""
+    if not os.path.exists("/proc/meminfo"):  # only Linux has it
+        return math.inf
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
+def check_memory(what, need):
+    """Raises MemoryError, before the work is begun, for what does not fit in this host's memory."""
+    have = free_memory()
+    if need > have:
+        raise MemoryError(f"{what} needs {need / 1e9:.1f} GB of memory; this host has {have / 1e9:.1f} GB "
+                          "free. Keep tiles on disk with --store DIR, compute them for every product with "
+                          "--store none, add processes, or lower --n_train.")
+
+
+@lru_cache
+def _blas():
+    return ThreadpoolController()

@@ -27,217 +27,112 @@ import numpy as np
 
 import augment
 import choose
-import command
+import experiment
 import data
-import hosts
 import kernel
-import lazy
-import model
 import pcg
-import plan
 import regression
-import runs
-import store
 import tiles
 
-try:
-    import fused
-except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
-    fused = None
-
 ENGINES = {"plain": kernel.kernel_fn, "nt": kernel.reference_fn}
-if fused:
+try:
+    from fast import fused
     ENGINES = {"fused": fused.kernel_fn, **ENGINES}
+except ModuleNotFoundError:  # fast/ may be deleted: kernel.py computes the same, slowly
+    pass
 HELD_OUT = 5000  # images of the validation split, at most
 FIT_ON = 50_000  # images that the whitening is fitted on, at most
 PLOTS = ".png", ".svg", ".pdf"
-WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca_unit", 1.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
+WHITENING = {"fc": ("zca", 300.0), "cnn_vec": ("zca_unit", 10.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
              "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
-         "predict", "plot", "rate")  # not what was computed: not recorded
-
-
-def flags():
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Exact kernel regression with infinitely wide networks on images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    images = parser.add_argument_group("images")
-    images.add_argument("--dataset", default="digits", choices=data.DATASETS)
-    images.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
-    images.add_argument("--n_train", type=int, help="training images; None is all")
-    images.add_argument("--sizes", metavar="N,N,...", help="solve for these many training images too, the "
-                        "first ones of n_train, on blocks of the same kernel; n_train is then the largest, "
-                        "unless given")
-    images.add_argument("--n_test", type=int, help="test images; None is all")
-    images.add_argument("--whiten", help="how images are whitened, z -> W z, W = U (S + zca_eps tr(C) / d)^(-1/2) U^T, "
-                        "C = U S U^T = mean of z z^T: zca, z = image - mean image; zca_unit, z = image minus its own "
-                        "mean, divided by its norm, as in published results. channel: minus mean, divided by sd of each "
-                        "channel; none: pixels / 255. None: the best for the kernel (results in README)")
-    images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel, or 0.1")
-    images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on N training images; it may exceed "
-                        f"n_train. None is all there are, {FIT_ON:,} at most")
-    images.add_argument("--flips", nargs="?", const="symmetric", choices=["symmetric", "explicit"],
-                        help="train on every image's mirror image too; symmetric, which --flips alone means: by "
-                        "the kernel k(x, x') + k(x, mirror image of x'), the same predictions from half of the "
-                        "entries; explicit: as more rows")
-    images.add_argument("--crops", type=int, default=1,
-                        help="crops an image to train on, the first being itself; padding is height / 8")
-    images.add_argument("--average", type=int, metavar="N", help="predict also by the mean over N crops of a test "
-                        "image, the first being itself, and unless --flips, where they are equal, of their mirror "
-                        "images; a second accuracy")
-    network = parser.add_argument_group("kernel")
-    network.add_argument("--kernel", default="fc", choices=kernel.NETWORKS)
-    network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
-                         help="both: two runs on one pass over the kernel, for the price of ntk")
-    network.add_argument("--depth", help="hidden layers of fc (None is 3), convolutions of cnn_vec and cnn_gap (None is "
-                         "8). This and the next four, like --whiten and --zca_eps, take several values with commas: "
-                         "the best is chosen as the ridge is")
-    command.network_flags(network)
-    network.add_argument("--engine", default=next(iter(ENGINES)), choices=ENGINES,
-                         help="what computes the kernel: fused.py, kernel.py or neural_tangents")
-    network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
-    network.add_argument("--store", metavar="DIR", help="keep tiles and solver state there, and go on from "
-                         "what is there; none: keep no tile, compute all in every product; None: in memory")
-    solver = parser.add_argument_group("solver")
-    solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, "
-                        "separated by commas, or auto (10 down to 1e-6): chosen on training images")
-    command.select_flag(solver, f"loo for K of up to {choose.DENSE:,} rows, beyond that gcv, or validation with copies of "
-                        "images: the last fifth of the training images")
-    solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
-    solver.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
-    solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS)
-    solver.add_argument("--rank", type=int, help="of lowrank; None is as large as saves time, by a model of "
-                        "what steps and rank cost")
-    solver.add_argument("--plot", metavar="FILE", help="draw error and effective dimension against the ridge, and solve "
-                        "with every preconditioner and draw residual against step: .png, .svg or .pdf")
-    solver.add_argument("--variance", action="store_true", help="predictive variance too, a solve for each "
-                        "test image, and its calibration (nll, ece); nngp only")
-    fitted = parser.add_argument_group("fitted model")
-    fitted.add_argument("--save", metavar="FILE", help="keep what predictions need, as .npz")
-    fitted.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with this model")
-    fitted.add_argument("--predict", metavar="FILE", help="uint8 images (m, h, w, channels), .npy; their scores "
-                        "(m, classes) go to predictions.npy in --out")
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")
-    run.add_argument("--out", default="results", metavar="DIR", help="runs.jsonl in it gets a line")
-    run.add_argument("--quiet", action="store_true", help="print the result line only")
-    run.add_argument("--plan", action="store_true", help="measure the rate for a moment, print hours and "
-                     "bytes of this run on --hosts with --devices each, and stop")
-    many = parser.add_argument_group("machines")
-    many.add_argument("--devices", type=int, metavar="D", help="devices of a process; None is every GPU, or "
-                      "else every core")
-    many.add_argument("--hosts", type=int, default=1, metavar="P", help="of --plan")
-    many.add_argument("--rate", type=float, metavar="R", help="of --plan: kernel entries/s of a device, of all "
-                      "kinds at once, in place of measuring it here")
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; under Slurm, leave out")
-    many.add_argument("--processes", type=int, metavar="P", help="how many there are")
-    many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")
-    return parser
-
-
-def parse(argv):
-    """The flags, checked against each other; ridge and sizes as lists of numbers."""
-    parser = flags()
-    args = parser.parse_args(argv)
-    command.check(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
-    protocol, zca_eps = WHITENING[args.kernel]
-    args.whiten = [value or protocol for value in args.whiten]
-    args.zca_eps = [zca_eps if args.whiten == [protocol] else 0.1] if args.zca_eps == [None] else args.zca_eps
-    unknown = set(args.whiten) - set(data.WHITENING)
-    if unknown:
-        parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
-    if (args.plan or args.load) and len(command.settings(args)) > 1:
-        parser.error("--plan and --load take one network: one value for each of its flags")
-    if (args.load is None) != (args.predict is None):
-        parser.error("--load FILE and --predict FILE go together")
-    if args.average and args.variance:
-        parser.error("--variance with --average: choose one; the variance is of single images")
-    if args.kind == "both" and args.save:
-        parser.error("--save with --kind both: a file holds one model; choose nngp or ntk")
-    if args.plot and os.path.splitext(args.plot)[1] not in PLOTS:
-        parser.error(f"--plot {args.plot}: expected a name that ends in {', '.join(PLOTS)}")
-    for path in (args.save, args.plot):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            parser.error(f"{path}: there is no folder {os.path.dirname(os.path.abspath(path))} to write it to")
-    return args
+         "predict", "plot", "rate", "verbose")  # not what was computed: not recorded
 
 
 def main(argv=None):
-    """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of
-    these by kind, with --sizes by size; with --load, what `predict` returns."""
+    """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by kind, with
+    --sizes by size; with --load, what `predict` returns; with --plan, the plan."""
     args = parse(argv)
     if args.load:
         return predict(args)
-    kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     if args.plan:
-        command.compare(args, None)
-        shape, n_train, n_test = data.DATASETS[args.dataset]
-        n_train, n_test = args.n_train or n_train, args.n_test or n_test
-        rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
-        derive(args, (n_train, *shape), n_test, rows)
-        return plan.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), shape, rows, n_test * (
-            args.average or 1) * (2 if args.average and not args.flips else 1))
-    team = hosts.start(args.coordinator, args.processes, args.process, args.devices)
-    args.quiet = args.quiet or team.index > 0
-    run, seconds = runs.provenance(team.count), {}
+        return plan(args)
+    team = experiment.team(args.coordinator, args.processes, args.process, args.devices)
+    args.quiet, args.verbose = args.quiet or team.index > 0, args.verbose and team.index == 0
+    run, seconds, kinds = experiment.provenance(team.count), {}, kernel.KINDS if args.kind == "both" else (args.kind,)
 
-    with runs.phase("data", seconds):
+    with regression.phase("data", seconds):
         (x_train, labels, x_test, test_labels), fits = load(args)
-        pad = x_train.shape[1] // 8
-        view = augment.expand(len(x_train), args.flips == "explicit", args.crops, args.seed, pad)
-        view_test = augment.expand(len(x_test), bool(args.average) and not args.flips, args.average or 1, args.seed + 1, pad)
+        view, view_test = views(args, len(x_train), len(x_test), x_train.shape[1] // 8)
         y = data.one_hot(labels)[view.original]
     derive(args, x_train.shape, len(test_labels), len(y))
-    if not args.quiet:
-        print(command.described(args))
-
-    with runs.phase("choose", seconds):
-        compared = command.compare(args, partial(criterion, args, kinds[0], view, x_train, y, labels, fits, team))
+    if args.verbose:
+        print(experiment.described(args))
+    with regression.phase("choose", seconds):
+        compared = experiment.compare(args, partial(criterion, args, kinds[0], view, x_train, y, labels, fits, team))
         whiten = fits[args.whiten](args.zca_eps)
-    with runs.phase("kernel", seconds):
-        kernel_fn = partial(network_kernel, args.engine, layers(args), args.flips)
+
+    with regression.phase("kernel", seconds):  # K = k(X, X) and k(x, X), a pair for each kind
         x, x_test = view.of(x_train, whiten), view_test.of(x_test, whiten)
+        kernel_fn = partial(network_kernel, args.engine, layers(args), args.flips)
         matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
         priors = scales(args, kinds, [K for K, _ in matrices], x, team)
 
     results = {kind: {} for kind in kinds}
-    for kind, (K, K_test), prior in zip(kinds, matrices, priors):
+    for kind, (K_all, K_test_all), prior in zip(kinds, matrices, priors):
         for n in args.sizes:
-            blocks = [block.leading(n * view.copies) for block in (K, K_test)]
-            merged, targets = [block.merged() for block in blocks], y[:n * view.copies]
-            alpha, result = experiment(args, kind, merged, prior[:len(targets)], targets,
-                                       (labels[:n], x_test, test_labels), kernel_fn(kind))
-            result.update(entries=sum(block.entries for block in blocks), compared=compared)
-            result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
-            result.update(computed(args, n, K, K_test, team, seconds["kernel"]))
-            results[kind][n] = result
+            rows, spent = n * view.copies, {}
+            K, K_test = (K.leading(rows).merged() for K in (K_all, K_test_all))
+            with regression.phase("ridge", spent):
+                select, held_out, score = selection(args, labels[:n], view.copies, len(args.ridge) > 1)
+                ridge, solver, found = regression.choose_ridge(
+                    K, y[:rows], args.ridge, select, score, held_out, view.copies, tol=args.tol, prior=prior[:rows],
+                    keep=partial(checkpoint, args, team, kind, n), **solver_options(args))
+            with regression.phase("solve", spent):
+                alpha, info = solver(y[:rows], ridge, args.tol)  # (K + lambda I) alpha = Y
+            with regression.phase("predict", spent):
+                f = K_test.matvec(alpha)  # f(x) = k(x, X) alpha
+            result = {**scores(args, f, test_labels), **found, **regression.evidence(solver, y[:rows], alpha, info)}
+            if args.variance:
+                with regression.phase("variance", spent):
+                    result.update(uncertainty(args, kernel_fn(kind), solver, K_test, x_test, y[:rows], alpha, f, ridge,
+                                              test_labels))
+            result.update(compared=compared, one_pass=args.kind == "both", entries=K.entries + K_test.entries,
+                          **computed(args, n, K_all, K_test_all, team, seconds["kernel"]),
+                          seconds={name: round(s, 3) for name, s in {**seconds, **spent}.items()})
             if team.index == 0:
-                runs.record(args.out, config(args, kind, n), result, run)
+                experiment.record(args.out, config(args, kind, n), result, run)
                 print(describe(result), flush=True)
+            results[kind][n] = result
         if args.plot:
-            draw(args, kind, merged, prior, targets, result["ridge"], data.one_hot(test_labels))
+            draw(args, kind, K, K_test, prior, y, ridge, data.one_hot(test_labels))
         if team.index == 0 and on_disk(args):
             shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
     if args.save and team.index == 0:
         about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
-        model.save(args.save, model.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
+        regression.save(args.save, regression.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
 
 
-def layers(args):
-    """The network of these flags, as kernel.network lists it."""
-    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
+def views(args, n, m, pad):
+    """The augmented training set and test set, as augment.View."""
+    both = bool(args.average) and not args.flips  # the mean over mirror images too
+    return (augment.expand(n, args.flips == "explicit", args.crops, args.seed, pad),
+            augment.expand(m, both, args.average or 1, args.seed + 1, pad))
 
 
-def network_kernel(engine, layers, flips, kind):
-    """kernel_fn(x1, x2) of a network; kind: one, or a tuple of them."""
-    if flips != "symmetric":
-        return ENGINES[engine](layers, kind)
-    if engine == "fused":
-        return fused.kernel_fn(layers, kind, flips=True)
-    return augment.symmetric(ENGINES[engine](layers, kind))
+def plan(args):
+    """--plan: what this run would take, measured and printed by large/plan.py."""
+    from large import plan as planned
+    experiment.compare(args, None)
+    shape, n_train, n_test = data.DATASETS[args.dataset]
+    n_train, n_test = args.n_train or n_train, args.n_test or n_test
+    rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
+    derive(args, (n_train, *shape), n_test, rows)
+    kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
+    test_rows = n_test * (args.average or 1) * (2 if args.average and not args.flips else 1)
+    return planned.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), shape, rows, test_rows)
 
 
 def load(args):
@@ -255,18 +150,42 @@ def load(args):
     return (x[:n].copy() if n < len(x) else x, labels[:n], x_test, test_labels), fits
 
 
-def criterion(args, kind, view, x_train, y, labels, fits, team, setting):
-    """[choose.Row, ...] of one setting of the flags that were given several values, for a kind, on the first training
-    images: those of the smallest size, choose.DENSE rows at most."""
-    one = argparse.Namespace(**{**vars(args), **setting})
-    n = min(args.sizes[0], max(5, choose.DENSE // view.copies))
-    x, rows = view.of(x_train, fits[one.whiten](one.zca_eps))[np.arange(n * view.copies)], n * view.copies
-    K = tiles.gram(network_kernel(one.engine, layers(one), one.flips, kind), x, min(args.tile, -(-rows // 4)),
-                   command.devices(args.devices), args.quiet, team=team).merged()
-    prior, = scales(one, (kind,), [K], x, team)
-    select, held_out, score = selection(args, labels[:n], view.copies)
-    return regression.search(K, y[:rows], args.ridge, select, score, held_out, view.copies, rank=args.rank,
-                             name=args.precondition, seed=args.seed, max_iters=args.max_iters, prior=prior)
+def layers(args):
+    """The network of these flags, as kernel.network lists it."""
+    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
+
+
+def network_kernel(engine, layers, flips, kind):
+    """kernel_fn(x1, x2) of a network; kind: one, or a tuple of them."""
+    if flips != "symmetric":
+        return ENGINES[engine](layers, kind)
+    if engine == "fused":
+        return fused.kernel_fn(layers, kind, flips=True)
+    return augment.symmetric(ENGINES[engine](layers, kind))
+
+
+def on_disk(args):
+    return args.store not in (None, "none")
+
+
+def kernels(args, kernel_fn, kinds, x, x_test, team):
+    """[(K, K_test) of each kind]."""
+    about = {"layers": layers(args), "engine": args.engine, "whiten": args.whiten, "zca_eps": args.zca_eps,
+             "fitted_on": args.fitted_on}
+    if args.flips == "symmetric":
+        about["flips"] = args.flips  # of the kernel; explicit ones are rows
+    return experiment.matrices(kernel_fn, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
+                            devices=experiment.devices(args.devices), quiet=args.quiet, team=team)
+
+
+def scales(args, kinds, matrices, x, team):
+    """k(x, x) of each training row for each kind, to whose mean ridges are relative: the diagonal of K, but
+    without the mirror images where those are in the kernel. So a ridge means what it means with explicit
+    ones."""
+    if args.flips != "symmetric":
+        return [K.diagonal() for K in matrices]
+    side = 64 if args.kernel in ("fc", "cnn_vec") else 8
+    return [tiles.diagonal(network_kernel(args.engine, layers(args), None, kind), x, side, team=team) for kind in kinds]
 
 
 def selection(args, labels, copies, needed=True):
@@ -282,16 +201,68 @@ def selection(args, labels, copies, needed=True):
     return select, (n_fit * copies, np.arange(n_fit, n) * copies), score
 
 
+def criterion(args, kind, view, x_train, y, labels, fits, team, setting):
+    """[choose.Row, ...] of one setting of the flags that were given several values, for a kind, on the first training
+    images: those of the smallest size, choose.DENSE rows at most."""
+    one = argparse.Namespace(**{**vars(args), **setting})
+    n = min(args.sizes[0], max(5, choose.DENSE // view.copies))
+    x, rows = view.of(x_train, fits[one.whiten](one.zca_eps))[np.arange(n * view.copies)], n * view.copies
+    K = tiles.gram(network_kernel(one.engine, layers(one), one.flips, kind), x, min(args.tile, -(-rows // 4)),
+                   experiment.devices(args.devices), args.quiet, team=team).merged()
+    prior, = scales(one, (kind,), [K], x, team)
+    select, held_out, score = selection(args, labels[:n], view.copies)
+    return regression.search(K, y[:rows], args.ridge, select, score=score, held_out=held_out, copies=view.copies,
+                             prior=prior, **{**solver_options(args), "verbose": False})
+
+
+def solver_options(args):
+    """What these flags say about a regression.Solver."""
+    return {"name": args.precondition, "rank": args.rank, "seed": args.seed, "max_iters": args.max_iters,
+            "quiet": args.quiet, "verbose": args.verbose}
+
+
+def scores(args, f, test_labels):
+    """Accuracy and mean squared error of predictions f (rows, c) for the test images, with --average also the accuracy of
+    their mean over the copies of an image."""
+    f = f.reshape(len(test_labels), -1, f.shape[1])
+    out = {"test_accuracy": float(np.mean(f[:, 0].argmax(axis=1) == test_labels)),
+           "test_mse": float(np.mean((f[:, 0] - data.one_hot(test_labels)) ** 2))}
+    if args.average:
+        out["test_accuracy_averaged"] = float(np.mean(f.mean(axis=1).argmax(axis=1) == test_labels))
+    return out
+
+
+def uncertainty(args, kernel_fn, solver, K_test, x_test, y, alpha, f, ridge, test_labels):
+    """The predictive variance of every test image, and how well it is calibrated."""
+    solver.keep = None  # hundreds of right-hand sides: too much to write after every step
+    k_test = tiles.diagonal(kernel_fn, x_test, 16, team=K_test.team)
+    likeliest = regression.scale(y, alpha)
+    variance = likeliest * regression.variance(solver, K_test, k_test, ridge)
+    return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
+            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
+
+
+def checkpoint(args, team, kind, n, ridge, tol, y):
+    """Where this solve keeps its state, in the store if there is one."""
+    if not on_disk(args):
+        return None
+    from large import store
+    about = {"n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()),
+             "precondition": args.precondition, "rank": args.rank, "seed": args.seed}
+    name = zlib.crc32(json.dumps(about).encode())
+    return store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team)
+
+
 def predict(args):
     """Scores of the images in a file by the model in another: {"scores": (m, classes), "path": where}."""
-    fitted = model.load(args.load)
-    about, x = fitted.about, model.images(args.predict, fitted.support.shape[1:])
+    fitted = regression.load(args.load)
+    about, x = fitted.about, data.images(args.predict, fitted.support.shape[1:])
     kernel_fn = network_kernel(args.engine, [tuple(layer) for layer in about["layers"]], about["flips"], about["kind"])
-    K = lazy.matrix(kernel_fn, augment.expand(len(x)).of(x, fitted.whiten), fitted.view.of(fitted.support, fitted.whiten),
-                    about["tile"], quiet=args.quiet)
+    K = tiles.cross(kernel_fn, augment.expand(len(x)).of(x, fitted.whiten),
+                    fitted.view.of(fitted.support, fitted.whiten), about["tile"], quiet=args.quiet)
     scores, path = K.matvec(fitted.alpha), os.path.join(args.out, "predictions.npy")
     os.makedirs(args.out, exist_ok=True)
-    with store.replacing(path) as file:
+    with data.replacing(path) as file:
         np.save(file, scores)
     classes = scores.argmax(axis=1)
     print(f"{len(x)} images, classes {' '.join(map(str, classes[:10]))}{' ...' if len(x) > 10 else ''}; "
@@ -299,83 +270,13 @@ def predict(args):
     return {"scores": scores, "path": path}
 
 
-def on_disk(args):
-    return args.store not in (None, "none")
-
-
-def kernels(args, kernel_fn, kinds, x, x_test, team):
-    """[(K, K_test) of each kind]."""
-    about = {"layers": layers(args), "engine": args.engine, "whiten": args.whiten, "zca_eps": args.zca_eps,
-             "fitted_on": args.fitted_on}
-    if args.flips == "symmetric":
-        about["flips"] = args.flips  # of the kernel; explicit ones are rows
-    return command.matrices(kernel_fn, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
-                            devices=command.devices(args.devices), quiet=args.quiet, team=team)
-
-
-def scales(args, kinds, matrices, x, team):
-    """k(x, x) of each training row for each kind, to whose mean ridges are relative: the diagonal of K, but
-    without the mirror images where those are in the kernel. So a ridge means what it means with explicit
-    ones."""
-    if args.flips != "symmetric":
-        return [K.diagonal() for K in matrices]
-    side = 64 if args.kernel in ("fc", "cnn_vec") else 8
-    return [lazy.matrix(network_kernel(args.engine, layers(args), None, kind), x, None, side,
-                        quiet=args.quiet, team=team).diagonal() for kind in kinds]
-
-
-def checkpoint(args, team, kind, n, ridge, tol, y):
-    """Where this solve keeps its state, in the store if there is one."""
-    if not on_disk(args):
-        return None
-    about = {"n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()),
-             "precondition": args.precondition, "rank": args.rank, "seed": args.seed}
-    name = zlib.crc32(json.dumps(about).encode())
-    return store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team)
-
-
-def experiment(args, kind, blocks, prior, y, images, kernel_fn):
-    """Choose the ridge, solve, predict, for one size: alpha, and what came of it, as a dict.
-
-    blocks: K and K_test.   prior: see `scales`.   images: (labels, x_test, test_labels).
-    """
-    (K, K_test), (labels, x_test, test_labels) = blocks, images
-    copies = len(y) // len(labels)
-    select, held_out, score = selection(args, labels, copies, len(args.ridge) > 1)
-    alpha, f, result, solver = regression.fit(
-        K, K_test, y, args.ridge, select, score, held_out, copies, tol=args.tol,
-        name=args.precondition, rank=args.rank, seed=args.seed, max_iters=args.max_iters, quiet=args.quiet,
-        keep=partial(checkpoint, args, K.team, kind, len(labels)), prior=prior)
-    mean, f = (f.reshape(len(test_labels), -1, f.shape[1])[:, part] for part in (slice(None), 0))
-    if args.average:
-        result["test_accuracy_averaged"] = float(np.mean(mean.mean(axis=1).argmax(axis=1) == test_labels))
-    result = {"test_accuracy": float(np.mean(f.argmax(axis=1) == test_labels)),
-              "test_mse": float(np.mean((f - data.one_hot(test_labels)) ** 2)), **result,
-              "one_pass": args.kind == "both"}  # then the kernel's seconds are those of both kinds
-    if args.variance:
-        k_test = lazy.matrix(kernel_fn, x_test, None, 16, quiet=args.quiet, team=K.team).diagonal()
-        result.update(uncertainty(solver, K_test, k_test, y, alpha, f, result["ridge"], test_labels))
-    return alpha, result
-
-
-def uncertainty(solver, K_test, k_test, y, alpha, f, ridge, test_labels):
-    """The predictive variance of every test image, and how well it is calibrated.  k_test: k(x, x) of each."""
-    seconds, solver.keep = {}, None  # hundreds of right sides: too much to write after every step
-    with runs.phase("variance", seconds):
-        likeliest = regression.scale(y, alpha)
-        variance = likeliest * regression.variance(solver, K_test, k_test, ridge)
-    return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
-            "variance_seconds": round(seconds["variance"], 3),
-            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
-
-
-def draw(args, kind, blocks, prior, y, ridge, y_test):
+def draw(args, kind, K, K_test, prior, y, ridge, y_test):
     """--plot: the error against the ridge, where K is small, and the same system by every preconditioner."""
     from matplotlib.figure import Figure  # no window, no global state
-    (K, K_test), infos, rows = blocks, {}, len(y)
+    infos, rows = {}, K.shape[0]
     for name in regression.PRECONDITIONERS:
-        solver = regression.Solver(K, name, args.rank, ridge, args.tol, y.shape[1], args.seed, args.max_iters,
-                                   args.quiet, prior=prior)
+        options = {**solver_options(args), "name": name, "verbose": False}
+        solver = regression.Solver(K, ridges=ridge, tol=args.tol, c=y.shape[1], prior=prior, **options)
         infos[name] = solver(y, ridge, args.tol)[1]
     small = rows <= choose.DENSE
     figure = Figure(figsize=(11 if small else 6, 4), layout="constrained")
@@ -410,21 +311,28 @@ def computed(args, n, K, K_test, team, seconds):
 
 
 def describe(result):
-    """The result line."""
+    """The result as a block of a few aligned lines."""
     config, seconds = result["config"], result["seconds"]
-    copies = result["rows"] // config["n_train"]
-    return (f"{config['dataset']} {config['kernel']} {config['kind']} n_train={config['n_train']}"
-            f"{f' x {copies}' if copies > 1 else ''} n_test={config['n_test']}: "
-            f"test accuracy {100 * result['test_accuracy']:.2f} %, ridge {result['ridge']:.2g}, "
-            f"CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
-            + {0: "no entry computed, ", None: "K computed in every product, "}.get(
-                result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s, ")
-            + (f"averaged over crops {100 * result['test_accuracy_averaged']:.2f} %, "
-               if "test_accuracy_averaged" in result else "")
-            + (f"nll {result['test_nll']:.3f}, ece {result['test_ece']:.3f}, " if "test_nll" in result else "")
-            + (f"leave-one-out {100 * result['loo_score']:.2f} %, " if "loo_score" in result else "")
-            + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
-            + f", peak memory {result['peak_memory_gb']:.1f} GB")
+    copies, percent = result["rows"] // config["n_train"], "{:.2f} %".format
+    rate = {0: "none computed", None: "computed in every product"}.get(
+        result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s")
+    lines = {
+        "fitted": f"{config['dataset']} {config['kernel']} {config['kind']} n_train={config['n_train']}"
+                  + (f" x {copies}" if copies > 1 else "") + f" n_test={config['n_test']}, whitened by {config['whiten']}"
+                  + (f" {config['zca_eps']:g}" if config["zca_eps"] else "") + f" fitted on {config['fit_on']:,} images",
+        "test accuracy": percent(100 * result["test_accuracy"])
+                         + (f", leave-one-out {percent(100 * result['loo_score'])}" if "loo_score" in result else "")
+                         + (f", averaged over crops {percent(100 * result['test_accuracy_averaged'])}"
+                            if "test_accuracy_averaged" in result else "")
+                         + (f", nll {result['test_nll']:.3f}, ece {result['test_ece']:.3f}" if "test_nll" in result else ""),
+        "ridge": f"{result['ridge']:.2g}" + (f", chosen by {result['select']}" if result["select"] else ", given")
+                 + (f", effective dimension {result['effective_dimension']:,.0f} of {result['rows']:,}"
+                    if "effective_dimension" in result else ""),
+        "solve": f"{result['cg_iterations']} steps to a residual of {result['cg_residual']:.1e}",
+        "kernel": rate,
+        "time": ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()),
+        "memory": f"{result['peak_memory_gb']:.1f} GB at most"}
+    return "\n".join(f"{name:14}{text}" for name, text in lines.items())
 
 
 def derive(args, shape, n_test, rows):
@@ -432,6 +340,7 @@ def derive(args, shape, n_test, rows):
     args.n_train, args.n_test = shape[0], n_test
     args.sizes = args.sizes or [args.n_train]
     for kind in kernel.KINDS if args.tile is None and on_disk(args) else ():
+        from large import store
         known = store.manifest(os.path.join(args.store, f"train-{kind}"))
         if known and args.kind in (kind, "both"):
             args.tile = known["tile"]
@@ -440,8 +349,115 @@ def derive(args, shape, n_test, rows):
             side = {"fc": 1024, "cnn_vec": 256}[args.kernel]
         else:
             side = 32 * 1024 // (shape[1] * shape[2]) if args.engine == "fused" else 16
-        args.tile = command.tile_side(side, (8 if args.kernel == "fc" else 16) * side, rows)
+        args.tile = experiment.tile_side(side, (8 if args.kernel == "fc" else 16) * side, rows)
+
+
+def parse(argv):
+    """The flags, checked against each other; ridge and sizes as lists of numbers."""
+    parser = flags()
+    args = parser.parse_args(argv)
+    experiment.check(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
+    protocol, zca_eps = WHITENING[args.kernel]
+    args.whiten = [value or protocol for value in args.whiten]
+    args.zca_eps = [zca_eps if args.whiten == [protocol] else 0.1] if args.zca_eps == [None] else args.zca_eps
+    unknown = set(args.whiten) - set(data.WHITENING)
+    if unknown:
+        parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
+    if (args.plan or args.load) and len(experiment.settings(args)) > 1:
+        parser.error("--plan and --load take one network: one value for each of its flags")
+    if (args.load is None) != (args.predict is None):
+        parser.error("--load FILE and --predict FILE go together")
+    if args.average and args.variance:
+        parser.error("--variance with --average: choose one; the variance is of single images")
+    if args.kind == "both" and args.save:
+        parser.error("--save with --kind both: a file holds one model; choose nngp or ntk")
+    if args.plot and os.path.splitext(args.plot)[1] not in PLOTS:
+        parser.error(f"--plot {args.plot}: expected a name that ends in {', '.join(PLOTS)}")
+    for path in (args.save, args.plot):
+        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            parser.error(f"{path}: there is no folder {os.path.dirname(os.path.abspath(path))} to write it to")
+    return args
+
+
+def flags():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Exact kernel regression with infinitely wide networks on images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    images = parser.add_argument_group("images")
+    images.add_argument("--dataset", default="digits", choices=data.DATASETS)
+    images.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
+    images.add_argument("--n_train", type=int, help="training images; None is all")
+    images.add_argument("--sizes", metavar="N,N,...", help="solve for these many training images too, the "
+                        "first ones of n_train, on blocks of the same kernel; n_train is then the largest, "
+                        "unless given")
+    images.add_argument("--n_test", type=int, help="test images; None is all")
+    images.add_argument("--whiten", help="how images are whitened, z -> W z, W = U (S + zca_eps tr(C) / d)^(-1/2) U^T, "
+                        "C = U S U^T = mean of z z^T: zca, z = image - mean image; zca_unit, z = image minus its own "
+                        "mean, divided by its norm, as in published results. channel: minus mean, divided by sd of each "
+                        "channel; none: pixels / 255. None: the best for the kernel (results in README)")
+    images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel, or 0.1")
+    images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on N training images; it may exceed "
+                        f"n_train. None is all there are, {FIT_ON:,} at most")
+    images.add_argument("--flips", nargs="?", const="symmetric", choices=["symmetric", "explicit"],
+                        help="train on every image's mirror image too; symmetric, which --flips alone means: by "
+                        "the kernel k(x, x') + k(x, mirror image of x'), the same predictions from half of the "
+                        "entries; explicit: as more rows")
+    images.add_argument("--crops", type=int, default=1,
+                        help="crops an image to train on, the first being itself; padding is height / 8")
+    images.add_argument("--average", type=int, metavar="N", help="predict also by the mean over N crops of a test "
+                        "image, the first being itself, and unless --flips, where they are equal, of their mirror "
+                        "images; a second accuracy")
+    network = parser.add_argument_group("kernel")
+    network.add_argument("--kernel", default="fc", choices=kernel.IMAGES)
+    network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
+                         help="both: two runs on one pass over the kernel, for the price of ntk")
+    network.add_argument("--depth", help="hidden layers of fc (None is 3), convolutions of cnn_vec and cnn_gap (None is "
+                         "8). This and the next four, like --whiten and --zca_eps, take several values with commas: "
+                         "the best is chosen as the ridge is")
+    experiment.network_flags(network)
+    network.add_argument("--engine", default=next(iter(ENGINES)), choices=ENGINES,
+                         help="what computes the kernel: fused.py, kernel.py or neural_tangents")
+    network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
+    network.add_argument("--store", metavar="DIR", help="keep tiles and solver state there, and go on from "
+                         "what is there; none: keep no tile, compute all in every product; None: in memory")
+    solver = parser.add_argument_group("solver")
+    solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, "
+                        "separated by commas, or auto (10 down to 1e-6): chosen on training images")
+    experiment.select_flag(solver, f"loo for K of up to {choose.DENSE:,} rows, beyond that gcv, or validation with copies of "
+                        "images: the last fifth of the training images")
+    solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
+    solver.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
+    solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS)
+    solver.add_argument("--rank", type=int, help="of lowrank; None is as large as saves time, by a model of "
+                        "what steps and rank cost")
+    solver.add_argument("--plot", metavar="FILE", help="draw error and effective dimension against the ridge, and solve "
+                        "with every preconditioner and draw residual against step: .png, .svg or .pdf")
+    solver.add_argument("--variance", action="store_true", help="predictive variance too, a solve for each "
+                        "test image, and its calibration (nll, ece); nngp only")
+    fitted = parser.add_argument_group("fitted model")
+    fitted.add_argument("--save", metavar="FILE", help="keep what predictions need, as .npz")
+    fitted.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with this model")
+    fitted.add_argument("--predict", metavar="FILE", help="uint8 images (m, h, w, channels), .npy; their scores "
+                        "(m, classes) go to predictions.npy in --out")
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")
+    run.add_argument("--out", default="results", metavar="DIR", help="runs.jsonl in it gets a line")
+    run.add_argument("--quiet", action="store_true", help="print the result only, no progress")
+    run.add_argument("--verbose", action="store_true", help="print the flags, every ridge and what the solve reached")
+    run.add_argument("--plan", action="store_true", help="measure the rate for a moment, print hours and "
+                     "bytes of this run on --hosts with --devices each, and stop")
+    many = parser.add_argument_group("machines")
+    many.add_argument("--devices", type=int, metavar="D", help="devices of a process; None is every GPU, or "
+                      "else every core")
+    many.add_argument("--hosts", type=int, default=1, metavar="P", help="of --plan")
+    many.add_argument("--rate", type=float, metavar="R", help="of --plan: kernel entries/s of a device, of all "
+                      "kinds at once, in place of measuring it here")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; under Slurm, leave out")
+    many.add_argument("--processes", type=int, metavar="P", help="how many there are")
+    many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")
+    return parser
 
 
 if __name__ == "__main__":
-    command.run(main, parse(None).devices)
+    experiment.run(main, parse(None).devices)

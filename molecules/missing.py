@@ -9,12 +9,12 @@ for A_t is lambda I on all other rows, where y and so alpha are zero. All tasks 
 
     (A V)[:, t] = M_t K M_t v_t + lambda v_t        is        M * (K @ (M * V)) + lambda V
 
-and each has its own preconditioner, from the same F F^T ~ K, F (n, k) (precondition.py): with D_t = M_t (s^2 .. +
+and each has its own preconditioner, from the same F F^T ~ K, F (n, k) (pcg.py): with D_t = M_t (s^2 .. +
 lambda), P_t = M_t F F^T M_t + D_t, whose Woodbury formula has M_t F in place of F.
 
   n  rows   c  tasks   k  rank
 
-    K = tasks.Labelled(K, M);  regression.fit(K, K_test, y, ..., look=tasks.Look(low, M))
+    K = missing.Labelled(K, M);  regression.fit(K, K_test, y, ..., look=missing.Look(low, M))
 
 Cost: of a product, that of K's; of the preconditioner c times n k^2 for each ridge.   Proved by: test_all.py, section
 molecules
@@ -30,7 +30,7 @@ from scipy.linalg import cho_factor, cho_solve
 class Labelled:
     """M * (K @ v): K with the rows of column t that have no label in task t set to zero.
 
-    K: a matrix.TiledMatrix, (n, m).   mask: M, (n, c).   v: (m, c), zero where a column of K has no label.
+    K: a tiles.TiledMatrix, (n, m).   mask: M, (n, c).   v: (m, c), zero where a column of K has no label.
     """
     K: object
     mask: np.ndarray
@@ -49,7 +49,7 @@ class Labelled:
 
 
 class Look:
-    """ridge -> P^-1 of every task.  low: the precondition.LowRank of K.   mask: M, (n, c)."""
+    """ridge -> P^-1 of every task.  low: the pcg.LowRank of K.   mask: M, (n, c)."""
 
     def __init__(self, low, mask):
         self.low, self.mask, self.rank = low, mask, low.rank

@@ -16,22 +16,19 @@ Proved by: test_all.py, section hosts
 
 import glob
 import os
-import sys
-import traceback
-from contextlib import contextmanager
 from functools import lru_cache
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import matrix
+import tiles
 
 TIMEOUT = 60  # seconds until a silent process counts as dead
 
 
 def start(coordinator=None, processes=None, process=None, gpus=None):
-    """The Team of all processes; matrix.ALONE where there is one. Call before JAX touches a device.
+    """The Team of all processes; tiles.ALONE where there is one. Call before JAX touches a device.
 
     coordinator: "HOST:PORT" of process 0.   processes, process: how many, and which is this one.
     Without them Slurm is asked, if it runs more than one task.   gpus: how many this process takes;
@@ -41,12 +38,12 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
     given = [value is not None for value in (coordinator, processes, process)]
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1  # srun
     if not any(given) and slurm == 1:
-        return matrix.ALONE
+        return tiles.ALONE
     if any(given) and not (all(given) and 0 <= process < processes):
         raise ValueError(f"--coordinator {coordinator} --processes {processes} --process {process}: give "
                          "HOST:PORT of process 0, their number P, and 0 to P - 1, the same but for the last")
     if any(given) and processes == 1:
-        return matrix.ALONE
+        return tiles.ALONE
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     if gpus is None and "CUDA_VISIBLE_DEVICES" in os.environ:
         gpus = len([one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one])
@@ -57,7 +54,7 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
         local_device_ids=range(gpus) if gpus and (all(given) or tasks == 1) else None,
         heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
     all_reduce(np.zeros(1))  # connects: gloo waits 30 s for that, and as long as it takes later
-    return matrix.Team(jax.process_index(), jax.process_count(), all_reduce)
+    return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
 
 
 def all_reduce(array):
@@ -86,21 +83,3 @@ def all_reduce(array):
 def _sum(mesh):
     return jax.jit(jax.shard_map(lambda part: jax.lax.psum(part[0], "process"), mesh=mesh,
                                  in_specs=PartitionSpec("process"), out_specs=PartitionSpec()))
-
-
-@contextmanager
-def guard(*expected):
-    """Ends the process with one line for an error of an expected kind, or else with a traceback; with
-    several processes at once, for one that waited for the others to end would leave them hanging."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, expected):
-            message = f"{type(error).__name__}: {error}"
-        elif isinstance(error, SystemExit):
-            raise
-        else:
-            message = "".join(traceback.format_exception(error))
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)

@@ -32,15 +32,16 @@ import json
 import mmap
 import os
 import re
-import secrets
 import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 from tqdm import tqdm
+
+import data
 
 FORMAT = 1
 LINE = re.compile(rb"(\d+) (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{8})")
@@ -206,7 +207,7 @@ class Store:
         write(self.path(key), *parts)
         crc = zlib.crc32(parts[1], zlib.crc32(parts[0]))
         self.times[key] = self.times.get(key, 0) + 1
-        with said(self.journal), open(self.journal, "ab", buffering=0) as journal:
+        with data.said(self.journal), open(self.journal, "ab", buffering=0) as journal:
             # starts a new line: that of a run killed before may be torn
             journal.write(b"\n%d %d %d %d %d %08x" % (*key, *tile.shape, self.times[key], crc))
         self.lines[key] = *tile.shape, crc
@@ -246,7 +247,7 @@ class Checkpoint:
         if self.team.index == 0 and (finished or time.monotonic() > self.saved + 20 * self.took):
             start = time.monotonic()
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with replacing(self.path) as file:
+            with data.replacing(self.path) as file:
                 np.savez(file, about=self.about, **state)
             self.saved = time.monotonic()
             self.took = self.saved - start
@@ -274,38 +275,9 @@ def header(dtype, shape):
     return out.getvalue()
 
 
-@contextmanager
-def said(path):
-    """Turns a failure to write `path` into a sentence that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OSError(f"{path} could not be written: {error.strerror}. Whatever was finished is kept: "
-                      f"{'free some space' if full else 'make the folder writable'} and run the same "
-                      "command again") from error
-
-
-@contextmanager
-def replacing(path):
-    """A file to write that becomes `path` at the end: all of it or nothing, also if killed on the way."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    with said(path):
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
-
-
 def write(path, *parts):
     """The bytes of `parts` as the file `path`."""
-    with replacing(path) as file:
+    with data.replacing(path) as file:
         for part in parts:
             file.write(part)
 

@@ -41,10 +41,11 @@ import augment
 import kernel
 
 try:
-    import gpu
+    from fast import gpu
 except ModuleNotFoundError:  # gpu.py may be deleted: then XLA makes what a GPU runs, too
     gpu = None
 
+ELEMENTWISE = ("relu", "normalize", "exp")
 SHEET = {"cpu": 2**18, "gpu": 2**25}  # elements of a sheet, all pairs: 1 MB stays in cache; 128 MB
 
 
@@ -67,8 +68,8 @@ def parse(layers):
             rest = rest[2:]
         else:
             break
-    names = [layer[0] for layer in rest]
-    if names[:1] not in (["gap"], ["flatten"]) or set(names[1:]) - {"dense", *kernel.ELEMENTWISE}:
+    names = [layer[0].removeprefix("seq_") for layer in rest]
+    if names[:1] not in (["gap"], ["flatten"]) or set(names[1:]) - {"dense", *ELEMENTWISE}:
         raise ValueError("fused.py takes (conv or conv1d, relu) and pool in any number, then gap or flatten, "
                          f"then dense, relu, normalize and exp; this network continues with {names}: "
                          "take kernel.kernel_fn")
@@ -359,11 +360,11 @@ def own_lengths(ending, x1, x2, out, v1, v2):
 def scalars(layers, K, T, v1, v2):
     """K and T after the layers that follow; v1, v2: k(x, x) of rows and columns."""
     for layer in layers:
-        if layer[0] in kernel.ELEMENTWISE:
-            K, T = kernel.elementwise(layer, K, T, jnp.sqrt(v1), jnp.sqrt(v2))
+        if layer[0] in ELEMENTWISE:
+            K, T = kernel.after(layer, K, T, jnp.sqrt(v1), jnp.sqrt(v2))
             v1, v2 = ({"relu": v / 2, "normalize": (v > 0).astype(v.dtype), "exp": v}[layer[0]] for v in (v1, v2))
         else:
-            K, T = kernel.linear(layer, K, T)
+            K, T = kernel.after(layer, K, T)
             v1, v2 = (layer[1]**2 * v + layer[2]**2 for v in (v1, v2))
     return K, T
 
@@ -387,11 +388,11 @@ def kernel_fn(name, kind, flips=False, **options):
     def fn(x1, x2=None):
         given = x1 if x2 is None else x2
         x1, x2 = kernel.as_pair(layers, x1, x2)
-        if layers[sequences][0] == "flatten":
+        if layers[sequences][0].endswith("flatten"):
             mirror = kernel.as_images(layers, augment.mirror(given)) if flips else None
             out, v1, v2 = vectors(x1, x2, mirror)
         else:
-            out, v1, v2 = images(stages, ending, any(layer[0] in kernel.ELEMENTWISE for layer in tail), states, mirrors, sequences, x1, x2)
+            out, v1, v2 = images(stages, ending, any(layer[0] in ELEMENTWISE for layer in tail), states, mirrors, sequences, x1, x2)
         if sequences:
             out, v1, v2 = own_lengths(ending, x1, x2, out, v1, v2)
         K, T = scalars(tail, out[0], out[1] if len(out) == 2 else jnp.zeros_like(out[0]), v1, v2)

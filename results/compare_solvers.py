@@ -1,6 +1,6 @@
 """(K + ridge I) X = Y by this repository and by others, to the same true residual: steps and seconds.
 
-  none, jacobi, rank k    pcg.py with the preconditioners of precondition.py; k automatic or given;
+  none, jacobi, rank k    pcg.py with the preconditioners of pcg.py; k automatic or given;
                           K in float32 tiles, the upper half; seconds include the preconditioner
   Cholesky                scipy.linalg.cho_factor and cho_solve, K dense in float64
   jax cg                  jax.scipy.sparse.linalg.cg under jit, K dense in float64; compiled before
@@ -29,13 +29,12 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 import data
-import hosts
+from large import processes
 import kernel
-import matrix
-import plan
-import regression
-import store
 import tiles
+from large import plan
+import regression
+from large import store
 from train_cifar import ENGINES  # fused where it is there
 
 MOST = 5000  # steps allowed
@@ -136,7 +135,7 @@ def problem(args):
     if not args.store:
         return tiles.gram(ENGINES[next(iter(ENGINES))](args.kernel, args.kind), x), y
     kept = store.Store(args.store)
-    K = matrix.empty(args.n, args.n, kept.about["tile"], True)
+    K = tiles.empty(args.n, args.n, kept.about["tile"], True)
     missing = set(K.keys()) - set(kept.lines)
     if missing:
         raise ValueError(f"{args.store} lacks {len(missing)} of the {len(list(K.keys()))} tiles of n = {args.n}: "
@@ -159,7 +158,7 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10's folder; None is scikit-learn's digits")
     parser.add_argument("--n", type=int, default=1000, help="images")
-    parser.add_argument("--kernel", default="fc", choices=kernel.NETWORKS)
+    parser.add_argument("--kernel", default="fc", choices=kernel.IMAGES)
     parser.add_argument("--kind", default="ntk", choices=kernel.KINDS)
     parser.add_argument("--store", metavar="DIR", help="tiles of this K that train_cifar.py has made")
     parser.add_argument("--ranks", default="100,300,1000", help="to compare with the rank chosen")
@@ -193,5 +192,5 @@ def main(argv=None):
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", os.cpu_count())
-    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError):
+    with processes.guard(ValueError, OSError, MemoryError, ArithmeticError):
         main()

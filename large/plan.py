@@ -19,9 +19,8 @@ import jax
 import numpy as np
 
 import data
-import matrix
-import store
 import tiles
+from large import store
 
 STEPS, RANK = 100, 1000  # of a solve and its preconditioner, for want of a better guess
 NETWORK = 1e9  # bytes/s of the all-reduce between hosts: 10 Gbit/s Ethernet, faster elsewhere
@@ -38,7 +37,7 @@ def rate(kernel_fn, shape, tile, devices):
 
     def once(times):
         start = time.perf_counter()
-        for _ in tiles.walk(kernel_fn, [(0, x), (1, x)], (tile, tile), keys * times, devices):
+        for _ in tiles.computed(kernel_fn, [(0, x), (1, x)], (tile, tile), keys * times, devices):
             pass
         return time.perf_counter() - start
 
@@ -50,7 +49,7 @@ def rate(kernel_fn, shape, tile, devices):
 
 def product_rate(kept, tile=1024, number=64):
     """Bytes of tiles a second in K v of 10 columns, and put into `kept`: {} or a store.Store."""
-    K = matrix.TiledMatrix((tile, number * tile), (tile, tile), False, kept)
+    K = tiles.TiledMatrix((tile, number * tile), (tile, tile), False, kept)
     block = np.random.default_rng(0).random((tile, tile), np.float32)
     start = time.perf_counter()
     for key in K.keys():

@@ -4,18 +4,18 @@
 
 k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts, or others), or the
 sum of the two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the
-training rows; where labels are missing every task is solved on its own rows, all together (tasks.py). The rare class
+training rows; where labels are missing every task is solved on its own rows, all together (molecules/missing.py). The rare class
 has no extra weight, because the score, area under the ROC curve or average precision, depends on the order only.
 Ridges, and whatever flag of the network is given several values, are compared by that score, or by squared error where
 numbers are predicted (comparing classes by squared error chose ten times the ridge on all of molhiv, fingerprints: a
 validation AUC of 0.807 instead of 0.823). They are compared on the validation rows, which are never fitted, or with
 --select loo on the training rows, each predicted from all others (choose.py). Test rows are read once.
 
-  python train_molecule.py                                      1,500 molecules that come with RDKit, a minute
-  python train_molecule.py --dataset esol --data DIR --split scaffold
-  python train_molecule.py --dataset esol --data DIR --kernel sum --select loo --depth 1,3 --b_std 0,0.5
-  python train_molecule.py --dataset molhiv --data DIR --kernel fingerprint --fingerprints morgan,pairs,torsions
-  python train_molecule.py --dataset molhiv --data DIR --sizes 1000,2000,4000 --kind both --store K
+  python -m molecules.train                                      1,500 molecules that come with RDKit, a minute
+  python -m molecules.train --dataset esol --data DIR --split scaffold
+  python -m molecules.train --dataset esol --data DIR --kernel sum --select loo --depth 1,3 --b_std 0,0.5
+  python -m molecules.train --dataset molhiv --data DIR --kernel fingerprint --fingerprints morgan,pairs,torsions
+  python -m molecules.train --dataset molhiv --data DIR --sizes 1000,2000,4000 --kind both --store K
 """
 
 import argparse
@@ -26,17 +26,15 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import choose
-import command
-import graphs
+import experiment
 import kernel
-import molecules
-import precondition
+import pcg
 import regression
-import runs
-import tasks
+from molecules import graphs, missing, smiles
+from molecules.layers import gcn
 
 try:
-    from fused import kernel_fn as vector_kernel
+    from fast.fused import kernel_fn as vector_kernel
 except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
     from kernel import kernel_fn as vector_kernel
 
@@ -56,9 +54,9 @@ def flags():
         description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     rows = parser.add_argument_group("molecules")
-    rows.add_argument("--dataset", default="nci", choices=molecules.DATASETS)
+    rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS)
     rows.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
-    rows.add_argument("--split", choices=molecules.SPLITS, help="None: official where there is one, else random")
+    rows.add_argument("--split", choices=smiles.SPLITS, help="None: official where there is one, else random")
     rows.add_argument("--n_train", type=int, help="training molecules; None is all")
     rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training molecules too, the first "
                       "ones of n_train, on blocks of the same kernel")
@@ -68,20 +66,20 @@ def flags():
                          help="both: two runs on one pass over the kernel")
     network.add_argument("--depth", default="3", help="rounds of gcn, hidden layers on fingerprints. This and the next "
                          "two take several values with commas: the best is chosen as the ridge is")
-    command.network_flags(network, images_or_sequences=False)
+    experiment.network_flags(network, images_or_sequences=False)
     network.add_argument("--pool", default="sum", choices=["sum", "mean"], help="of gcn, over atoms")
     network.add_argument("--jump", action="store_true", help="pool the atoms after every round, and add up")
     network.add_argument("--weights", default="normal", choices=["normal", "sum", "order"],
                          help="A of gcn: D^-1/2 (A + I) D^-1/2, A + I, or the first with the orders of bonds")
     network.add_argument("--fingerprints", default="morgan", metavar="NAME,...", help="what is counted: "
-                         f"{', '.join(molecules.FINGERPRINTS)}, or several; see molecules.fingerprints")
+                         f"{', '.join(smiles.FINGERPRINTS)}, or several; see smiles.fingerprints")
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
     network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there; None: in "
                          "memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
                         "commas, or auto (10 down to 1e-6): chosen by the score, or by squared error for numbers")
-    command.select_flag(solver, "validation; loo and gcv need a label of every task for every training molecule, and "
+    experiment.select_flag(solver, "validation; loo and gcv need a label of every task for every training molecule, and "
                         "gcv numbers to predict")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
@@ -97,14 +95,14 @@ def parse(argv):
     """The flags, checked against each other; ridge, sizes and those of the network as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    command.check(parser, args, "depth", "tile", "rank", "devices")
+    experiment.check(parser, args, "depth", "tile", "rank", "devices")
     args.fingerprints = args.fingerprints.split(",")
-    if len(set(args.fingerprints) & set(molecules.FINGERPRINTS)) < len(args.fingerprints):
-        parser.error(f"--fingerprints {','.join(args.fingerprints)}: expected {', '.join(molecules.FINGERPRINTS)}, "
+    if len(set(args.fingerprints) & set(smiles.FINGERPRINTS)) < len(args.fingerprints):
+        parser.error(f"--fingerprints {','.join(args.fingerprints)}: expected {', '.join(smiles.FINGERPRINTS)}, "
                      "or several of these with commas between")
-    if args.select == "gcv" and molecules.DATASETS[args.dataset] != "rmse":
+    if args.select == "gcv" and smiles.DATASETS[args.dataset] != "rmse":
         parser.error(f"--select gcv with --dataset {args.dataset}: it estimates a squared error and cannot compare by "
-                     f"{molecules.DATASETS[args.dataset]}; use --select loo or validation")
+                     f"{smiles.DATASETS[args.dataset]}; use --select loo or validation")
     if args.store == "none":
         parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
     return args
@@ -114,12 +112,12 @@ def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
     kind, with --sizes by size."""
     args = parse(argv)
-    run, seconds = runs.provenance(), {}
+    run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
-    with runs.phase("data", seconds):
-        rows = molecules.load(args.dataset, args.data, FEW if args.dataset == "nci" else None, args.quiet)
+    with regression.phase("data", seconds):
+        rows = smiles.load(args.dataset, args.data, FEW if args.dataset == "nci" else None, args.quiet)
         args.split = args.split or ("official" if rows.official is not None else "random")
-        parts = molecules.split(rows, args.split, args.seed)
+        parts = smiles.split(rows, args.split, args.seed)
         derive(args, parts)
         parts = (parts[0][:args.n_train], *parts[1:])
         y, mols = rows.y[np.concatenate(parts)], [rows.mols[i] for i in np.concatenate(parts)]
@@ -129,25 +127,25 @@ def main(argv=None):
             if np.isnan(y[where["train"]]).any():
                 raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has a "
                                  "matrix of its own, of its labelled rows; use --select validation")
-        inputs = {part: molecules.graphs(mols, args.weights, args.quiet) if part == "gcn" else
-                  molecules.fingerprints(mols, args.fingerprints, quiet=args.quiet) for part in PARTS[args.kernel]}
+        inputs = {part: smiles.graphs(mols, args.weights, args.quiet) if part == "gcn" else
+                  smiles.fingerprints(mols, args.fingerprints, quiet=args.quiet) for part in PARTS[args.kernel]}
     if not args.quiet:
-        print(command.described(args))
-    with runs.phase("choose", seconds):
-        compared = command.compare(args, partial(criterion, args, kinds[0], inputs, where, y), by(args))
-    with runs.phase("kernel", seconds):
+        print(experiment.described(args))
+    with regression.phase("choose", seconds):
+        compared = experiment.compare(args, partial(criterion, args, kinds[0], inputs, where, y), by(args))
+    with regression.phase("kernel", seconds):
         matrices = kernels(args, kinds, inputs, where)
     results = {kind: {} for kind in kinds}
     for kind, of_parts in zip(kinds, matrices):
         for n in args.sizes:
             blocks = dict(zip(where, summed(of_parts, n)))
             labels = {name: y[numbers[:n] if name == "train" else numbers] for name, numbers in where.items()}
-            result = {**experiment(args, blocks, labels), "compared": compared,
+            result = {**one_size(args, blocks, labels), "compared": compared,
                       "entries": sum(block.entries for block in blocks.values())}
             result["entries_computed"] = (sum(K.entries - K.found for of in of_parts for K in of)
                                           if n == args.n_train else 0)
             result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
-            runs.record(args.out, config(args, kind, n), result, run)
+            experiment.record(args.out, config(args, kind, n), result, run)
             print(describe(result), flush=True)
             results[kind][n] = result
     if args.dataset == "nci" and not args.quiet:
@@ -167,7 +165,7 @@ def derive(args, parts):
     args.sizes = args.sizes or [args.n_train]
     if args.tile is None:
         sides = (1024, 8192) if args.kernel == "fingerprint" else (1024, 4096)
-        args.tile = command.tile_side(*sides, args.n_train)
+        args.tile = experiment.tile_side(*sides, args.n_train)
 
 
 def selected(args):
@@ -177,13 +175,13 @@ def selected(args):
 
 def by(args):
     """What is compared, as `choose.best` takes it: the squared error where numbers are predicted, else the score."""
-    return "mse" if molecules.DATASETS[args.dataset] == "rmse" else "score"
+    return "mse" if smiles.DATASETS[args.dataset] == "rmse" else "score"
 
 
 def network(args, part, x):
     """The engine of a part, and its layers."""
     if part == "gcn":
-        return graphs.kernel_fn, kernel.gcn(x.degree, args.depth, pool=args.pool, jump=args.jump, w_std=args.w_std,
+        return graphs.kernel_fn, gcn(x.degree, args.depth, pool=args.pool, jump=args.jump, w_std=args.w_std,
                                             b_std=args.b_std)
     return vector_kernel, kernel.network("fc", args.depth, args.w_std, args.b_std)
 
@@ -196,9 +194,9 @@ def kernels(args, kinds, inputs, where):
     for part, x in inputs.items():
         engine, layers = network(args, part, x)
         rows = {f"{name}-{part}": x.take(of) if part == "gcn" else x[of] for name, of in where.items()}
-        of_parts.append(command.matrices(
+        of_parts.append(experiment.matrices(
             partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": layers}, args.tile,
-            devices=command.devices(args.devices), quiet=args.quiet))
+            devices=experiment.devices(args.devices), quiet=args.quiet))
     return list(zip(*of_parts))
 
 
@@ -233,24 +231,24 @@ def problem(args, blocks, y):
     masks, K = {name: ~np.isnan(of) for name, of in y.items()}, blocks["train"]
     mean = np.where(masks["train"], y["train"], 0).sum(axis=0) / np.maximum(masks["train"].sum(axis=0), 1)
     targets = {name: np.where(masks[name], of - mean, 0) for name, of in y.items()}
-    measure = SCORES[molecules.DATASETS[args.dataset]]
+    measure = SCORES[smiles.DATASETS[args.dataset]]
     options = {"select": selected(args), "by": by(args), "rank": args.rank, "seed": args.seed, "quiet": args.quiet,
                "score": lambda f, rows: measure(f + mean, y["val"] if rows is None else y["train"][rows])}
     if "val" in blocks:
-        K_val = blocks["val"] if masks["val"].all() else tasks.Labelled(blocks["val"], masks["val"])
+        K_val = blocks["val"] if masks["val"].all() else missing.Labelled(blocks["val"], masks["val"])
         options["held_out"] = K.shape[0], (K_val, targets["val"])
     if not masks["train"].all():
-        low = precondition.low_rank(K, args.rank or min(RANK, max(1, K.shape[0] // 2)), args.seed, quiet=args.quiet)
-        options["look"], K = tasks.Look(low, masks["train"]), tasks.Labelled(K, masks["train"])
+        low = pcg.low_rank(K, args.rank or min(RANK, max(1, K.shape[0] // 2)), args.seed, quiet=args.quiet)
+        options["look"], K = missing.Look(low, masks["train"]), missing.Labelled(K, masks["train"])
     return K, targets["train"], mean, options
 
 
-def experiment(args, blocks, y):
+def one_size(args, blocks, y):
     """Choose the ridge, solve, predict, for one size: what came of it, as a dict.  blocks, y: as of `problem`, with
     "test" in them too."""
     K, targets, mean, options = problem(args, blocks, y)
     _, f, result, _ = regression.fit(K, blocks["test"], targets, args.ridge, tol=args.tol, **options)
-    score = molecules.DATASETS[args.dataset]
+    score = smiles.DATASETS[args.dataset]
     return {f"test_{score}": SCORES[score](f + mean, y["test"]), "tasks": len(mean),
             "labels": int(np.sum(~np.isnan(y["train"]))), **result}
 
@@ -276,7 +274,7 @@ SCORES = {"rmse": rmse, "auc": per_task(roc_auc_score), "ap": per_task(average_p
 
 
 def config(args, kind, n):
-    """What decides the result of this run; whiten is what scaling.py calls the encoding."""
+    """What decides the result of this run; whiten is what results/ calls the encoding."""
     encoding = [args.split]
     if args.kernel != "fingerprint":
         encoding += [args.weights, args.pool] + ["jump"] * args.jump
@@ -289,7 +287,7 @@ def config(args, kind, n):
 def describe(result):
     """The result line."""
     config = result["config"]
-    name = molecules.DATASETS[config["dataset"]]
+    name = smiles.DATASETS[config["dataset"]]
     scores = {ridge: score for ridge, score, _ in result["search"]}
     return (f"{config['dataset']} {config['kernel']} {config['kind']} {config['whiten']} n_train={config['n_train']} "
             f"n_test={config['n_test']}: test {name} {result['test_' + name]:.4f}, "
@@ -302,4 +300,4 @@ def describe(result):
 
 
 if __name__ == "__main__":
-    command.run(main, parse(None).devices)
+    experiment.run(main, parse(None).devices)

@@ -2,20 +2,20 @@
 
   f(x) = k(x, X) (K + lambda I)^-1 y,   K = k(X, X),   lambda = ridge * mean(diag K)
 
-the same tiles and solver as for images (train_cifar.py), other kernels (kernel.SEQUENCES). y is the measured
+the same tiles and solver as for images (train_cifar.py), other kernels (proteins/layers.py). y is the measured
 fitness, or a monotone function of it. What is chosen is chosen on training rows alone: by leave-one-out where K is
 small (choose.py), else on validation rows, which are training rows too (FLIP names them; else the last fifth). The
 ridge has the least mean squared error, whose curve is smooth. Encoding of residues, function of the target, and every
 flag of the network that is given several values have the best Spearman correlation, which does not depend on that
-function. Then all training rows are fitted, and the test rows are read once. proteins.py defines data, encodings and
+function. Then all training rows are fitted, and the test rows are read once. proteins/sequences.py defines data, encodings and
 functions.
 
-  python train_protein.py                                     1,296 made sequences, ten seconds, no file needed
-  python train_protein.py --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
-  python train_protein.py --split three_vs_rest --data DIR --kernel seq_cnn --kind both
-  python train_protein.py --split one_vs_rest --data DIR --w_std 1,1.41,2 --b_std 0,0.5 --depth 1,3
-  python train_protein.py --split two_vs_rest --data DIR --kernel linear --encoding centred --target raw --ridge 1
-  python train_protein.py --split landscape --data DIR --kernel seq_cnn --sizes 1000,2000,4000,8000,16000
+  python -m proteins.train                                     1,296 made sequences, ten seconds, no file needed
+  python -m proteins.train --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
+  python -m proteins.train --split three_vs_rest --data DIR --kernel seq_cnn --kind both
+  python -m proteins.train --split one_vs_rest --data DIR --w_std 1,1.41,2 --b_std 0,0.5 --depth 1,3
+  python -m proteins.train --split two_vs_rest --data DIR --kernel linear --encoding centred --target raw --ridge 1
+  python -m proteins.train --split landscape --data DIR --kernel seq_cnn --sizes 1000,2000,4000,8000,16000
 """
 
 import argparse
@@ -27,16 +27,15 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 
 import choose
-import command
+import experiment
 import kernel
-import lazy
-import proteins
 import regression
-import runs
 import tiles
+from proteins import sequences
+from proteins.layers import SEQUENCES
 
 try:
-    from fused import kernel_fn as engine
+    from fast.fused import kernel_fn as engine
 except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
     from kernel import kernel_fn as engine
 
@@ -50,34 +49,34 @@ def flags():
     parser = argparse.ArgumentParser(
         description="Exact kernel regression with infinitely wide networks on proteins.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in proteins.FILES.values()}))}, from "
-               f"{proteins.SOURCE} (there without flip_gb1_). --data is the folder they are in, packed or not.")
+        epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in sequences.FILES.values()}))}, from "
+               f"{sequences.SOURCE} (there without flip_gb1_). --data is the folder they are in, packed or not.")
     rows = parser.add_argument_group("sequences")
-    rows.add_argument("--split", default="made", choices=proteins.SPLITS)
+    rows.add_argument("--split", default="made", choices=sequences.SPLITS)
     rows.add_argument("--data", metavar="DIR", help="folder that holds FLIP's files")
     rows.add_argument("--n_train", type=int, help="training rows of landscape and made; None is all")
     rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training rows too, the first ones of "
                       "n_train, on blocks of the same kernel; encoding, target and network are chosen for the "
                       "smallest")
     rows.add_argument("--n_test", type=int, help="test rows, the first ones; None is all")
-    rows.add_argument("--encoding", default="auto", choices=["auto", *proteins.ENCODINGS])
-    rows.add_argument("--target", default="auto", choices=["auto", *proteins.TARGETS],
+    rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS])
+    rows.add_argument("--target", default="auto", choices=["auto", *sequences.TARGETS],
                       help="function of the target to regress on; its inverse is applied to predictions")
     network = parser.add_argument_group("kernel")
-    network.add_argument("--kernel", default="seq_cnn", choices=[*kernel.SEQUENCES, "linear"],
+    network.add_argument("--kernel", default="seq_cnn", choices=[*SEQUENCES, "linear"],
                          help="linear: <x, x'>, ridge regression; its --ridge is lambda itself, scikit-learn's alpha")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs on one pass over the kernel; choices are those of nngp")
     network.add_argument("--depth", help="hidden layers or convolutions; None is 3. This and the next four take "
                          "several values with commas: the best is chosen by Spearman's correlation")
-    command.network_flags(network)
+    experiment.network_flags(network)
     network.add_argument("--tile", type=int, help="side of a tile of K; None: from n_train")
     network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there; none: keep "
                          "no tile, compute all in every product; None: in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
                         "commas, or auto (10 down to 1e-6): chosen on training rows")
-    command.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, beyond that validation, on the rows that FLIP "
+    experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, beyond that validation, on the rows that FLIP "
                         "names or the last fifth of the training rows")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
@@ -100,11 +99,11 @@ def parse(argv):
         parser.error(f"--{given[0]} with --kernel linear: it has no layers to set; leave it out")
     if args.kernel != "linear":
         vars(args).update({flag: parser.get_default(flag) for flag in set(NETWORK) - set(given)})
-    command.check(parser, args, "n_test", "rank", "devices", "tile", "depth")
-    if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(command.settings(args)) > 1):
+    experiment.check(parser, args, "n_test", "rank", "devices", "tile", "depth")
+    if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1):
         parser.error("--select gcv has no rank correlation to compare encodings, targets and networks by: give one "
                      "value of each, or use --select loo or validation")
-    if args.split in proteins.FLIP and (args.n_train or args.sizes):
+    if args.split in sequences.FLIP and (args.n_train or args.sizes):
         parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; they are "
                      "for landscape and made")
     return args
@@ -114,33 +113,33 @@ def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
     kind, with --sizes by size."""
     args = parse(argv)
-    run, seconds = runs.provenance(), {}
+    run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
-    with runs.phase("data", seconds):
-        split = proteins.load(args.split, args.data, args.seed, args.quiet)
+    with regression.phase("data", seconds):
+        split = sequences.load(args.split, args.data, args.seed, args.quiet)
         derive(args, split)
     if not args.quiet:
-        print(command.described(args))
-    with runs.phase("choose", seconds):
+        print(experiment.described(args))
+    with regression.phase("choose", seconds):
         compared = compare(args, split, kinds[0])
-    with runs.phase("kernel", seconds):
-        x = proteins.encode(split.sequences, args.encoding, args.sizes[0])
+    with regression.phase("kernel", seconds):
+        x = sequences.encode(split.sequences, args.encoding, args.sizes[0])
         x, x_test = x[:args.n_train], x[split.n_train:][:args.n_test]
-        matrices = command.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, args.store,
+        matrices = experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, args.store,
                                     {"kernel": args.kernel, "layers": layers(args, x)}, args.tile,
-                                    devices=command.devices(args.devices), quiet=args.quiet)
+                                    devices=experiment.devices(args.devices), quiet=args.quiet)
     results = {kind: {} for kind in kinds}
     for kind, (K, K_test) in zip(kinds, matrices):
         for n in args.sizes:
             blocks = [block.leading(n).merged() for block in (K, K_test)]
-            result = {**experiment(args, kind, *blocks, split, n, x_test), "compared": compared,
+            result = {**one_size(args, kind, *blocks, split, n, x_test), "compared": compared,
                       "entries": sum(block.entries for block in blocks)}
             result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
-            runs.record(args.out, config(args, kind, n), result, run)
+            experiment.record(args.out, config(args, kind, n), result, run)
             print(describe(result), flush=True)
             results[kind][n] = result
     if args.split == "made" and not args.quiet:
-        print(f"These sequences are made; a linear model explains {100 * proteins.MADE_LINEAR:.0f} % of the variance "
+        print(f"These sequences are made; a linear model explains {100 * sequences.MADE_LINEAR:.0f} % of the variance "
               "at most. For a real protein: --split two_vs_rest --data DIR; --help says what DIR must hold")
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
@@ -162,13 +161,13 @@ def derive(args, split):
                          "give one value of --ridge, --encoding, --target and each flag of the network")
     if args.tile is None:
         side = 256 if args.kernel == "seq_cnn_gap" else 1024
-        args.tile = command.tile_side(side, 8192, args.n_train)
+        args.tile = experiment.tile_side(side, 8192, args.n_train)
 
 
 def layers(args, x):
     """The network of these flags for inputs like x (n, length, channels), as kernel.network lists it."""
     if args.kernel == "linear":  # a network of one layer, without the means over channels and positions
-        return [("mask",), ("flatten",), ("dense", (x.shape[1] * x.shape[2]) ** 0.5, 0.0)]
+        return [("mask",), ("seq_flatten",), ("dense", (x.shape[1] * x.shape[2]) ** 0.5, 0.0)]
     return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
 
 
@@ -203,10 +202,10 @@ def criterion(args, n):
 
 def candidates(args):
     """[{flag: value}, ...]: every combination of network, encoding and target that may be chosen."""
-    encodings = proteins.ENCODINGS if args.encoding == "auto" else [args.encoding]
-    targets = proteins.TARGETS if args.target == "auto" else [args.target]
+    encodings = sequences.ENCODINGS if args.encoding == "auto" else [args.encoding]
+    targets = sequences.TARGETS if args.target == "auto" else [args.target]
     return [{**network, "encoding": encoding, "target": target}
-            for network, encoding, target in itertools.product(command.settings(args), encodings, targets)]
+            for network, encoding, target in itertools.product(experiment.settings(args), encodings, targets)]
 
 
 def compare(args, split, kind):
@@ -226,8 +225,8 @@ def compare(args, split, kind):
     fitted, y = -(-end // step), split.targets[rows]
     for shared, group in itertools.groupby(found if several else [], lambda one: {**one, "target": None}):
         network = argparse.Namespace(**{**vars(args), **shared})
-        x = proteins.encode(split.sequences, network.encoding, n)[rows]
-        K = tiles.gram(network_kernel(network, kind, x), x, args.tile, command.devices(args.devices),
+        x = sequences.encode(split.sequences, network.encoding, n)[rows]
+        K = tiles.gram(network_kernel(network, kind, x), x, args.tile, experiment.devices(args.devices),
                        args.quiet).merged()
         prior = scale(args, K)
         if loo:
@@ -235,7 +234,7 @@ def compare(args, split, kind):
         else:
             solver = regression.Solver(K, ridges=args.ridge, tol=choose.SEARCH, seed=args.seed, prior=prior)
         for one in group:
-            z = proteins.transform(one["target"], y[:fitted])[0](y)[:, None]
+            z = sequences.transform(one["target"], y[:fitted])[0](y)[:, None]
             ridges = (choose.leave_one_out(spectrum, z, args.ridge, score(y)) if loo else choose.validation(
                 solver, z, args.ridge, fitted, np.arange(fitted, len(y)), score(y)))
             table.append([{flag: one[flag] for flag in several}, *choose.best(ridges)[:3]])
@@ -254,21 +253,20 @@ def score(y):
     return lambda f, rows: spearman(f[:, 0], y[rows])
 
 
-def experiment(args, kind, K, K_test, split, n, x_test):
+def one_size(args, kind, K, K_test, split, n, x_test):
     """Choose the ridge, solve, predict, for one size: what came of it, as a dict."""
     y, y_test = split.targets[:n], split.targets[split.n_train:][:args.n_test]
-    forward, inverse = proteins.transform(args.target, y)
+    forward, inverse = sequences.transform(args.target, y)
     fitted, z = n_fit(split, n), forward(y)[:, None]
     alpha, f, result, solver = regression.fit(
-        K, K_test, z, args.ridge, criterion(args, n), score(y), (fitted, np.arange(fitted, n)), tol=args.tol,
+        K, K_test, z, args.ridge, criterion(args, n), args.tol, score=score(y), held_out=(fitted, np.arange(fitted, n)),
         rank=args.rank, seed=args.seed, quiet=args.quiet, prior=scale(args, K))
     result = {"test_spearman": spearman(f[:, 0], y_test),
               "test_rmse": float(np.sqrt(np.mean((inverse(f[:, 0]) - y_test) ** 2))),
               "test_mse": float(np.mean((f[:, 0] - forward(y_test)) ** 2)), **result}  # of forward(y)
     if args.variance:
-        with runs.phase("variance", result["seconds"]):
-            k_test = lazy.matrix(network_kernel(args, kind, x_test), x_test, None, 16, command.devices(args.devices),
-                                 args.quiet).diagonal()
+        with regression.phase("variance", result["seconds"]):
+            k_test = tiles.diagonal(network_kernel(args, kind, x_test), x_test, 16, experiment.devices(args.devices))
             variance = regression.scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
         result.update(calibration(f[:, 0], np.sqrt(variance), forward(y_test)))
     return result
@@ -287,7 +285,7 @@ def calibration(f, sd, z):
 
 
 def config(args, kind, n):
-    """What decides the result of this run; dataset and whiten as scaling.py calls them."""
+    """What decides the result of this run; dataset and whiten as results/ calls them."""
     return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
             "dataset": args.split, "whiten": f"{args.encoding} {args.target}"}
 
@@ -308,4 +306,4 @@ def describe(result):
 
 
 if __name__ == "__main__":
-    command.run(main, parse(None).devices)
+    experiment.run(main, parse(None).devices)

@@ -4,7 +4,7 @@ For kernels cheaper to compute than to read: `fc` on a GPU, whose tiles take les
 a disk and back. The same tiles, processes and answers as tiles.py; a product is made in float64 on
 the device that computes the tile, and only vectors travel.
 
-    K = lazy.matrix(kernel_fn, x_train);  K.matvec(v)
+    K = on_the_fly.matrix(kernel_fn, x_train);  K.matvec(v)
 
 Cost: a product n (n + b) / (2 D P) entries a device.      Proved by: test_all.py, section lazy
 """
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tiles
-from matrix import ALONE, TILE, TiledMatrix, check_vectors, empty
+from tiles import ALONE, TILE, TiledMatrix, check_vectors, empty
 
 
 def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=ALONE):
@@ -33,7 +33,7 @@ def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=AL
 
 @dataclass(frozen=True)
 class Lazy:
-    """What `matrix` makes; methods as in matrix.TiledMatrix."""
+    """What `matrix` makes; methods as in tiles.TiledMatrix."""
     form: TiledMatrix  # its shape and tiling; it holds no tile
     kernel_fn: object
     x1: object
@@ -59,12 +59,8 @@ class Lazy:
 
     def diagonal(self):
         """K[i, i], (n,) float64, of a symmetric matrix. Cost: n b entries."""
-        out = np.zeros(self.shape[0])
-        keys = [key for key in self.form.keys() if key[0] == key[1]]
-        for key, (part,) in self._walk(_diagonal(self.kernel_fn), [(0, self.x1), (1, self.x2)], keys):
-            rows, _ = self.form.slices(key)
-            out[rows] = part[:rows.stop - rows.start]
-        return self._sum(out)
+        return tiles.diagonal(self.kernel_fn, self.x1[np.arange(self.shape[0])], min(64, self.form.sides[0]), self.devices,
+                              self.team)
 
     def columns(self, indices):
         """K[:, indices], (n, len(indices)) float64, in the order asked for."""
@@ -111,13 +107,8 @@ class Lazy:
         return out
 
     def _walk(self, fn, inputs, keys, sides=None):
-        return tqdm(tiles.walk(fn, inputs, sides or self.form.sides, keys, self.devices), total=len(keys),
+        return tqdm(tiles.computed(fn, inputs, sides or self.form.sides, keys, self.devices), total=len(keys),
                     unit=" tiles", desc="tiles", disable=self.quiet or None, leave=False)
-
-
-@lru_cache(maxsize=8)
-def _diagonal(kernel_fn):
-    return lambda a, b: jnp.diagonal(kernel_fn(a, b))
 
 
 @lru_cache(maxsize=8)

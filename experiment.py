@@ -1,24 +1,32 @@
-"""What the three scripts have in common: flags to numbers, devices, kernel matrices, one-line errors.
+"""What the three experiments share: flags, devices, kernel matrices, records, errors of one line.
 
-    args = parser.parse_args(argv); command.check(parser, args, "devices", "rank")
-    (K, K_test), = command.matrices(kernel_fn, ("nngp",), {"train": x, "test": x_test}, args.store, about, tile)
-    if __name__ == "__main__": command.run(main, parse(None).devices)
+    args = parser.parse_args(argv); experiment.check(parser, args, "devices", "rank")
+    run, seconds = experiment.provenance(), {}
+    with experiment.phase("kernel", seconds):
+        (K, K_test), = experiment.matrices(kernel_fn, ("nngp",), {"train": x, "test": x_test}, None, {}, 1024)
+    experiment.record("results", config, {"test_accuracy": 0.5, "seconds": seconds}, run)
+    if __name__ == "__main__": experiment.run(main, parse(None).devices)
 
 Proved by: test_all.py, section train
 """
 
+import datetime
+import importlib.metadata
 import itertools
+import json
 import os
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import contextmanager
 
 import jax
 
 import choose
-import hosts
 import kernel
-import lazy
-import store
 import tiles
-
 
 SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
 
@@ -28,7 +36,7 @@ def network_flags(group, images_or_sequences=True):
     group.add_argument("--w_std", default="1.4142135623730951", help="sd of weights, relative to 1 / sqrt(inputs)")
     group.add_argument("--b_std", default="0", help="sd of biases")
     if images_or_sequences:
-        group.add_argument("--head", default="linear", help=f"before the last layer: {', '.join(kernel.HEADS)}; "
+        group.add_argument("--head", default="linear", help=f"before the last layer: {', '.join(('linear', 'cosine', 'relu', 'exp'))}; "
                            "cosine normalizes the features, relu and exp are kernels of that cosine")
         group.add_argument("--gamma", default="1", help="of --head exp: exp(gamma (cosine - 1))")
 
@@ -145,10 +153,12 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
     first, *others = inputs
     x = inputs[first]
     if folder == "none":
-        return [(lazy.matrix(fn, x, None, tile, **where),
-                 *(lazy.matrix(fn, inputs[name], x, tile, **where) for name in others)) for fn in map(kernel_fn, kinds)]
+        from large import on_the_fly
+        return [(on_the_fly.matrix(fn, x, None, tile, **where),
+                 *(on_the_fly.matrix(fn, inputs[name], x, tile, **where) for name in others)) for fn in map(kernel_fn, kinds)]
     kept = dict.fromkeys(inputs)
     if folder:
+        from large import store
         seen = {name: store.digests(rows) for name, rows in inputs.items()}
         process = where["team"].index if "team" in where else 0
         kept = {name: tuple(store.create(os.path.join(folder, f"{name}-{kind}"), {**about, "tile": tile, "kind": kind},
@@ -159,11 +169,63 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
                     *(tiles.cross(fn, inputs[name], x, tile, store=kept[name], **where) for name in others)))
 
 
+def team(coordinator, processes, process, devices):
+    """The processes that share the work, tiles.ALONE where there is one; arguments as of large/processes.start."""
+    if (coordinator, processes, process) == (None, None, None) and "SLURM_STEP_NODELIST" not in os.environ:
+        return tiles.ALONE
+    from large import processes as several
+    return several.start(coordinator, processes, process, devices)
+
+
+def provenance(processes=1):
+    """Machine, versions and code of a run, taken at its start, for the files may change under it."""
+    def git(*command):
+        done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command],
+                              capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {"device": jax.local_devices()[0].device_kind, "devices": jax.local_device_count(),
+            "processes": processes, "cores": os.cpu_count(), "jax": jax.__version__,
+            "neural_tangents": importlib.metadata.version("neural-tangents"),
+            "commit": git("rev-parse", "--short", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--", "*.py", "requirements.txt")),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+
+
+def record(folder, config, result, run):
+    """Append to runs.jsonl in `folder` the result, completed by its configuration, `provenance` and the
+    most memory this process has used."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    result.update(config=config, **run)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "runs.jsonl"), "a") as lines:
+        lines.write(json.dumps(result) + "\n")
+
+
+@contextmanager
+def guard(*expected):
+    """Ends the process with one line for an error of an expected kind, or else with a traceback; with
+    several processes at once, for one that waited for the others to end would leave them hanging."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, expected):
+            message = f"{type(error).__name__}: {error}"
+        elif isinstance(error, SystemExit):
+            raise
+        else:
+            message = "".join(traceback.format_exception(error))
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 def run(main, count):
     """main() with the machine set up: `count` devices, or every core, of a CPU; float32 products in full."""
     # Vectors of 512 bits where the processor has them (XLA prefers 256): fused.py is 1.4 times faster.
     os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", "")
     jax.config.update("jax_num_cpu_devices", count or os.cpu_count())  # without a GPU
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
-    with hosts.guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError):
+    with guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError):
         main()

@@ -23,7 +23,7 @@ A regression on targets y may be one on a monotone function of them, of mean 0 a
 
   raw   y      log   log(y - min y + sd(y) / 100), effects that multiply      rank   normal scores of y's ranks
 
-    split = proteins.load("two_vs_rest", "protein");  x = proteins.encode(split.sequences, "onehot", split.n_train)
+    split = sequences.load("two_vs_rest", "protein");  x = sequences.encode(split.sequences, "onehot", split.n_train)
 
 Proved by: test_all.py, section proteins
 """

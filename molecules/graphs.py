@@ -25,7 +25,7 @@ the same surroundings have the same row in K, in whatever molecules they are. Of
   listed of a node   N  nodes of a bin   lists  (numbers (rows, width) int32, weights (rows, width), lengths
   (rows,)): of which rows of an array every row of the next is the sum
 
-    python -c "import graphs, kernel, numpy; print(graphs.kernel_fn(kernel.gcn(1), 'ntk')(numpy.ones((2, 3, 5))))"
+    python -c "import graphs, kernel, numpy; print(graphs.kernel_fn(gcn(1), 'ntk')(numpy.ones((2, 3, 5))))"
 
 Cost: for every pair of classes of a round a sum of FEW rows (1.0 ns on one core of an AMD EPYC, Zen 4), its transpose
 (0.8), the next sum and its relu (1.2), and in the last round the pool (0.5); NTK: twice that and kappa0. In bins of
@@ -44,6 +44,7 @@ import numpy as np
 from jax import lax
 
 import kernel
+from molecules.layers import gcn
 
 NODES = 4096  # of a bin, at least; NNGP: two arrays of 64 MB, NTK: four
 GRAPHS = 256  # of a bin, at most
@@ -204,11 +205,11 @@ def walk(rounds, one, two, buffers, side):
             k = relus
             for layer in layers:
                 if layer[0] == "relu":
-                    K, T = kernel.elementwise(layer, K, T, *(lax.dynamic_slice_in_dim(bin.stds[k], at, side)
-                                                             for bin, at in ((one, r), (two, s))))
+                    K, T = kernel.after(layer, K, T, *(lax.dynamic_slice_in_dim(bin.stds[k], at, side)
+                                                       for bin, at in ((one, r), (two, s))))
                     k += 1
                 else:
-                    K, T = kernel.linear(layer, K, T)
+                    K, T = kernel.after(layer, K, T)
             return [lax.dynamic_update_slice(t, k, (r, s)) for t, k in zip(targets, (K, T))]
         state = sweep(state, *counts, square, after)
         relus += sum(layer[0] == "relu" for layer in layers)
@@ -237,9 +238,9 @@ def own(rounds, features, lists, groups):
             if layer[0] == "relu":
                 std = jnp.sqrt(jnp.maximum(jnp.diagonal(K), 0))
                 stds.append(std[groups[l][0]])
-                K, _ = kernel.elementwise(layer, K, K, std, std)
+                K, _ = kernel.after(layer, K, K, std, std)
             else:
-                K, _ = kernel.linear(layer, K, K)
+                K, _ = kernel.after(layer, K, K)
     return jnp.stack(stds) if stds else jnp.zeros((0, len(K)), K.dtype)
 
 
@@ -326,7 +327,7 @@ def pairs(x, b1, rounds, degree, pool, tangent):
 def kernel_fn(name, kind, **options):
     """`kernel.kernel_fn` of a graph network, fast: same arguments, results and errors.
 
-    name: a list of layers, as kernel.gcn(degree, ...) returns.
+    name: a list of layers, as gcn(degree, ...) returns.
     Raises ValueError also for a list of another form than rounds of aggregate, dense and relu in any number, perhaps
     jump; then sum or mean, then dense. Runs on one device, `tiles.gram` on all of them.
     """
@@ -342,6 +343,6 @@ def kernel_fn(name, kind, **options):
         x1, x2 = (x[:, :, 0] for x in kernel.as_pair(layers, x1, x2))
         K, T = (pairs(jnp.concatenate([x1, x2]), len(x1), rounds, degree, pool, tangent) * 2)[:2]
         for layer in tail:
-            K, T = kernel.linear(layer, K, T)
+            K, T = kernel.after(layer, K, T)
         return kernel.chosen(kind, K, T)
     return fn

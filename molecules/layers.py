@@ -1,0 +1,84 @@
+"""Layers of graphs, added to kernel.py's language: aggregate, jump, sum, mean; and gcn, a network of them.
+
+Du et al. 2019. Positions are nodes, numbered in any order. x is (n, nodes, features + 2 degree): of a node its features, then
+the numbers of up to `degree` nodes that it listens to (itself among them if it does), then their weights A[p, number]. A graph
+with fewer nodes ends in rows of zeros. Such rows are padding: no pool counts them and no weight leads to them.
+
+  aggregate   K <- A K A'^T, A and A' of the two graphs                          the same of T
+  jump        K and T of this round are pooled too, and added at the end (jumping knowledge): each with weights of its own
+  sum, mean   sum, mean of K over pairs of nodes that are not padding            the same of T
+
+Proved by: molecules/test_molecules.py
+"""
+
+import jax
+import jax.numpy as jnp
+
+import kernel
+
+
+@kernel.layer("aggregate", 1, pairs=True)
+def aggregate(layer, K, T, one, two):
+    A1, A2 = adjacency(one.x, layer[1]), adjacency(two.x, layer[1])
+    return tuple(jnp.einsum("pr,risj,qs->piqj", A1, k, A2, precision="highest") for k in (K, T))
+
+
+@kernel.layer("jump", pairs=True)
+def jump(layer, K, T, one, two):
+    one.notes.setdefault("jumps", []).append((K, T))
+    return K, T
+
+
+@kernel.layer("sum", pairs=True, ends=True)
+def pool_sum(layer, K, T, one, two, weigh=lambda e: e):
+    weight1, weight2 = (weigh((side.x != 0).any(axis=(1, 2)).astype(K.dtype)) for side in (one, two))
+    K, T = (sum(ks) for ks in zip((K, T), *one.notes.get("jumps", [])))
+    return tuple(jnp.einsum("p,piqj,q->", weight1, k, weight2, precision="highest") for k in (K, T))
+
+
+@kernel.layer("mean", pairs=True, ends=True)
+def pool_mean(layer, K, T, one, two):
+    return pool_sum(layer, K, T, one, two, lambda e: e / e.sum())
+
+
+def adjacency(x, degree):
+    """A (nodes, nodes) of a graph x (nodes, 1, features + 2 degree)."""
+    numbers, weights = x[:, 0, -2 * degree:-degree].astype(jnp.int32), x[:, 0, -degree:]
+    return jnp.zeros((len(x), len(x)), x.dtype).at[jnp.arange(len(x))[:, None], numbers].add(weights)
+
+
+def features(layers, x):
+    """x without what `aggregate` reads: (..., features)."""
+    return x[..., :x.shape[-1] - 2 * layers[0][1]]
+
+
+def positions(layers, x):
+    if x.ndim != 3 or features(layers, x).shape[-1] < 1:
+        raise ValueError(f"x has shape {x.shape}; this network takes graphs (n, nodes, features + 2 degree)")
+    return x[:, :, None]
+
+
+def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0.0):
+    """The layers of a graph network: depth rounds of aggregate and `hidden` times (dense, relu), a pool, dense.
+
+    degree: of x, see the top.   pool: "sum" or "mean" over nodes.   jump: pool the nodes after every round
+    and add these up, each with weights of its own (jumping knowledge): K and T are the sums over rounds.
+    """
+    if min(degree, depth, hidden) < 1 or pool not in ("sum", "mean") or not w_std > 0 or not b_std >= 0:
+        raise ValueError(f"degree={degree}, depth={depth}, hidden={hidden}, pool={pool!r}, w_std={w_std}, "
+                         f"b_std={b_std}: expected three positive numbers, sum or mean, w_std > 0 and b_std >= 0")
+    step = [("aggregate", degree)] + [("dense", w_std, b_std), ("relu",)] * hidden
+    return (step + [("jump",)] * jump) * (depth - 1) + step + [(pool,), ("dense", w_std, b_std)]
+
+
+def _reference(layers, x1, x2):
+    """neural_tangents takes A as an argument beside x."""
+    degree = layers[0][1]
+    pattern = tuple(jax.vmap(lambda one: adjacency(one, degree).T[:, None, :, None])(x) for x in (x1, x2))
+    return (features(layers, x1), features(layers, x2)), {"pattern": pattern}
+
+
+kernel.INPUTS["aggregate"] = kernel.Input(lambda layers: None, positions, features)
+kernel.REFERENCE.update({
+    "aggregate": lambda nt, degree: nt.Aggregate((1, 2), 0, 3), "sum": lambda nt: nt.GlobalSumPool(),
+    "mean": lambda nt: nt.GlobalAvgPool(), "inputs of aggregate": _reference})

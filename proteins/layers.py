@@ -1,0 +1,83 @@
+"""Layers of sequences, added to kernel.py's language: mask, conv1d, seq_flatten, seq_gap.
+
+A sequence is an image one position wide, (length, 1, channels). A network of sequences begins with ("mask",). Positions whose
+channels are all zero are padding, as at the end of the shorter sequences of an array. They are masked, so that padding never
+changes k(x, x'): K[p, q] = T[p, q] = 0 where p or q is padding. With l and l' positions that are not,
+
+  conv1d       K <- w_std^2 (mean over 3 positions, moving in both sequences together) + b_std^2, then masked
+  seq_gap      sum over p, q divided by l l', as in neural_tangents
+  seq_flatten  sum over p of [p, p], where both have a position, divided by sqrt(l l'): the readout of a sequence is scaled by
+               its own length. Positive definite, and k(x, x) does not fade with the length. Where l = l' it is the mean.
+
+Proved by: proteins/test_proteins.py
+"""
+
+import jax.numpy as jnp
+
+import kernel
+
+
+def exists(x):
+    """1 where the sequence x (length, 1, channels) has a position, 0 where it is padding: (length, 1)."""
+    return (x != 0).any(axis=-1).astype(x.dtype)
+
+
+def masked(K, one, two, power=0.0):
+    """K, 0 where either has padding; divided by (l / length)^power of both."""
+    e1, e2 = (e / e.mean() ** power for e in (exists(one.x), exists(two.x)))
+    return K * kernel.outer(K, e1, e2)
+
+
+@kernel.layer("mask")
+def mask(layer, K, T, one, two):
+    return K, T  # padding is zero, and so is its K
+
+
+@kernel.layer("conv1d", 2)
+def conv1d(layer, K, T, one, two):
+    return tuple(masked(k, one, two) for k in kernel.dense(layer, K, T, one, two, lambda k: kernel.window(k, 1)))
+
+
+@kernel.layer("seq_flatten", ends=True)
+def seq_flatten(layer, K, T, one, two):
+    return kernel.flatten(layer, *(masked(k, one, two, 0.5) for k in (K, T)), one, two)
+
+
+@kernel.layer("seq_gap", pairs=True, ends=True)
+def seq_gap(layer, K, T, one, two):
+    return kernel.gap(layer, *(masked(k, one, two, 1.0) for k in (K, T)), one, two)
+
+
+def check(layers):
+    """ValueError: layers that are none of sequences, or of positions after the padding was masked."""
+    names = [one[0] for one in layers]
+    end = next((i for i, name in enumerate(names) if name.startswith("seq_")), len(names))
+    if set(names[1:end]) - {"conv1d", "relu", "normalize", "exp"} or end == len(names):
+        raise ValueError(f"in the list of layers {layers}: a network of sequences is (\"mask\",), then (\"conv1d\", w_std, "
+                         "b_std) and relu in any number, (\"seq_flatten\",) or (\"seq_gap\",), and then dense and relu")
+
+
+def positions(layers, x):
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {x.shape}; this network takes sequences (n, length, channels)")
+    return x[:, :, None]
+
+
+def network(end, convolutions):
+    """The function that kernel.NETWORKS holds."""
+    def layers(depth, w_std, b_std):
+        conv, dense = [("conv1d", w_std, b_std), ("relu",)], [("dense", w_std, b_std), ("relu",)]
+        steps = [conv * (depth or 3), [(end,)]] if convolutions else [[(end,)], dense * (depth or 3)]
+        return [("mask",)] + steps[0] + steps[1]
+    return layers
+
+
+kernel.INPUTS["mask"] = kernel.Input(check, positions, lambda layers, x: x)
+SEQUENCES = {"seq_fc": network("seq_flatten", False), "seq_cnn": network("seq_flatten", True),
+             "seq_cnn_gap": network("seq_gap", True)}  # depth: hidden layers or convolutions, 3 by default
+kernel.NETWORKS.update(SEQUENCES)
+# of sequences of several lengths neural_tangents' flatten divides by the length of the array, not by their own
+kernel.REFERENCE.update({
+    "mask": None, "seq_flatten": kernel.REFERENCE["flatten"], "seq_gap": kernel.REFERENCE["gap"],
+    "conv1d": lambda nt, w_std, b_std: nt.Conv(1, (3, 1), padding="SAME", W_std=w_std, b_std=b_std),
+    "inputs of mask": lambda layers, x1, x2: ((x1, x2), {"mask_constant": 0.0})})
