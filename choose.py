@@ -39,12 +39,16 @@ CRITERIA = ("loo", "gcv", "validation")
 
 
 def criterion(select, rows, copies=1):
-    """`select`, or where it is None the criterion for a K of so many rows: loo up to DENSE, then gcv, or validation where
-    rows have copies.  ValueError: gcv with copies."""
+    """`select`, or where it is None the criterion for a K of so many rows: loo up to DENSE rows, then validation.
+
+    GCV is no default: it assumes that the diagonal of A^-1 is nearly constant, and images differ in contrast. On fc it
+    chose a ridge three times too large (results/README.md).
+    ValueError: gcv with copies.
+    """
     if select == "gcv" and copies > 1:
         raise ValueError(f"--select gcv with {copies} copies of each image as rows: each predicts the others. Use "
                          "--select loo or validation")
-    return select or ("loo" if rows <= DENSE else "gcv" if copies == 1 else "validation")
+    return select or ("loo" if rows <= DENSE else "validation")
 
 
 class Row(NamedTuple):

@@ -18,7 +18,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 import traceback
 from contextlib import contextmanager
 
@@ -29,6 +28,8 @@ import kernel
 import tiles
 
 SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
+ROOMS = ("fast", "large", "proteins", "molecules", "results")
+HEADS = ("linear", "cosine", "relu", "exp")
 
 
 def network_flags(group, images_or_sequences=True):
@@ -36,7 +37,7 @@ def network_flags(group, images_or_sequences=True):
     group.add_argument("--w_std", default="1.4142135623730951", help="sd of weights, relative to 1 / sqrt(inputs)")
     group.add_argument("--b_std", default="0", help="sd of biases")
     if images_or_sequences:
-        group.add_argument("--head", default="linear", help=f"before the last layer: {', '.join(('linear', 'cosine', 'relu', 'exp'))}; "
+        group.add_argument("--head", default="linear", help=f"before the last layer: {', '.join(HEADS)}; "
                            "cosine normalizes the features, relu and exp are kernels of that cosine")
         group.add_argument("--gamma", default="1", help="of --head exp: exp(gamma (cosine - 1))")
 
@@ -210,7 +211,10 @@ def guard(*expected):
     try:
         yield
     except BaseException as error:
-        if isinstance(error, expected):
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in ROOMS:
+            room = error.name.partition(".")[0]
+            message = f"the folder {room}/ is not there, and a flag needs it: fetch it, or leave the flag out"
+        elif isinstance(error, expected):
             message = f"{type(error).__name__}: {error}"
         elif isinstance(error, SystemExit):
             raise

@@ -31,7 +31,8 @@ Cost of an entry: one arccos per position pair and relu.      Proved by: test_al
 import importlib.util
 import sys
 import types
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Kernel regression on a kernel matrix: solve, predict, and how sure; which ridge: choose.py.
+"""From a kernel matrix to predictions: the best ridge, a solver for it, predictions, how sure they are, a model in a file.
 
   f(x) = k(x, X) alpha,     alpha = A^-1 Y,     A = K + lambda I,     lambda = ridge * mean(diag K)
 
@@ -36,7 +36,7 @@ import data
 import pcg
 
 FORMAT = 2  # of a model's file
-COLUMNS = 256  # right sides solved at once for a variance
+COLUMNS = 256  # right-hand sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
                    "none": pcg.none}
@@ -70,6 +70,7 @@ class Solver:
             block = 4 * pcg.BLOCK if K.reads_all else pcg.block(n)
             worth = None if rank else _worth(
                 n, solves + [(ridges[len(ridges) // 2], tol)], product, K.reads_all * product / block, c)
+            rank = rank or (None if worth else max(1, min(n // 8, 1000)))  # simple and safe, where nothing is known of costs
             self.look = pcg.low_rank(K, rank, seed, worth, block, quiet)
         elif look is None:
             self.look = PRECONDITIONERS[name](K)
@@ -188,7 +189,7 @@ def rounding(solver, y, alpha):
 def variance(solver, K_test, prior, ridge, block=COLUMNS):
     """(k(x, x) + lambda - k(x, X) A^-1 k(X, x)) of each test row, (m,), without the factor s^2.
 
-    prior: k(x, x), (m,).   K_test: (m, n).   block: right sides solved at once.
+    prior: k(x, x), (m,).   K_test: (m, n).   block: right-hand sides solved at once.
     A solve for each test row, to a residual of choose.SEARCH / 10; what is left of it counts squared.
     """
     m, out = K_test.shape[0], np.empty(K_test.shape[0])

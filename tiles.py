@@ -27,10 +27,11 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,11 @@ def diagonal(kernel_fn, x, tile=64, devices=None, team=ALONE):
     for key, (part,) in computed(_diagonal(kernel_fn), [(0, x), (1, x)], K.sides, keys, devices):
         rows, _ = K.slices(key)
         out[rows] = part[:rows.stop - rows.start]
-    return team.all_reduce(out)
+    out = team.all_reduce(out)
+    if not np.isfinite(out).all():
+        raise ValueError(f"{np.sum(~np.isfinite(out))} of {len(out)} elements k(x, x) are not finite: look for NaN or "
+                         "infinity in the inputs")
+    return out
 
 
 @lru_cache(maxsize=8)

@@ -27,8 +27,8 @@ import numpy as np
 
 import augment
 import choose
-import experiment
 import data
+import experiment
 import kernel
 import pcg
 import regression
@@ -43,7 +43,7 @@ except ModuleNotFoundError:  # fast/ may be deleted: kernel.py computes the same
 HELD_OUT = 5000  # images of the validation split, at most
 FIT_ON = 50_000  # images that the whitening is fitted on, at most
 PLOTS = ".png", ".svg", ".pdf"
-WHITENING = {"fc": ("zca", 300.0), "cnn_vec": ("zca_unit", 10.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
+WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca", 10.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
              "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
          "predict", "plot", "rate", "verbose")  # not what was computed: not recorded
@@ -424,8 +424,8 @@ def flags():
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, "
                         "separated by commas, or auto (10 down to 1e-6): chosen on training images")
-    experiment.select_flag(solver, f"loo for K of up to {choose.DENSE:,} rows, beyond that gcv, or validation with copies of "
-                        "images: the last fifth of the training images")
+    experiment.select_flag(solver, f"loo for K of up to {choose.DENSE:,} rows, beyond that validation, on the last fifth of "
+                        "the training images")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
     solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS)

@@ -392,7 +392,8 @@ def kernel_fn(name, kind, flips=False, **options):
             mirror = kernel.as_images(layers, augment.mirror(given)) if flips else None
             out, v1, v2 = vectors(x1, x2, mirror)
         else:
-            out, v1, v2 = images(stages, ending, any(layer[0] in ELEMENTWISE for layer in tail), states, mirrors, sequences, x1, x2)
+            full = any(layer[0] in ELEMENTWISE for layer in tail)
+            out, v1, v2 = images(stages, ending, full, states, mirrors, sequences, x1, x2)
         if sequences:
             out, v1, v2 = own_lengths(ending, x1, x2, out, v1, v2)
         K, T = scalars(tail, out[0], out[1] if len(out) == 2 else jnp.zeros_like(out[0]), v1, v2)

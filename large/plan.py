@@ -55,7 +55,7 @@ def product_rate(kept, tile=1024, number=64):
     for key in K.keys():
         kept[key] = block.copy()
     written = time.perf_counter()
-    for times in range(2):  # threads and caches are warm, or the tiles checked, the second time
+    for _ in range(2):  # threads and caches are warm, or the tiles checked, the second time
         read = time.perf_counter()
         K.matvec(np.ones((K.shape[1], data.CLASSES)))
     return block.nbytes * number / np.array([time.perf_counter() - read, written - start])

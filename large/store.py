@@ -18,7 +18,7 @@ another kernel or tile side is refused, and the refusal says what differs.
 
     kept = store.create("DIR", {"kernel": "fc", "tile": 1024}, store.digests(x))
     K = tiles.gram(kernel_fn, x, tile=1024, store=kept)
-    python tiles.py DIR            what the stores below DIR hold; exit code 1 if anything is damaged
+    python -m large.store DIR       what the stores below DIR hold; exit code 1 if anything is damaged
 
 Cost: the bytes of a tile once to disk and through a CRC (3 GB/s); 15 microseconds an image for digests.
 Proved by: test_all.py, section store
@@ -32,6 +32,7 @@ import json
 import mmap
 import os
 import re
+import sys
 import threading
 import time
 import zipfile
@@ -339,3 +340,10 @@ def report(folder):
     if not found:
         raise ValueError(f"{folder} has no store in it; give the folder of a run's --store")
     return damaged
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(min(1, sum(map(report, sys.argv[1:] or ["."]))))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

@@ -44,7 +44,6 @@ import numpy as np
 from jax import lax
 
 import kernel
-from molecules.layers import gcn
 
 NODES = 4096  # of a bin, at least; NNGP: two arrays of 64 MB, NTK: four
 GRAPHS = 256  # of a bin, at most

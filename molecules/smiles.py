@@ -245,7 +245,7 @@ def split(rows, how="random", seed=0):
             scaffold = f"row {rows.rows[i]}"
         groups.setdefault(scaffold, []).append(i)
     parts = [], [], []
-    for scaffold, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+    for _, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
         room = [cut[0] - len(parts[0]), cut[1] - cut[0] - len(parts[1])]
         parts[0 if len(group) <= room[0] else 1 if len(group) <= room[1] else 2].extend(group)
     train, val, test = (np.array(part, int) for part in parts)

@@ -4,7 +4,7 @@
 
 k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts, or others), or the
 sum of the two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the
-training rows; where labels are missing every task is solved on its own rows, all together (molecules/missing.py). The rare class
+training rows; where labels are missing every task is solved on its own rows, all together (missing.py). The rare class
 has no extra weight, because the score, area under the ROC curve or average precision, depends on the order only.
 Ridges, and whatever flag of the network is given several values, are compared by that score, or by squared error where
 numbers are predicted (comparing classes by squared error chose ten times the ridge on all of molhiv, fingerprints: a

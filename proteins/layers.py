@@ -12,7 +12,6 @@ changes k(x, x'): K[p, q] = T[p, q] = 0 where p or q is padding. With l and l' p
 Proved by: proteins/test_proteins.py
 """
 
-import jax.numpy as jnp
 
 import kernel
 

@@ -29,12 +29,10 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 import data
-from large import processes
 import kernel
-import tiles
-from large import plan
 import regression
-from large import store
+import tiles
+from large import plan, processes, store
 from train_cifar import ENGINES  # fused where it is there
 
 MOST = 5000  # steps allowed

@@ -1,0 +1,253 @@
+"""The kernels of fast/ are those of kernel.py.
+
+Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
+"""
+
+import os
+
+from test_all import (  # isort: skip
+    HERE, both_kinds, cifar, every_network, fastest, images, needs_cifar, reference, relative_error,
+    time_it,
+)
+import jax
+import numpy as np
+import pytest
+
+import augment
+import kernel
+import tiles
+from fast import fused, gpu
+
+# ----------------------------------------------------------------------------------------- kernel
+
+@needs_cifar
+@pytest.mark.parametrize("name", ["fc", "cnn_vec", "cnn_gap", "myrtle5"])
+@pytest.mark.parametrize("head", ["cosine", "relu", "exp"])
+def test_kernel_heads_are_neural_tangents(name, head):
+    """Normalized readouts, of kernel.py and of fused.py, with and without mirror images: NNGP and NTK are those of
+    stax.LayerNorm, Relu and ExpNormalized to 1e-10, between different images; k(x, x) is the same for all x."""
+    x, options = images(np.random.default_rng(0), 5, (4, 4, 2)), {"head": head, "gamma": 1.7, "w_std": 1.3, "b_std": 0.2}
+    a, b = x[:2], x[2:]
+    found = kernel.kernel_fn(name, kernel.KINDS, **options)
+    for got, fast, want in zip(found(a, b), fused.kernel_fn(name, kernel.KINDS, **options)(a, b),
+                               reference(name, kernel.KINDS, a, b, **options)):
+        assert np.allclose(got, want, rtol=1e-10, atol=1e-12) and np.allclose(fast, want, rtol=1e-10, atol=1e-12)
+    half = augment.symmetric(found)(x)
+    for got, want in zip(fused.kernel_fn(name, kernel.KINDS, flips=True, **options)(x), half):
+        assert np.allclose(got, want, rtol=1e-10, atol=1e-12)
+    assert np.ptp(np.diag(found(x)[0])) < 1e-12
+
+
+
+# ------------------------------------------------------------------------------------------ fused
+
+def both_engines(name, x1, x2=None, **options):
+    """NNGP and NTK of fused.py in float32 and of kernel.py in float64: [(fast, exact), ...]."""
+    x1, x2 = (None if x is None else np.asarray(x, np.float32) for x in (x1, x2))
+    fast = fused.kernel_fn(name, kernel.KINDS, **options)(x1, x2)
+    assert all(K.dtype == np.float32 for K in fast)
+    x1, x2 = (None if x is None else x.astype(np.float64) for x in (x1, x2))
+    return list(zip(fast, map(np.asarray, kernel.kernel_fn(name, kernel.KINDS, **options)(x1, x2))))
+
+
+@pytest.mark.parametrize("name, shape, options", [
+    ("fc", (5, 3, 2), {}), ("cnn_vec", (5, 3, 2), {"w_std": 1.2, "b_std": 0.3}),
+    ("cnn_gap", (8, 8, 1), {"w_std": 1.2, "b_std": 0.3}), ("myrtle5", (8, 8, 1), {}),
+    ("myrtle7", (4, 12, 2), {"w_std": 1.2, "b_std": 0.3}), ("myrtle10", (12, 8, 11), {})], ids=str)
+def test_fused_is_kernel(name, shape, options):
+    """fused.py is kernel.py to 1e-5 in float32 and 1e-12 in float64: any shape, number of channels and
+    sigma; opposite, nearly black, identical and flipped images."""
+    x = images(np.random.default_rng(0), 9, shape).astype(np.float32)
+    x[4], x[5] = x[3], x[3][:, ::-1]
+    both = both_engines(name, x, x[2:], **options)
+    assert all(relative_error(fast, exact) < 1e-5 for fast, exact in both)
+    if name in ("fc", "cnn_vec", "myrtle5"):  # the others are the same code
+        double = fused.kernel_fn(name, kernel.KINDS, **options)(x.astype(float), x[2:].astype(float))
+        assert all(relative_error(fast, exact) < 1e-12 for fast, (_, exact) in zip(double, both))
+
+
+@pytest.mark.parametrize("name", ["fc", "myrtle5"])
+def test_fused_black_images(name):
+    """An image without variance: zero without biases, kernel.py with them; nothing is not a number."""
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
+    x[1] = 0
+    for fast, exact in both_engines(name, x, b_std=0.5):
+        assert relative_error(fast, exact) < 1e-5
+    for K in fused.kernel_fn(name, kernel.KINDS)(x):
+        assert np.isfinite(K).all() and not K[1].any()
+
+
+@needs_cifar
+@pytest.mark.parametrize("name, n", [("cnn_vec", 20), ("cnn_gap", 2), ("myrtle5", 2), ("myrtle10", 2)])
+def test_fused_on_cifar(name, n):
+    """The same on CIFAR-10, images with themselves and with a mirror image too."""
+    x = cifar(20)[0][:n]
+    for fast, exact in both_engines(name, x, np.concatenate([x, x[:1, :, ::-1]])):
+        assert relative_error(fast, exact) < 1e-5
+
+
+def test_fused_on_64_by_64():
+    """Images of 64 x 64, 16.8 million pairs of pixels."""
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
+    conv = [("conv", 2**0.5, 0.0), ("relu",)]
+    for fast, exact in both_engines([*conv, ("pool",), *conv, ("gap",), ("dense", 1.0, 0.0)], x[:1], x[1:]):
+        assert relative_error(fast, exact) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fc", "cnn_vec", "myrtle5"])
+def test_fused_symmetry_and_blocks(name, monkeypatch):
+    """fn(x) is symmetric to the last bit and fn(x, x) up to rounding, diagonal included, whatever the
+    block of columns and however many rows."""
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
+    fn = fused.kernel_fn(name, "ntk")
+    for n in (1, 19) if name != "fc" else (1, 1300):
+        x = np.random.default_rng(n).normal(size=(n, 8, 4, 3)).astype(np.float32)
+        K = np.asarray(fn(x))
+        assert K.shape == (n, n) and K.dtype == np.float32 and np.array_equal(K, K.T)
+    assert relative_error(K, np.asarray(fn(x, x))) < 1e-5
+    assert relative_error(K, np.asarray(kernel.kernel_fn(name, "ntk")(x))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fc", "cnn_vec"])
+def test_fused_both_kinds_in_one_pass(name):
+    """A tuple of kinds gives a tuple of matrices, each as if asked for alone, in the order asked for."""
+    x = np.random.default_rng(0).normal(size=(5, 4, 4, 3))
+    alone = {kind: np.asarray(kernel.kernel_fn(name, kind, depth=2)(x, x[:2])) for kind in kernel.KINDS}
+    for engine in (fused, kernel):
+        for kinds in (("ntk", "nngp"), ("nngp",)):
+            together = engine.kernel_fn(name, kinds, depth=2)(x, x[:2])
+            assert isinstance(together, tuple) and len(together) == len(kinds)
+            for kind, K in zip(kinds, together):
+                assert relative_error(K, alone[kind]) < 1e-12
+
+
+@pytest.mark.parametrize("name, shape", [("fc", (4, 3, 2)), ("cnn_vec", (5, 3, 2)), ("cnn_gap", (4, 6, 1)),
+                                         ("myrtle5", (8, 8, 1))])
+def test_fused_flips(name, shape, monkeypatch):
+    """flips=True is augment.symmetric of kernel.py, to 1e-5 in float32 and 1e-12 in float64: of two sets and
+    of one, in which it is symmetric to the last bit; also where images fill several blocks of columns, and
+    with a relu after the ending, which is not linear."""
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 4 images and their mirror images
+    x = images(np.random.default_rng(0), 11, shape)
+    named = kernel.network(name, **({} if name == "myrtle5" else {"depth": 2}), b_std=0.2)
+    for layers in (named, [*named, ("relu",), ("dense", 1.1, 0.3)]):
+        exact = augment.symmetric(kernel.kernel_fn(layers, kernel.KINDS))
+        fast = fused.kernel_fn(layers, kernel.KINDS, flips=True)
+        for x2 in (x[3:], None):
+            for K, single, K_exact in zip(fast(x, x2), fast(*(z if z is None else z.astype(np.float32)
+                                                              for z in (x, x2))), exact(x, x2)):
+                assert relative_error(K, np.asarray(K_exact)) < 1e-12 and K.shape == K_exact.shape
+                assert relative_error(single, np.asarray(K_exact)) < 1e-5
+        assert np.array_equal(K, K.T)
+
+
+@pytest.mark.parametrize("name, flips", [("cnn_vec", False), ("cnn_gap", True), ("myrtle5", False)])
+def test_fused_on_a_gpu(name, flips, monkeypatch):
+    """gpu.py, run by Pallas' interpreter: kernel.py to 1e-5 in float32 and 1e-12 in float64; images that are not
+    square, with bias, several blocks of columns."""
+    x = images(np.random.default_rng(0), 9, (8, 8, 2) if name == "myrtle5" else (4, 6, 2))
+    layers = kernel.network(name, b_std=0.3, **({} if name == "myrtle5" else {"depth": 2}))
+    exact = kernel.kernel_fn(layers, kernel.KINDS)
+    exact = (augment.symmetric(exact) if flips else exact)(x, x[2:])
+    monkeypatch.setattr(fused, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "INTERPRET", True)
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
+    for dtype, tolerance in ((np.float32, 1e-5), (float, 1e-12)):
+        monkeypatch.setattr(fused, "conv_relu", in_prepare_only(fused.conv_relu))
+        for kinds in (kernel.KINDS, "nngp"):
+            fast = fused.kernel_fn(layers, kinds, flips=flips)(x.astype(dtype), x[2:].astype(dtype))
+            for K, K_exact in zip(fast if kinds == kernel.KINDS else [fast], exact):
+                assert K.dtype == dtype and relative_error(K, np.asarray(K_exact)) < tolerance
+
+
+def in_prepare_only(conv_relu):
+    """`fused.conv_relu`, which refuses what gpu.py should have done: a pair of different images."""
+    def checked(source, target, first, *rest):
+        assert first[0].shape[2] > 1
+        return conv_relu(source, target, first, *rest)
+    return checked
+
+
+@pytest.mark.parametrize("tail", [
+    [("pool",), ("conv", 1.5, 0.1), ("relu",), ("flatten",), ("dense", 1.2, 0.1)],
+    [("pool",), ("pool",), ("gap",), ("dense", 1.2, 0.1), ("relu",), ("dense", 1.0, 0.2)],
+    [("conv", 0.9, 0.0), ("relu",), ("flatten",), ("dense", 1.2, 0.1), ("relu",)],
+], ids=lambda tail: "-".join(layer[0] for layer in tail))
+def test_fused_takes_lists_of_layers(tail):
+    """Other networks than the named ones: flatten after a pool, two pools running, relus at the end,
+    another sigma in each layer."""
+    layers = [("conv", 1.1, 0.2), ("relu",), *tail]
+    x = np.random.default_rng(0).normal(size=(3, 8, 4, 2))
+    for fast, exact in both_engines(layers, x):
+        assert relative_error(fast, exact) < 1e-5
+
+
+@pytest.mark.parametrize("layers", [[("dense", 1.0, 0.0), ("gap",)], [("conv", 1.0, 0.0), ("gap",)],
+                                    [("gap",), ("pool",)]])
+def test_fused_refuses(layers):
+    """A list of another form is refused at once, and the sentence names what does take it."""
+    with pytest.raises(ValueError, match="this network continues with .* take kernel.kernel_fn"):
+        fused.kernel_fn(layers, "nngp")
+    with pytest.raises(ValueError, match="kind 'mean' is unknown"):
+        fused.kernel_fn("cnn_gap", "mean")
+    with pytest.raises(ValueError, match="images are 8x6"):
+        fused.kernel_fn("myrtle5", "nngp")(np.ones((1, 8, 6, 3)))
+
+
+def test_fused_compiles_loops():
+    """The program does not grow with depth: 8 convolutions take the code of 4."""
+    x = np.ones((2, 8, 8, 3), np.float32)
+    size = {depth: len(fused.kernel_fn("cnn_gap", "ntk", depth=depth).lower(x).as_text().splitlines())
+            for depth in (4, 8)}
+    assert size[4] == size[8]
+
+
+
+# -------------------------------------------------------------------------------------- benchmark
+
+# Rows and columns of the block timed at 32 x 32 x 3; of neural_tangents every size is tried first.
+BLOCK = {"fc": {"fused": 4000, "kernel": 4000, "neural_tangents": (1000, 4000)},
+         "cnn_vec": {"fused": 1024, "kernel": 128, "neural_tangents": (64, 128, 256)}}
+
+POOLED = {"fused": 64, "kernel": 2, "neural_tangents": (1, 2, 4)}
+
+@every_network
+@both_kinds
+@pytest.mark.parametrize("engine", ["fused", "kernel", "neural_tangents"])
+def test_benchmark(benchmark, name, kind, engine):
+    """Seconds for a block of n x n entries, float32, two different sets of images.
+
+    fused.py in tiles on one CPU device a core, as train_cifar.py runs it; the others, and fc, on one
+    device with a thread a core."""
+    if benchmark.disabled and name != "fc":
+        pytest.skip("one network shows that it runs; --benchmark-only times them all")
+    benchmark.group = f"{name} {kind}"
+    n = 3 if benchmark.disabled else BLOCK.get(name, POOLED)[engine]
+    make = {"fused": fused.kernel_fn, "kernel": kernel.kernel_fn, "neural_tangents": kernel.reference_fn}
+    fn, side = make[engine](name, kind), 8 if benchmark.disabled else 32
+    devices = jax.local_devices()[:os.cpu_count()]
+
+    def call(n):
+        rng = np.random.default_rng(0)
+        x1, x2 = (rng.normal(size=(n, side, side, 3)).astype(np.float32) for _ in range(2))
+        if engine == "fused" and name != "fc":
+            return lambda: tiles.cross(fn, x1, x2, n // 2, devices, quiet=True).dense()
+        return lambda: fn(x1, x2).block_until_ready()
+    if isinstance(n, tuple):
+        n = fastest(call, n)
+    benchmark.extra_info["n"] = n
+    K = time_it(benchmark, call(n), "entries", n * n)
+    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
+
+
+@both_kinds
+def test_benchmark_kappas(benchmark, kind):
+    """The floor of the others: kappa1 (ntk: and kappa0) of numbers in cache, on every core."""
+    devices, rounds = jax.local_devices()[:os.cpu_count()], 2 if benchmark.disabled else 5000
+    x = np.random.default_rng(0).uniform(-1, 1, size=(len(devices), 2**14)).astype(np.float32)
+
+    def relu(_, c):
+        kappa0, kappa1 = kernel.kappas(c)
+        return kappa1 - 0.5 if kind == "nngp" else kappa1 - 0.5 * kappa0
+    loop = jax.pmap(lambda c: jax.lax.fori_loop(0, rounds, relu, c), devices=devices)
+    time_it(benchmark, lambda: loop(x).block_until_ready(), "relus", rounds * x.size)

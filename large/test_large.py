@@ -1,0 +1,635 @@
+"""Tiles on disk, products on the fly, several processes, plans, the rank of the preconditioner.
+
+Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+
+from test_all import (  # isort: skip
+    commands,
+    Dense, HERE, digits, flip, inputs, linear, spectrum, train,
+)
+import jax
+import numpy as np
+import pytest
+
+import kernel
+import pcg
+import tiles
+import train_cifar
+from large import on_the_fly, plan, processes, rank, store
+
+KILLS = int(os.environ.get("KILLS", 3))  # of each test that kills; 20 of them take two minutes
+
+# ------------------------------------------------------------------------------------------ store
+
+def stored(folder, x, x_test=None, **about):
+    """K of x in tiles of 16 in a folder, or K of x_test and x."""
+    seen = map(store.digests, [x] if x_test is None else [x_test, x])
+    kept = store.create(str(folder), {"kernel": "linear", "tile": 16, **about}, *seen)
+    return (tiles.gram(linear, x, 16, store=kept) if x_test is None else
+            tiles.cross(linear, x_test, x, 16, store=kept))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*-*.npy")}
+
+
+def test_store_is_memory(tmp_path):
+    """Every method gives from disk what it gives from memory, to the last bit; a second run computes
+    nothing; the report counts what is there."""
+    x, x_test, v = inputs(83), inputs(200)[90:121], np.random.default_rng(1).normal(size=(83, 3))
+    for again in (False, True):
+        for K, kept in ((tiles.gram(linear, x, 16), stored(tmp_path / "train", x)),
+                        (tiles.cross(linear, x_test, x, 16), stored(tmp_path / "test", x, x_test))):
+            assert (kept.dense() == K.dense()).all() and (kept.matvec(v) == K.matvec(v)).all()
+            assert (kept.columns([80, 0, 17]) == K.columns([80, 0, 17])).all()
+            assert kept.entries == K.entries and kept.found == again * K.entries
+    assert (stored(tmp_path / "train", x).leading(40).matvec(v[:40])
+            == tiles.gram(linear, x, 16).leading(40).matvec(v[:40])).all()
+    out = subprocess.run([sys.executable, "tiles.py", tmp_path], cwd=HERE, capture_output=True, text=True)
+    assert out.returncode == 0 and "83 x 83, 21 of 21 tiles" in out.stdout
+    assert "31 x 83, 12 of 12 tiles" in out.stdout and out.stdout.count("every tile is intact") == 2
+
+
+def test_store_past_the_page_cache(tmp_path, monkeypatch):
+    """Tiles beyond half of the memory are read past the page cache, to the last bit the same, and damage is
+    found there too; a leading block within half of it is read through the cache."""
+    K = stored(tmp_path, inputs(83))
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)  # 10 kB of memory
+    direct = stored(tmp_path, inputs(83))
+    assert not K.tiles.direct and direct.tiles.direct and (direct.dense() == K.dense()).all()
+    for n, past_cache in ((48, True), (32, False)):  # six and three tiles of 1,024 bytes
+        block = direct.leading(n)
+        assert block.tiles.direct == past_cache and (block.dense() == K.dense()[:n, :n]).all()
+    assert direct.tiles.direct
+    flip(tmp_path / "1-3.npy")
+    assert stored(tmp_path, inputs(83)).found == K.entries - 256
+
+
+def test_store_grows(tmp_path):
+    """More inputs reuse every whole tile, fewer inputs all of them, and the matrix is right."""
+    for n, found in ((40, 0), (83, 3 * 256), (20, None), (83, None), (96, 15 * 256)):  # entries; None: all
+        K = stored(tmp_path, inputs(n))
+        assert (K.dense() == tiles.gram(linear, inputs(n), 16).dense()).all()
+        assert K.found == (K.entries if found is None else found)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(kernel="fc"), "kernel is 'linear' there, 'fc' here"),
+    (dict(tile=8), "tile is 16 there, 8 here"),
+    (dict(depth=3), "depth is None there, 3 here"),
+    (dict(x=inputs(50) + (np.arange(50) == 7)[:, None].astype(np.float32)), "1 of the 40 rows.* number 7"),
+    (dict(x=inputs(30)[::-1]), "30 of the 30 rows"),
+    (dict(x_test=inputs(40)), "one of the two is symmetric"),
+    (dict(manifest='{"format": 2}'), "format 2, and this program reads 1"),
+    (dict(manifest='{"form'), "damaged.*[Rr]emove"),
+    (dict(rows=b""), "rows.npy is missing or damaged.*Remove"),
+])
+def test_store_refuses(tmp_path, change, words):
+    """A store of another kernel, tile side or inputs is refused with what differs, and left alone."""
+    stored(tmp_path, inputs(40))
+    before = contents(tmp_path)
+    if "manifest" in change:
+        (tmp_path / "manifest.json").write_text(change.pop("manifest"))
+    if "rows" in change:
+        (tmp_path / "rows.npy").write_bytes(change.pop("rows"))
+    with pytest.raises(ValueError, match=words):
+        stored(tmp_path, **{"x": inputs(40), **change})
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage, words", [
+    (flip, "has checksum [0-9a-f]{8}, not"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-5]), "has 1147 bytes, not 1152"),
+    (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "has 1153 bytes, not 1152"),
+    (os.remove, "is missing"),
+])
+def test_store_finds_damage(tmp_path, capsys, damage, words):
+    """A tile with a flipped bit, cut short, too long or gone is named by the report, never enters a
+    product, and is computed again, it alone, by the next run."""
+    K, before = stored(tmp_path, inputs(83)), contents(tmp_path)
+    damage(tmp_path / "1-3.npy")
+    with pytest.raises(ValueError, match=f"1-3.npy {words}"):
+        K.matvec(np.ones((83, 1)))
+    assert store.report(str(tmp_path)) == 1 and re.search(f"1-3.npy {words}", capsys.readouterr().out)
+    assert subprocess.run([sys.executable, "tiles.py", tmp_path], cwd=HERE, capture_output=True).returncode == 1
+    K = stored(tmp_path, inputs(83))
+    assert re.search(f"1-3.npy {words}.*computed again", capsys.readouterr().out)
+    assert K.entries - K.found == 256 and contents(tmp_path) == before
+    assert store.report(str(tmp_path)) == 0
+
+
+def test_store_written_twice(tmp_path):
+    """Of two journals that speak of a tile the one that wrote it last is believed, whoever it was."""
+    x = inputs(83)
+    stored(tmp_path, x)
+    os.rename(tmp_path / "tiles-0.txt", tmp_path / "tiles-7.txt")  # process 7 wrote them all
+    kept = store.Store(str(tmp_path))
+    kept[1, 3] = np.full((16, 16), 5, np.float32)
+    again = store.Store(str(tmp_path))
+    assert store.report(str(tmp_path)) == 0 and (again[1, 3] == 5).all() and len(again.lines) == 21
+
+
+def test_store_journal_may_be_torn(tmp_path):
+    """Whatever part of the last line a crash leaves, that tile alone is computed again."""
+    stored(tmp_path, inputs(83))
+    journal, before = (tmp_path / "tiles-0.txt").read_bytes(), contents(tmp_path)
+    last = len(journal) - journal.rindex(b"\n")
+    key = tuple(map(int, journal[-last:].split()[:2]))
+    for cut in (1, 8, last - 1, last):
+        (tmp_path / "tiles-0.txt").write_bytes(journal[:-cut])
+        K = stored(tmp_path, inputs(83))
+        assert K.entries - K.found == np.prod(K.tiles.lines[key][:2])
+        assert contents(tmp_path) == before and len(store.Store(str(tmp_path)).lines) == 21
+
+
+WRITER = """
+import sys, numpy as np
+from large import store
+kept = store.create(sys.argv[1], {"tile": 64}, np.arange(600, dtype="<u8"))
+for t in range(100):
+    key = t % 10, t // 10
+    if key not in kept.intact({key: (64, 64)}):
+        kept[key] = np.random.default_rng(t).standard_normal((64, 64), np.float32)
+"""
+
+def test_store_survives_kills(tmp_path):
+    """Killed at random moments and started again each time: the tiles are those of a run that was
+    left alone, to the last bit, and the report finds nothing wrong at any time."""
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", WRITER, folder], cwd=HERE)
+    assert start(tmp_path / "whole").wait() == 0
+    rng, killed = np.random.default_rng(0), 0
+    while killed < KILLS:
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(rng.uniform(0.1, 0.5))
+            shutil.rmtree(tmp_path / "killed")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        if (tmp_path / "killed" / "manifest.json").exists():
+            assert store.report(str(tmp_path / "killed")) == 0
+    assert start(tmp_path / "killed").wait() == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and len(contents(tmp_path / "whole")) == 100
+
+
+def test_store_holds_a_few_tiles_in_memory(tmp_path):
+    """A product of a matrix of 36 tiles, 9 MB, holds no more than a tile for each thread."""
+    x = np.random.default_rng(0).normal(size=(2048, 3)).astype(np.float32)
+    kept = store.create(str(tmp_path), {"tile": 256}, store.digests(x))
+    K = tiles.gram(linear, x, 256, store=kept)
+    tracemalloc.start()
+    K.matvec(np.ones((2048, 2)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (os.cpu_count() + 2) * (256 * 256 * 4 + 256 * 256 * 8 * 2) < 36 * 256 * 256 * 4
+
+
+DRIVER = """
+import sys; sys.path.insert(0, ".")
+import jax.numpy as jnp, numpy as np, tiles
+from large import store
+x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+try:
+    kept = store.create(sys.argv[1], {"tile": 32}, store.digests(x))
+    K = tiles.gram(lambda a, b: jnp.matmul(a, b.T), x, 32, store=kept, quiet=True)
+    print(f"found {K.found} of {K.entries}, sum {K.matvec(np.ones((300, 1))).sum():.6f}")
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+def test_store_on_a_full_and_on_a_read_only_disk(tmp_path):
+    """A full disk, then a read-only one: one sentence and exit code 1, what was finished is kept and
+    intact; given room, the same command ends as if nothing had been. A finished store needs no right
+    to write."""
+    run = f'"{sys.executable}" -c "$DRIVER" disk/K'
+    script = f"""mkdir disk; mount -t tmpfs -o size=100k tmpfs disk
+        {run}; echo "exit $?"; "{sys.executable}" {HERE}/tiles.py disk
+        mount -o remount,ro disk; {run}; echo "exit $?"
+        mount -o remount,rw,size=9m disk; {run}
+        mount -o remount,ro disk; {run}"""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a small disk (unshare -rm)")
+    out = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "DRIVER": DRIVER, "PYTHONPATH": HERE})
+    assert re.search(r"could not be written: No space left on device\. Whatever was finished is kept: free "
+                     r"some space and run the same command again", out.stderr)
+    assert re.search(r"could not be written: Read-only file system\. Whatever was finished is kept: make the "
+                     r"folder writable", out.stderr)
+    assert out.stdout.count("exit 1") == 2 and "every tile is intact" in out.stdout
+    first, second = re.findall(r"found (\d+) of (\d+), sum (.*)", out.stdout)
+    assert 0 < int(first[0]) < int(first[1]) == int(second[0]) and first[2] == second[2]
+
+
+def test_tiles_merged(tmp_path):
+    """A matrix in larger tiles has the entries it had, for any n, also a leading block, and from a disk."""
+    for n, side in ((37, 12), (40, 10), (9, 100), (64, 8)):
+        x, x_test = inputs(n), inputs(200)[150:167]
+        for K in (tiles.gram(linear, x, 3, quiet=True), tiles.cross(linear, x_test, x, 3, quiet=True),
+                  tiles.gram(linear, x, 3, quiet=True).leading(n - 2)):
+            large = K.merged(side)
+            assert large.sides[0] > 3 and (large.dense() == K.dense()).all() and large.entries >= K.entries
+            assert (large.rows(1, 6) == K.dense()[1:6]).all() or K.symmetric
+    kept = stored(tmp_path, inputs(40))
+    assert isinstance(kept.merged(32).tiles, dict) and (kept.merged(32).dense() == kept.dense()).all()
+    assert kept.merged(16) is kept
+
+
+
+# ------------------------------------------------------------------------------------------- lazy
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_lazy_is_kept(devices):
+    """A matrix that is kept nowhere has the methods and the answers of one in memory, for any n."""
+    for n in (1, 37):
+        x, x_test = inputs(n), inputs(200)[50:61]
+        v = np.random.default_rng(1).normal(size=(n, 3))
+        where = dict(tile=16, devices=jax.local_devices()[:devices], quiet=True)
+        for K, kept in ((on_the_fly.matrix(linear, x, **where), tiles.gram(linear, x, **where)),
+                        (on_the_fly.matrix(linear, x_test, x, **where), tiles.cross(linear, x_test, x, **where))):
+            assert K.shape == kept.shape and K.entries == kept.entries
+            assert np.allclose(K.matvec(v), kept.matvec(v), rtol=1e-5, atol=1e-5)
+            indices = np.array([n - 1, 0])
+            assert np.allclose(K.columns(indices), kept.columns(indices), rtol=1e-5, atol=1e-5)
+            if not kept.symmetric:
+                assert np.allclose(K.rows(3, 9), kept.rows(3, 9), rtol=1e-5, atol=1e-5)
+                assert np.allclose(kept.rows(3, 9), linear(x_test, x)[3:9], rtol=1e-5, atol=1e-5)
+                half = -(-n // 2)
+                assert np.allclose(K.leading(half).matvec(v[:half]), kept.rows(0, 11)[:, :half] @ v[:half],
+                                   rtol=1e-5, atol=1e-5)
+        K, kept, k = on_the_fly.matrix(linear, x, **where), tiles.gram(linear, x, **where), -(-n // 2)
+        assert np.allclose(K.diagonal(), kept.diagonal(), rtol=1e-5, atol=1e-5)
+        assert np.allclose(K.leading(k).matvec(v[:k]), kept.leading(k).matvec(v[:k]), rtol=1e-5, atol=1e-5)
+        product = K.matvec(np.eye(n))
+        assert np.allclose(product, product.T, rtol=1e-14)  # CG needs it
+
+
+
+# -------------------------------------------------------------------------------------------- pcg
+
+def test_pcg_checkpoint(tmp_path, capsys):
+    """A checkpoint gives back what it was given, to one that asks about the same solve; it is not
+    written at every step; a damaged one is said and not used."""
+    path, about = str(tmp_path / "solve" / "a.npz"), {"ridge": 0.1, "rows": 5}
+    kept = store.Checkpoint(path, about, tiles.ALONE)
+    assert kept.load() is None
+    for step in range(100):
+        kept.save({"x": np.full(3, step)}, False)
+    assert store.Checkpoint(path, about, tiles.ALONE).load()["x"][0] < 99
+    kept.save({"x": np.full(3, 7.5), "history": [1.0]}, True)
+    state = store.Checkpoint(path, about, tiles.ALONE).load()
+    assert set(state) == {"x", "history"} and (state["x"] == 7.5).all()
+    assert store.Checkpoint(path, {**about, "ridge": 1.0}, tiles.ALONE).load() is None
+    flip(tmp_path / "solve" / "a.npz")
+    assert kept.load() is None and "damaged: this solve starts anew" in capsys.readouterr().out
+
+
+
+# ----------------------------------------------------------------------------------- precondition
+
+@pytest.mark.parametrize("source, ridge", [("power", 1e-6), ("power", 1e-2), ("digits", 1e-4)])
+def test_precondition_rank_is_worth_it(source, ridge):
+    """The rank chosen while F grows is one whose cost, with the steps really taken, is at most a fifth
+    above that of the best of six ranks; a product that costs more is worth a larger rank."""
+    n = 600
+    K = spectrum(n, 1e4) if source == "power" else np.asarray(
+        kernel.kernel_fn("fc", "nngp")(digits(n)[0]), np.float64)
+    y, product = np.random.default_rng(0).normal(size=(n, 10)), 2 * n * n * 10
+    ridge *= np.diag(K).mean()
+    worth = rank.Worth(n, [(ridge, 1e-6)], product)
+    chosen = pcg.low_rank(Dense(K), None, worth=worth, size=16)
+
+    def cost(low):
+        k = low.F.shape[1]
+        steps = pcg.solve(Dense(K).matvec, y, ridge, low(ridge), max_iters=3000)[1].iterations
+        return steps * (product + 4 * n * k * 10) + 3 * n * k**2 + k**3
+    best = min(cost(pcg.low_rank(Dense(K), k)) for k in (20, 40, 80, 120, 160, 240))
+    assert 16 < chosen.rank < n // 2 and cost(chosen) < 1.2 * best
+    dearer = rank.Worth(n, [(ridge, 1e-6)], 10 * product)
+    assert pcg.low_rank(Dense(K), None, worth=dearer, size=16).rank > chosen.rank
+
+
+
+# ------------------------------------------------------------------------------------------ train
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_train_store_refuses_before_it_computes(tmp_path, part):
+    """Where the store of K or of K_test holds something else, no tile of either is computed first."""
+    flags = ["--n_train", "60", "--ridge", "1", "--store", str(tmp_path / "K")]
+    train(tmp_path, *flags, "--n_test", "30")
+    for name in os.listdir(tmp_path / "K"):
+        if not name.startswith(part):
+            shutil.rmtree(tmp_path / "K" / name)
+    with pytest.raises(ValueError, match=f"{part}-nngp holds another matrix|{part}-nngp was made from other inputs"):
+        train(tmp_path, *flags, "--n_test", "30", "--seed", "1", "--depth", "2")
+    assert not [path for path in (tmp_path / "K").rglob("*-*.npy") if not path.parent.name.startswith(part)]
+
+
+def test_train_store(tmp_path):
+    """With a store the answers are those without; a second run computes no entry; a larger n_train takes up the tiles
+    of the smaller; --kind both takes up what one kind has left; another network or whitening is refused."""
+    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "1000", "--rank",
+             "9"]  # for rank is chosen by what a product costs, another on a disk
+    keep = ["--store", str(tmp_path / "K")]
+    for n, computed in ((60, 60 * 80 // 2 + 60 * 50), (60, 0), (100, 100 * 120 // 2 - 2400 + 2000)):
+        result = train(tmp_path, "--n_train", str(n), *flags, *keep)
+        assert result["entries_computed"] == computed
+        assert result["test_mse"] == train(tmp_path, "--n_train", str(n), *flags)["test_mse"]
+    both = train(tmp_path, "--n_train", "100", *flags, *keep, "--kind", "both")
+    assert both["nngp"]["test_mse"] == result["test_mse"]
+    assert not (tmp_path / "K" / "solve-nngp").exists()  # of no more use once the result is recorded
+    derived = train(tmp_path, "--n_train", "100", *flags[:4], *flags[6:], *keep)  # tile: that of the store
+    assert derived["entries_computed"] == 0 and derived["config"]["tile"] == 20
+    for more, words in ((["--depth", "2"], "layers is .* there"), (["--b_std", "1"], "layers is .* there"),
+                        (["--fit_on", "900"], "fitted_on is .* there"), (["--flips"], "fitted_on is|flips is None there"),
+                        (["--whiten", "channel"], "whiten is 'zca' there, 'channel' here")):
+        with pytest.raises(ValueError, match="holds another matrix: .*" + words):
+            train(tmp_path, "--n_train", "60", *flags, *keep, *more)
+    with pytest.raises(ValueError, match=r"rows that both have\s+differ, .*--seed"):
+        train(tmp_path, "--n_train", "60", "--seed", "1", "--whiten", "none", "--n_test", "50", "--ridge", "1", "--store",
+              str(tmp_path / "L"))
+        train(tmp_path, "--n_train", "60", "--seed", "2", "--whiten", "none", "--n_test", "50", "--ridge", "1", "--store",
+              str(tmp_path / "L"))
+
+
+def test_train_sizes(tmp_path):
+    """--sizes are the runs of these sizes, on leading blocks of one kernel: each has the ridge, the answer and the
+    configuration of a run alone."""
+    flags = ["--n_test", "50", "--ridge", "1,0.1", "--flips", "--tile", "30", "--tol", "1e-9"]
+    whole = train(tmp_path, *flags, "--sizes", "80,20,50")
+    assert list(whole) == [20, 50, 80] and [whole[n]["rows"] for n in whole] == [20, 50, 80]
+    for n in (20, 50, 80):
+        alone = train(tmp_path, *flags, "--n_train", str(n))
+        assert abs(whole[n]["test_mse"] / alone["test_mse"] - 1) < 1e-6 and whole[n]["ridge"] == alone["ridge"]
+        assert whole[n]["config"]["n_train"] == n and whole[n]["entries"] == alone["entries"] == (
+            alone["entries_computed"])
+        assert whole[n]["config"] == alone["config"] and alone["config"]["fit_on"] == 1437
+        assert whole[n]["entries_computed"] == (alone["entries"] if n == 80 else 0)
+    both = train(tmp_path, *flags, "--n_train", "80", "--sizes", "50", "--kind", "both", "--whiten", "none",
+                 "--store", str(tmp_path / "K"))
+    unwhitened = train(tmp_path, *flags, "--n_train", "50", "--whiten", "none", "--kind", "ntk")
+    assert abs(both["ntk"][50]["test_mse"] / unwhitened["test_mse"] - 1) < 1e-5
+    assert both["ntk"][50]["ridge"] == unwhitened["ridge"] and set(both["nngp"]) == {50, 80}
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3 + 3 + 4 + 1
+
+
+def test_train_survives_kills(tmp_path):
+    """Killed at random moments, of the tiles and of the solve, and started again each time, it ends with
+    the tiles of a run left alone, to the last bit, and with its answer."""
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, os.path.join(HERE, "train_cifar.py"), "--n_train", "700", "--tile", "40", "--quiet",
+             "--store", tmp_path / name, "--out", tmp_path / f"{name}-results", "--ridge", "1e-8,1e-7",
+             "--precondition", "none", "--max_iters", "4000"], stdout=subprocess.PIPE, text=True)
+    whole = start("whole")
+    assert "test accuracy" in whole.communicate(timeout=300)[0] and whole.returncode == 0
+    rng = np.random.default_rng(0)
+    for kill in range(KILLS):
+        process = start("killed")
+        begun = tmp_path / "killed" / ("train-nngp/tiles-0.txt" if kill < KILLS // 2 else "solve-nngp")
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        assert store.report(str(tmp_path / "killed")) == 0
+    last = start("killed")
+    assert last.communicate(timeout=300) and last.returncode == 0
+    for part in ("train-nngp", "test-nngp"):
+        assert contents(tmp_path / "killed" / part) == contents(tmp_path / "whole" / part)
+    whole, killed = (json.loads((tmp_path / f"{name}-results" / "runs.jsonl").read_text().splitlines()[-1])
+                     for name in ("whole", "killed"))
+    assert killed["entries_computed"] < whole["entries_computed"]
+    assert abs(killed["test_mse"] / whole["test_mse"] - 1) < 1e-6
+
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def team(count, *flags, slurm=False, last=()):
+    """Start train_cifar.py as `count` processes on loopback: digits, sizes that nothing divides."""
+    common = ["--n_train", "203", "--n_test", "101", "--tile", "32", "--ridge", "1e-3,1e-2", "--quiet",
+              *map(str, flags)]
+    port, running = free_port(), []
+    for index in range(count):
+        where = [] if slurm else ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count),
+                                  "--process", str(index)]
+        env = {**os.environ, "XLA_FLAGS": ""}
+        if slurm:
+            env.update(SLURM_JOB_ID=str(port), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(count),
+                       SLURM_PROCID=str(index), SLURM_LOCALID="0", SLURM_STEP_NUM_NODES=str(count))
+        running.append(subprocess.Popen(
+            [sys.executable, os.path.join(HERE, "train_cifar.py"), *common, *where,
+             *(last if index == count - 1 else ())], env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return running
+
+
+@pytest.mark.parametrize("count, devices, slurm, where", [
+    (2, 2, True, "K"), (4, 1, False, "none")])
+def test_hosts_one_answer(tmp_path, count, devices, slurm, where):
+    """2 and 4 processes, told by Slurm or by flags, with tiles on disk or nowhere, give the answer of one
+    to 1e-6, and one result line; each has written its share of the tiles."""
+    flags = ["--store", tmp_path / "K" if where == "K" else where, "--out", tmp_path, "--devices", devices]
+    done = [(process.communicate(timeout=300), process.returncode)
+            for process in team(count, *flags, slurm=slurm)]
+    assert [code for _, code in done] == [0] * count, done
+    assert [out.count("test accuracy") for (out, _), _ in done] == [1] + [0] * (count - 1)
+    together, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    alone = train(tmp_path, "--n_train", "203", "--n_test", "101", "--ridge", "1e-3,1e-2")
+    assert together["processes"] == count and together["devices"] == devices
+    assert together["test_accuracy"] == alone["test_accuracy"] and together["ridge"] == alone["ridge"]
+    assert abs(together["test_mse"] / alone["test_mse"] - 1) < 1e-6
+    if where == "K":
+        shares = [len((tmp_path / "K" / "train-nngp" / f"tiles-{i}.txt").read_text().split("\n")) - 1
+                  for i in range(count)]
+        assert shares == [14, 14] and store.report(str(tmp_path / "K")) == 0
+
+
+def test_hosts_one_dies(tmp_path):
+    """One process of two is killed in the middle of a solve: the other ends within a minute with a
+    sentence, not a hang; started again, they go on from what was finished and end as if nothing was."""
+    flags = ["--store", tmp_path / "K", "--out", tmp_path, "--devices", 1, "--precondition", "none",
+             "--ridge", "1e-9", "--tol", "1e-9", "--max_iters", 3000]
+    running = team(2, *flags)
+    solving = tmp_path / "K" / "solve-nngp"
+    while not (solving.exists() and list(solving.glob("*.npz"))):
+        assert all(process.poll() is None for process in running), running[0].communicate()
+        time.sleep(0.01)
+    running[1].kill()
+    start = time.monotonic()
+    out, err = running[0].communicate(timeout=100)
+    running[1].communicate()
+    assert running[0].returncode == 1 and time.monotonic() - start < 60
+    assert re.search("process 0 of 2: another process is gone. Start all of them again: what is in --store", err)
+    for process in (again := team(2, *flags)):
+        assert process.wait(timeout=300) == 0, process.communicate()
+    result, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    alone = train(tmp_path, "--n_train", "203", "--n_test", "101", *map(str, flags[6:]))
+    assert result["entries_computed"] == 0 and result["cg_iterations"] > 100
+    assert abs(result["test_mse"] / alone["test_mse"] - 1) < 1e-6
+    [process.communicate() for process in again]
+
+
+SLOW = """
+import sys, time
+import jax.numpy as jnp, numpy as np
+import tiles
+from large import processes
+index, port = map(int, sys.argv[1:])
+team, tiles.MEET, sums = processes.start(f"127.0.0.1:{port}", 2, index), 0.2, []
+
+class Rows:
+    def __len__(self):
+        return 40
+    def __getitem__(self, rows):
+        time.sleep(0.1 * index)
+        return np.ones((len(rows), 3), np.float32)
+
+reduce = lambda array: sums.append(1) or team.all_reduce(array)
+K = tiles.gram(lambda a, b: a @ b.T, Rows(), 4, quiet=True, team=team._replace(all_reduce=reduce))
+assert K.matvec(np.ones((40, 1))).sum() == 4800
+sys.exit(len(sums))
+"""
+
+def test_hosts_wait_for_the_slowest():
+    """While one process computes, the other does not wait in one sum, which gives up after half an hour,
+    but meets it every MEET seconds; both meet equally often and go on together."""
+    port = free_port()
+    met = [process.wait(timeout=100) for process in [
+        subprocess.Popen([sys.executable, "-c", SLOW, str(index), str(port)], cwd=HERE) for index in range(2)]]
+    assert met[0] == met[1] > 5
+
+
+def test_hosts_errors():
+    """One flag of the three without the others, or a number that is not there: one sentence."""
+    for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
+        with pytest.raises(ValueError, match="give HOST:PORT of process 0, their number P, and 0 to P - 1"):
+            processes.start(*given)
+    assert processes.start() == processes.start("h:1", 1, 0) == tiles.ALONE
+
+
+def test_hosts_error_in_one_ends_all(tmp_path):
+    """A process that fails while the other waits for it says why, and both end at once."""
+    start = time.monotonic()
+    running = team(2, "--out", tmp_path, "--devices", 1, last=["--n_test", "1000"])
+    said = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [1, 1] and time.monotonic() - start < 60
+    assert "another process is gone" in said[0] and "n_test=1000, but digits has 1 to 360 rows" in said[1]
+
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+def test_plan_adds_up():
+    """The plan of 10 rows, 3 test rows, tiles of 4, two hosts with two devices, counted by hand: 6 tiles
+    of K and 3 of K_test; of sixteen entries each; 100 steps."""
+    out = plan.estimate(10, 3, 4, 2, 2, 5, entries_rate=9.0, product=48.0, read=24.0, write=1e9, pixels=7,
+                        classes=10, kept="on disk")
+    assert out["tiles"] == 9 and out["entries"] == 144 and out["bytes"] == 576
+    assert out["kernel_seconds"] == 144 / 36 and out["bytes_a_host"] == 288
+    assert out["pass_bytes"] == 6 * 16 * 4 / 2 and out["pass_seconds"] == 192 / 24
+    assert out["reduce_bytes"] == 800 and out["step_seconds"] == 8 + 1600 / plan.NETWORK
+    assert out["solve_seconds"] == 100 * out["step_seconds"]
+    memory = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, ridges=4)
+    assert memory["pass_seconds"] == 6 * 16 * 4 / 48 and memory["reduce_bytes"] == 0
+    assert memory["solve_seconds"] == 300 * memory["step_seconds"]
+    lazily = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, kept="nowhere")
+    assert lazily["kernel_seconds"] == lazily["bytes"] == 0 and lazily["pass_seconds"] == 96 / 36
+    both = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, 24.0, 2.0, kinds=2, kept="on disk")
+    assert both["kernel_seconds"] == 576 / 2  # the disk is slower than the kernel
+    assert both["bytes"] == 1152 and both["pass_bytes"] == 192
+    assert both["solve_seconds"] == 200 * both["step_seconds"]
+
+
+def test_plan_of_five_million(tmp_path, capsys):
+    """5 million images on 256 hosts are planned in seconds, nothing is loaded or started, and the
+    numbers printed are those of the paper's problem."""
+    out = train_cifar.main(["--plan", "--dataset", "cifar5m", "--n_train", "5000000", "--n_test", "10000",
+                            "--hosts", "256", "--devices", "2", "--tile", "4096", "--store",
+                            str(tmp_path / "K"), "--ridge", "0.1"])
+    text = capsys.readouterr().out
+    assert not (tmp_path / "K").exists() and not list(tmp_path.iterdir())
+    assert abs(out["entries"] / (5e6**2 / 2 + 5e6 * 1e4) - 1) < 0.01 and out["tiles"] == 1221 * 1222 / 2 + 3 * 1221
+    assert "5,000,000 rows" in text and "256 x 2 devices" in text and "50.3 TB on disk, 197 GB a host" in text
+    assert out["total_seconds"] == out["kernel_seconds"] + out["solve_seconds"]
+    n_entries = out["entries"] / (out["entries_per_second"] / 2 * 512)
+    assert out["kernel_seconds"] >= n_entries * 0.99
+
+
+
+# -------------------------------------------------------------------------------------- benchmark
+
+SHARE = """
+import os, sys, time
+n, count, index, port = map(int, sys.argv[1:])
+os.sched_setaffinity(0, {index})  # a core each, as a host each
+import jax, numpy as np
+import tiles
+from fast import fused
+from large import processes
+team = processes.start(f"127.0.0.1:{port}", count, index)
+x = np.random.default_rng(0).standard_normal((n, 32, 32, 3), np.float32)
+kernel_fn = fused.kernel_fn("cnn_vec", "ntk")
+for rows in (n // 4, n):  # the first compiles
+    team.all_reduce(np.zeros(1))
+    start = time.perf_counter()
+    tiles.gram(kernel_fn, x[:rows], n // 8, quiet=True, team=team)
+    team.all_reduce(np.zeros(1))
+if index == 0:
+    print(time.perf_counter() - start)
+"""
+
+def test_benchmark_two_processes(benchmark):
+    """The tiles of one K by one process and by two, a core each: parallel efficiency t1 / (2 t2)."""
+    if benchmark.disabled or os.cpu_count() < 2:
+        pytest.skip("what it times is tested under hosts; --benchmark-only times it, on two cores or more")
+
+    def seconds(count):
+        n, port = 1024, free_port()
+        running = [subprocess.Popen([sys.executable, "-c", SHARE, *map(str, (n, count, index, port))], cwd=HERE,
+                                    stdout=subprocess.PIPE, text=True) for index in range(count)]
+        out = [process.communicate(timeout=600)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * count
+        return float(out[0].splitlines()[-1])
+    pairs = np.array(benchmark.pedantic(lambda: [(seconds(1), seconds(2)) for _ in range(3)], rounds=1))
+    benchmark.extra_info["efficiency"] = np.median(pairs[:, 0] / (2 * pairs[:, 1]))
+
+
+def test_on_the_fly_says_where_nan_is():
+    """NaN in the inputs of a matrix that is computed on the fly is one sentence, whatever is asked of it."""
+    x = np.ones((4, 3), np.float32)
+    x[2, 1] = np.nan
+    bad = on_the_fly.matrix(kernel.kernel_fn("fc", "nngp"), x, quiet=True)
+    for wrong in (lambda: bad.columns([2]), lambda: bad.rows(2, 3), lambda: bad.matvec(np.eye(4))):
+        with pytest.raises(ValueError, match="of the kernel's tiles are not finite: look for NaN"):
+            wrong()
+    with pytest.raises(ValueError, match="not finite: look for NaN"):
+        bad.diagonal()
+
+
+def test_docs_commands_of_rooms():
+    """The commands with proteins.train and molecules.train that README and docstrings show are understood."""
+    from molecules import train as train_molecule
+    from proteins import train as train_protein
+    for name, script in (("proteins.train", train_protein), ("molecules.train", train_molecule)):
+        assert len(commands(name, script.__doc__)) > 3
+        for command in commands(name, script.__doc__):
+            script.parse(command)

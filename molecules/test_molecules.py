@@ -1,0 +1,666 @@
+"""Graphs: their layers, data and experiment.
+
+Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
+"""
+
+import gzip
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+from test_all import (  # isort: skip
+    HERE, both_kinds, fastest, linear, reference, refitted, relative_error, time_it,
+)
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+
+import choose
+import kernel
+import pcg
+import regression
+import tiles
+from molecules import graphs, missing
+from molecules import layers as graph_layers
+from molecules import smiles as files
+from molecules import train as train_molecule
+
+MOLECULES = os.path.join(HERE, "..", "shared", "data", "molecules")
+needs_molecules = pytest.mark.skipif(not os.path.exists(MOLECULES), reason="molecules are not beside the project")
+needs_rdkit = pytest.mark.skipif(importlib.util.find_spec("rdkit") is None, reason="RDKit is not installed")
+
+# ----------------------------------------------------------------------------------------- graphs
+
+def random_graph(rng, n, nodes, features=3, degree=7):
+    """A graph of n nodes as kernel.py wants it, padded to `nodes`: each listens to up to `degree` of them."""
+    x = np.zeros((nodes, features + 2 * degree))
+    x[:n, :features] = rng.normal(size=(n, features))
+    for row in x[:n]:
+        some = rng.choice(n, size=rng.integers(1, min(n, degree) + 1), replace=False)
+        row[features:features + len(some)] = some
+        row[features + degree:features + degree + len(some)] = rng.uniform(0.2, 1, size=len(some))
+    return x
+
+
+def dense_graphs(layers, x1, x2):
+    """NNGP and NTK of two graphs without padding, by the formulas, with NumPy's arccos."""
+    degree, f = layers[0][1], x1.shape[1] - 2 * layers[0][1]
+    A1, A2 = np.zeros((len(x1),) * 2), np.zeros((len(x2),) * 2)
+    for A, x in ((A1, x1), (A2, x2)):
+        for p, row in enumerate(x):
+            for number, weight in zip(row[f:f + degree].astype(int), row[f + degree:]):
+                A[p, number] += weight
+    state = {"12": (x1, x2, A1, A2), "11": (x1, x1, A1, A1), "22": (x2, x2, A2, A2)}
+    K = {key: x[:, :f] @ y[:, :f].T / f for key, (x, y, _, _) in state.items()}
+    T, kept = np.zeros_like(K["12"]), []
+    for layer in layers:
+        if layer[0] == "aggregate":
+            K, T = {key: state[key][2] @ K[key] @ state[key][3].T for key in K}, A1 @ T @ A2.T
+        elif layer[0] == "dense":
+            K = {key: layer[1]**2 * k + layer[2]**2 for key, k in K.items()}
+            T = K["12"] + layer[1]**2 * T
+        elif layer[0] == "relu":
+            sd = {key: np.sqrt(np.diag(K[key])) for key in ("11", "22")}
+            scale = {key: np.outer(sd[key[0] * 2], sd[key[1] * 2]) for key in K}
+            cosine = {key: np.clip(K[key] / scale[key], -1, 1) for key in K}
+            T = T * (np.pi - np.arccos(cosine["12"])) / (2 * np.pi)
+            K = {key: scale[key] / (2 * np.pi) * (np.sqrt(1 - c**2) + (np.pi - np.arccos(c)) * c)
+                 for key, c in cosine.items()}
+        elif layer[0] == "jump":
+            kept.append((K["12"], T))
+        else:
+            pool = np.sum if layer[0] == "sum" else np.mean
+            K, T = {"12": sum(pool(k) for k, _ in [*kept, (K["12"], T)])}, sum(pool(t) for _, t in [*kept, (0, T)])
+    return K["12"], T
+
+
+@pytest.mark.parametrize("options", [{"hidden": 2}, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}], ids=str)
+def test_graphs_are_neural_tangents(options):
+    """K and T are neural_tangents' of the graphs without padding to 1e-10 in float64: graphs of different sizes,
+    one node too, and directed edges with any weight."""
+    rng, layers = np.random.default_rng(0), graph_layers.gcn(7, 2, **options)
+    sizes = (1, 6), (4, 9)
+    x1, x2 = (np.stack([random_graph(rng, n, 11) for n in of for _ in range(2)]) for of in sizes)
+    exact = kernel.kernel_fn(layers, kernel.KINDS)(x1, x2)
+    for i, p in enumerate(sizes[0]):
+        for j, q in enumerate(sizes[1]):
+            block = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
+            expected = reference(layers, kernel.KINDS, x1[block[0], :p], x2[block[1], :q])
+            assert all(relative_error(K[block], want) < 1e-10 for K, want in zip(exact, expected))
+
+
+@pytest.mark.parametrize("side, options", [
+    (16, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}), (16, {"jump": True}), (32, {"jump": True})], ids=str)
+def test_graphs_are_the_formula(side, options, monkeypatch):
+    """graphs.py, in bins of 32 nodes and 3 graphs, is the dense formula in NumPy, and kernel.py is where all rounds
+    are pooled: to 1e-10 in float64 and 1e-5 in float32. side: in blocks of a bin, as on a CPU, and whole, as on a
+    GPU."""
+    for what, number in (("OWN", 32), ("SIDE", side), ("STRIPE", side)):
+        monkeypatch.setitem(getattr(graphs, what), "cpu", number)
+    monkeypatch.setattr(graphs, "NODES", 32)
+    monkeypatch.setattr(graphs, "GRAPHS", 3)
+    rng, layers, sizes = np.random.default_rng(0), graph_layers.gcn(7, 2, **options), (1, 20, 3, 2, 1, 9, 17, 16, 12, 1, 1)
+    x = np.stack([random_graph(rng, n, 20) for n in sizes])
+    expected = np.moveaxis([[dense_graphs(layers, a[:n], b[:m]) for m, b in zip(sizes[4:], x[4:])]
+                            for n, a in zip(sizes, x[:4])], -1, 0)
+    runs = [(graphs.kernel_fn, float, 1e-10), (graphs.kernel_fn, np.float32, 1e-5)]
+    for fn, dtype, tolerance in runs + [(kernel.kernel_fn, float, 1e-10)] * ("jump" in options):
+        for K, want in zip(fn(layers, kernel.KINDS)(x[:4].astype(dtype), x[4:].astype(dtype)), expected):
+            assert K.dtype == dtype and relative_error(K, want) < tolerance
+
+
+def ring_of_trees(rng, n, nodes, kinds=2, degree=4):
+    """A ring of n nodes of a few kinds, some with a leaf: many have the same surroundings."""
+    lists = [[i, (i - 1) % n, (i + 1) % n] for i in range(n)]
+    for i in rng.choice(n, size=n // 6, replace=False):
+        lists.append([len(lists), i])
+        lists[i].append(len(lists) - 1)
+    x = np.zeros((nodes, kinds + 2 * degree), np.float32)
+    for row, kind, one in zip(x, (rng.random(len(lists)) < 0.1).astype(int), lists):
+        row[kind] = 1
+        row[kinds:kinds + len(one)] = rng.permutation(one)
+        row[kinds + degree:kinds + degree + len(one)] = 0.5
+    return x
+
+
+def surroundings(x, kinds, degree, steps):
+    """Of every node of a graph what it sees in so many steps, in nested tuples."""
+    seen = [tuple(row[:kinds]) for row in x]
+    for _ in range(steps):
+        seen = [tuple(sorted((seen[int(q)], w) for q, w in zip(row[kinds:kinds + degree], row[kinds + degree:]) if w))
+                for row in x]
+    return seen
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_graphs_nodes_that_look_alike(collide, monkeypatch):
+    """The classes of a bin are the different surroundings of its nodes after one, two and three rounds, far fewer than
+    nodes, whatever order neighbours are named in; where every hash is the same there are more of them, and K is the
+    same: kernel.py's to 1e-6."""
+    if collide:
+        monkeypatch.setattr(graphs, "hashed", lambda rows: jnp.zeros(len(rows), jnp.uint32))
+    rng, layers = np.random.default_rng(0), graph_layers.gcn(4)
+    x = np.stack([ring_of_trees(rng, n, 30) for n in rng.integers(12, 21, size=16)])
+    degree, rounds, pool, _ = graphs.parse(layers)
+    N = 30 * 16
+    every, _, _, count = graphs.bins(jnp.asarray(x), 8, rounds, degree, pool, N, N)
+    assert count == 2
+    for i, half in enumerate((x[:8], x[8:])):
+        found = np.asarray(every.counts[i]) - 1  # one class is that of the rows without a node
+        nodes = [graph[graph.any(axis=1)] for graph in half]
+        want = [len({one for graph in nodes for one in surroundings(graph, 2, 4, k)}) for k in (1, 2, 3)]
+        assert (found >= want).all() and (collide and found[2] > want[2] or (found == want).all())
+        assert want[2] < 0.8 * np.count_nonzero(half.any(axis=2))
+    for K, want in zip(graphs.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:]),
+                       kernel.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:])):
+        assert relative_error(K, np.asarray(want, np.float64)) < 1e-6
+
+
+def test_graphs_symmetry_and_tiles():
+    """fn(x) is fn(x, x), symmetric to the last bit; tiles of any side are parts of it, also of Graphs, which are
+    padded only when read; and what `take` takes is what is there."""
+    rng = np.random.default_rng(0)
+    x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
+    fn = graphs.kernel_fn(graph_layers.gcn(7, 2), "nngp")
+    K = np.asarray(fn(x))
+    assert (K == K.T).all() and relative_error(K, np.asarray(fn(x, x), np.float64)) < 1e-6
+    lengths = (x != 0).any(axis=2).sum(axis=1)
+    kept = files.Graphs(np.concatenate([one[:n] for one, n in zip(x, lengths)]),
+                            np.concatenate([[0], np.cumsum(lengths)]), 7, 9)
+    assert (kept[np.arange(13)] == x).all() and (kept.take([4, 4, 2])[np.arange(3)] == x[[4, 4, 2]]).all()
+    tiled = tiles.gram(fn, kept, 5, quiet=True)
+    assert relative_error(tiled.dense(), K.astype(np.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: graph_layers.gcn(0), "degree=0, depth=3, hidden=1, pool='sum': expected three positive"),
+    (lambda: graph_layers.gcn(4, pool="max"), "pool='max': expected .* sum or mean"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 8))), r"\(2, 3, 8\).*features \+ 2 degree"),
+    (lambda: kernel.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((3, 9))), r"\(3, 9\).*graphs \(n, nodes, features"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 9)), np.ones((2, 4, 9))), "must agree"),
+    (lambda: graphs.kernel_fn(kernel.network("fc"), "ntk"), "graphs.py takes .*take kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "take kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4), "gp"), "'gp' is unknown; choose nngp or ntk"),
+])
+def test_graphs_errors(call, words):
+    """What does not fit is refused in one sentence."""
+    with pytest.raises(ValueError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+
+# -------------------------------------------------------------------------------------- molecules
+
+ODD = ("C", "[Na+].[Cl-]", "CCO", "c1ccccc1C(=O)O", "FS(F)(F)(F)(F)F", "C[C@H](N)C(=O)O", "CC(C)(C)c1ccc2ncccc2c1",
+       "[CH]12[CH]3[CH]4[CH]5[CH]1[Fe]23451678[CH]2[CH]1[CH]6[CH]7[CH]28")  # an atom alone; 6 and 10 neighbours
+
+@needs_rdkit
+def test_molecules_are_neural_tangents():
+    """On real molecules of 1 to 14 atoms, an isolated atom, a salt, and a metal with ten neighbours among them,
+    float32 is neural_tangents in float64 to 1e-5, and the formula on every pair; padded, and with their atoms
+    numbered otherwise."""
+    from rdkit import Chem
+    mols, rng = [files.read(one) for one in ODD], np.random.default_rng(0)
+    mols += [Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist()) for mol in mols]
+    x = files.graphs(mols, least=23)
+    layers, packed, sizes = graph_layers.gcn(x.degree, 2), x[np.arange(len(mols))], np.diff(x.starts)
+    assert x.degree == 11 and sizes.min() == 1 and sizes.max() >= 11 and packed.shape[1] == 23
+    fast = [np.asarray(K) for K in graphs.kernel_fn(layers, kernel.KINDS)(packed, packed)]
+    exact, n = [one[:size].astype(np.float64) for one, size in zip(packed, sizes)], len(ODD)
+    for pair in np.ndindex(n, n):
+        for K, want in zip(fast, dense_graphs(layers, *(exact[i] for i in pair))):
+            copies = K.reshape(2, n, 2, n)[:, pair[0], :, pair[1]]
+            assert relative_error(copies, want) < 1e-5, (pair, copies, want)
+    for pair in ((0, 3), (7, 2)):
+        for K, want in zip(fast, reference(layers, kernel.KINDS, *(exact[i][None] for i in pair))):
+            assert relative_error(K[pair], want[0, 0]) < 1e-5
+
+
+@needs_rdkit
+def test_molecules_graph_of_one():
+    """Ethanol by hand: its atoms' features, and the three kinds of weights; a carbonyl's with orders of bonds."""
+    mol = files.read("CCO")
+    x = files.graphs([mol])
+    features = x.atoms[:, :-2 * x.degree]
+    assert x.degree == 3 and (features.sum(axis=1) == 6).all()
+    assert (features[0] == features[1]).sum() < features.shape[1] and features[2, 2] == 1  # oxygen
+    A = np.array([[1, 1, 0], [1, 1, 1], [0, 1, 1.0]])
+    for weights, mol, A in (("sum", mol, A), ("normal", mol, A), ("order", files.read("C=O"), [[1, 2], [2, 1]])):  # noqa: B020
+        A = np.array(A, float)
+        x = files.graphs([mol], weights)
+        got = np.asarray(graph_layers.adjacency(jnp.asarray(x[:1])[0][:, None], x.degree))
+        root = np.sqrt(A.sum(axis=1))
+        assert np.allclose(got, A if weights == "sum" else A / np.outer(root, root), atol=1e-7)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("name", files.FINGERPRINTS)
+def test_molecules_fingerprints(name):
+    """log(1 + counts) of RDKit's patterns, of all and no others; where there are counts there are bits. Several
+    stand one after the other, each of norm 1, or zero where a molecule has no such pattern."""
+    from rdkit.Chem import rdFingerprintGenerator
+    mols = [files.read(one) for one in (*ODD, "CCO")]
+    x, make = files.fingerprints(mols, [name], bits=512), {
+        "morgan": rdFingerprintGenerator.GetMorganGenerator, "pairs": rdFingerprintGenerator.GetAtomPairGenerator,
+        "torsions": rdFingerprintGenerator.GetTopologicalTorsionGenerator}[name](fpSize=512, **(
+            {"radius": 2} if name == "morgan" else {}))
+    for row, mol in zip(x, mols):
+        counts = make.GetCountFingerprint(mol).GetNonzeroElements()
+        assert set(np.flatnonzero(row)) == set(counts)
+        assert np.allclose(np.exp(row[list(counts)]) - 1, list(counts.values()))
+        assert name != "morgan" or set(counts) == set(make.GetFingerprint(mol).GetOnBits())
+    other = "pairs" if name != "pairs" else "torsions"
+    both = files.fingerprints(mols, [other, name], bits=512)[:, 512:]
+    assert np.allclose(both * np.linalg.norm(x, axis=1, keepdims=True), x, atol=1e-6)
+    assert np.allclose(np.linalg.norm(both, axis=1), x.any(axis=1)) and x[-1].any() == (name != "torsions")
+
+
+def write_csv(path, head, lines):
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "wt") as file:
+        file.write("\n".join([head, *lines]) + "\n")
+
+
+@pytest.fixture
+def molecule_folder(tmp_path):
+    """The files of every data set, small, in one folder: 30 alkanes, alcohols and amines; two labels."""
+    smiles = [f"C{'C' * (i // 3)}{('', 'O', 'N')[i % 3]}" for i in range(30)]
+    write_csv(tmp_path / "delaney-processed.csv", "Compound ID,measured log solubility in mols per litre,smiles",
+              [f"x,{i / 7:.3f},{one}" for i, one in enumerate(smiles)])
+    write_csv(tmp_path / "HIV.csv", "smiles,activity,HIV_active", [
+        f"{one},CI,{i % 2}" for i, one in enumerate(smiles)])
+    np.savez(tmp_path / "ogbg-molhiv_scaffold_split.npz", train=np.arange(20), val=np.arange(20, 25),
+             test=np.arange(25, 30))
+    labels = [(f"{i % 2}" if i % 3 else "", f"{i // 2 % 2}" if i % 5 else "") for i in range(30)]
+    write_csv(tmp_path / "muv.csv.gz", "A,B,mol_id,smiles", [
+        f"{a},{b},id{i},{one}" for i, ((a, b), one) in enumerate(zip(labels, smiles))])
+    for folder in ("mapping", "split/scaffold"):
+        os.makedirs(tmp_path / "pcba" / folder)
+    write_csv(tmp_path / "pcba" / "mapping" / "mol.csv.gz", "task_1,task_2,smiles,mol_id", [
+        f"{a},{b},{one},id" for (a, b), one in zip(labels, smiles)])
+    for part, (first, last) in {"train": (0, 20), "valid": (20, 25), "test": (25, 30)}.items():
+        write_csv(tmp_path / "pcba" / "split" / "scaffold" / f"{part}.csv.gz", str(first),
+                  map(str, range(first + 1, last)))
+    return tmp_path
+
+
+@needs_rdkit
+def test_molecules_files(molecule_folder):
+    """Every data set is read from files of its format: targets, missing labels as NaN, the official split."""
+    esol, hiv, muv = (files.load(name, molecule_folder) for name in ("esol", "molhiv", "muv"))
+    pcba, ogb = (files.load(name, molecule_folder / "pcba") for name in ("molpcba",) * 2)
+    assert [len(rows.mols) for rows in (esol, hiv, muv, pcba, ogb)] == [30] * 5
+    assert np.allclose(esol.y[:, 0], np.round(np.arange(30) / 7, 3)) and (hiv.y[:, 0] == np.arange(30) % 2).all()
+    for rows in (muv, pcba):
+        assert rows.y.shape == (30, 2) and (np.isnan(rows.y[:, 0]) == (np.arange(30) % 3 == 0)).all()
+    for rows in (hiv, pcba):
+        train, val, test = files.split(rows, "official", seed=1)
+        assert (np.sort(train) == np.arange(20)).all() and (val == np.arange(20, 25)).all() and len(test) == 5
+    assert muv.official is None and muv.tasks == ["A", "B"]
+
+
+@needs_rdkit
+def test_molecules_splits():
+    """Random: disjoint, all, another for another seed. Scaffold: no ring system in two parts, the same each time;
+    an aluminium complex, whose valence RDKit's scaffolds refuse, included."""
+    rings = ["c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccc2ccccc2c1", "C1CCOC1", "c1ccsc1"]
+    smiles = [ring + "C" * i for k, ring in enumerate(rings) for i in range(1, 9 - k)] + ["CCO", "CCN"]
+    files.append("O=C1O[Al]23(OC1=O)(OC(=O)C(=O)O2)OC(=O)C(=O)O3")
+    rows = files.checked(smiles, np.zeros((len(smiles), 1)), ["y"], None, "made")
+    for how in ("random", "scaffold"):
+        parts = files.split(rows, how, seed=0)
+        assert (np.sort(np.concatenate(parts)) == np.arange(len(smiles))).all() and all(map(len, parts))
+    for part, other in zip(parts, files.split(rows, "scaffold", seed=7)):
+        assert set(part) == set(other)
+    ring_of = [next((k for k, ring in enumerate(rings) if one.startswith(ring)), one[:2])
+               for one in smiles]
+    of_part = [{ring_of[i] for i in part} for part in parts]
+    assert not (of_part[0] & of_part[1] or of_part[0] & of_part[2] or of_part[1] & of_part[2])
+    with pytest.raises(ValueError, match="split 'official': this data set has random, scaffold$"):
+        files.split(rows, "official")
+
+
+@needs_rdkit
+def test_molecules_bad_rows(molecule_folder, capsys):
+    """What RDKit cannot read is named by its row and left out, of the split too; unusual valences are read."""
+    path = molecule_folder / "HIV.csv"
+    lines = path.read_text().splitlines()
+    lines[1 + 3], lines[1 + 21], lines[1 + 26] = "C1CC,CI,1", ",CI,1", "CN(C)(C)(C)C,CI,0"
+    path.write_text("\n".join(lines))
+    rows = files.load("molhiv", molecule_folder)
+    said = capsys.readouterr().out
+    assert "2 of 30 rows left out, RDKit cannot read their SMILES: row 3 ('C1CC'), row 21 ('')" in said
+    assert len(rows.mols) == 28 and 26 in rows.rows and [len(part) for part in rows.official] == [19, 4, 5]
+    assert (rows.rows[rows.official[2]] == np.arange(25, 30)).all()
+
+
+@needs_rdkit
+@pytest.mark.parametrize("file, old, new, words", [
+    ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but Compound ID, measured"),
+    ("delaney-processed.csv", "0.286", "soluble", r"row 2 \(from 0, after the header\): .*'soluble'.*a number"),
+    ("HIV.csv", ",CI,1", ",CI,0", "HIV_active has the same value in every row"),
+    ("ogbg-molhiv_scaffold_split.npz", None, None, "truncated or not an .npz archive"),
+])
+def test_molecules_damaged_files(molecule_folder, file, old, new, words):
+    """What is wrong with a file is one sentence with its name, and the row where there is one."""
+    path = molecule_folder / file
+    path.write_bytes(b"nothing" if old is None else path.read_bytes().replace(old.encode(), new.encode()))
+    with pytest.raises(ValueError, match=words) as error:
+        files.load("esol" if file.startswith("del") else "molhiv", molecule_folder)
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"nothing",
+                                    lambda content: content[:40] + b"damaged" + content[47:]])
+def test_molecules_damaged_archives(molecule_folder, damage):
+    """A packed file that is cut short, none, or altered is named in one sentence."""
+    for name, folder, file in (("muv", molecule_folder, "muv.csv.gz"),
+                               ("molpcba", molecule_folder / "pcba", "split/scaffold/train.csv.gz")):
+        path = folder / file
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(ValueError, match=f"{file} is truncated or not packed by gzip"):
+            files.load(name, folder)
+
+
+@needs_rdkit
+@needs_molecules
+def test_molecules_files_are_ours(capsys, molecule_folder):
+    """A note says where a file is not the one that README's figures were made from."""
+    tables = {"esol": ("delaney-processed.csv", ["measured log solubility in mols per litre"]),
+              "molhiv": ("HIV.csv", ["HIV_active"]), "muv": ("muv.csv.gz", None)}
+    assert set(tables) == set(files.SHA256)
+    for name, (file, columns) in tables.items():
+        for folder, notes in ((MOLECULES, 0), (molecule_folder, 1)):
+            files.table(os.path.join(folder, file), columns, sha256=files.SHA256[name])
+            assert capsys.readouterr().out.count("is not the file that the figures in README.md") == notes
+
+
+def test_molecules_need_rdkit(monkeypatch):
+    """Without RDKit: one sentence that says what to install."""
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    with pytest.raises(ImportError, match="RDKit, which reads molecules, is not installed: pip install"):
+        files.load("nci")
+
+
+def test_molecules_tasks_are_dense_solves():
+    """Tasks with labels of their own rows, solved together: each is the dense solution of its own system; its
+    preconditioner is the inverse of the dense one, and spares steps."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(120, 4))
+    dense = np.exp(-((z[:, None] - z) ** 2).sum(axis=2) / 4)
+    K = tiles.gram(lambda a, b: jnp.exp(-((a[:, None] - b[None]) ** 2).sum(axis=2) / 4), z, 50, quiet=True)
+    mask = rng.random((120, 3)) < [0.2, 0.6, 1.0]
+    y = np.where(mask, rng.normal(size=(120, 3)), 0)
+    low = pcg.low_rank(K, 40)
+    look = missing.Look(low, mask)
+    masked = missing.Labelled(K, mask)
+    x, info = pcg.solve(masked.matvec, y, 1e-3, look(1e-3), 1e-10)
+    assert info.converged and pcg.solve(masked.matvec, y, 1e-3, tol=1e-10)[1].iterations > 2 * info.iterations
+    for t, rows in enumerate(mask.T):
+        A = dense[np.ix_(rows, rows)] + 1e-3 * np.eye(rows.sum())
+        assert np.allclose(x[rows, t], np.linalg.solve(A, y[rows, t]), rtol=1e-6, atol=1e-6) and not x[~rows, t].any()
+        F = low.F[rows].astype(np.float64)
+        P = F @ F.T + np.diag(low.outside[rows] + 1e-3)
+        assert np.allclose(P @ look(1e-3)(y)[rows, t], y[rows, t], atol=1e-9)
+    first = masked.leading(70)
+    assert np.allclose(first.matvec(y[:70]), mask[:70] * (dense[:70, :70] @ y[:70]), atol=1e-5)
+    assert look.leading(70)(1e-3)(y[:70]).shape == (70, 3)
+
+
+def test_molecules_ridge_from_rows_outside():
+    """Ridges are compared on rows outside of K as on the same rows of a larger K."""
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(100, 3)), rng.normal(size=(100, 2))
+    K, part = tiles.gram(linear, z, 32, quiet=True), tiles.gram(linear, z[:80], 32, quiet=True)
+    outside = tiles.cross(linear, z[80:], z[:80], 32, quiet=True), y[80:]
+    ridges, seen = [1.0, 0.1, 0.01], []
+
+    def score(f, rows):
+        seen.append(rows)
+        return np.mean(f)
+    whole, part = (regression.Solver(one, "none", prior=np.ones(one.shape[0])) for one in (K, part))
+    inside = choose.validation(whole, y, ridges, 80, np.arange(80, 100), score)
+    apart = choose.validation(part, y[:80], ridges, 80, outside, score)
+    assert np.allclose([row[:3] for row in inside], [row[:3] for row in apart], rtol=1e-6)
+    assert all((rows == np.arange(80, 100)).all() for rows in seen[:3]) and seen[3:] == [None] * 3
+    by_score = choose.best(apart, "score")
+    assert by_score == max(apart, key=lambda row: row.score) and len({row.score for row in apart}) == 3
+
+
+def train_molecules(tmp_path, *flags):
+    return train_molecule.main([*flags, "--out", str(tmp_path), "--quiet"])
+
+
+@needs_rdkit
+@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "2", "--pool", "mean", "--b_std",
+                                    "0,0.5", "--fingerprints", "morgan,pairs"],
+                                   ["--depth", "1", "--jump", "--weights", "order", "--w_std", "1.2", "--b_std", "0.5"]],
+                         ids=str)
+def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
+    """With no file: molecules that come with RDKit; predictions are those of a dense float64 solve with kernel.py,
+    at the ridge, and of two at the b_std, that is best on the validation rows. One line of runs.jsonl with all there is
+    to know."""
+    monkeypatch.setattr(train_molecule, "FEW", 60)
+    result = train_molecules(tmp_path, *flags, "--ridge", "0.1,1e-3,1e-5")
+    assert json.loads((tmp_path / "runs.jsonl").read_text()) == result and result["cg_converged"]
+    rows = files.load("nci", limit=60)
+    parts = files.split(rows)
+    mols, y = [rows.mols[i] for i in np.concatenate(parts)], [rows.y[part] for part in parts]
+    config, n, m, scores = result["config"], len(parts[0]), len(parts[1]), {}
+    x, prints = files.graphs(mols, config["weights"]), files.fingerprints(mols, config["fingerprints"])
+    for b_std in [row[0]["b_std"] for row in result["compared"]] or [0.5]:
+        network = {"depth": config["depth"], "w_std": config["w_std"], "b_std": b_std}
+        fns = [(graph_layers.gcn(x.degree, pool=config["pool"], jump=config["jump"], **network), x[np.arange(60)])]
+        fns += [(kernel.network("fc", **network), prints)] * (config["kernel"] == "sum")
+        K = 0
+        for layers, inputs in fns:
+            one = np.asarray(kernel.kernel_fn(layers, config["kind"])(inputs.astype(np.float64)))
+            K = K + one / np.diag(one)[:n].mean()
+        for ridge in (0.1, 1e-3, 1e-5):
+            A = K[:n, :n] + ridge * np.diag(K)[:n].mean() * np.eye(n)
+            f = y[0].mean() + K[n:, :n] @ np.linalg.solve(A, y[0] - y[0].mean())
+            scores[b_std, ridge] = [np.sqrt(np.mean((part - label) ** 2)) for part, label in (
+                (f[:m], y[1]), (f[m:], y[2]))]
+    best = min(scores, key=lambda one: scores[one][0])
+    assert (config["b_std"], result["ridge"]) == best
+    assert abs(result["test_rmse"] / scores[best][1] - 1) < 1e-3
+
+
+@needs_rdkit
+def test_molecules_train_tasks(tmp_path, molecule_folder):
+    """Missing labels, both kinds, two sizes, tiles on disk that are found again: the score is scikit-learn's
+    average precision of each task's own dense solution."""
+    flags = ["--dataset", "molpcba", "--data", str(molecule_folder / "pcba"), "--kernel", "fingerprint", "--depth",
+             "1", "--ridge", "0.01", "--store", str(tmp_path / "K")]
+    both = train_molecules(tmp_path, *flags, "--kind", "both", "--sizes", "10,20")
+    assert set(both) == set(kernel.KINDS) and set(both["ntk"]) == {10, 20}
+    result = train_molecules(tmp_path, *flags, "--kind", "nngp")
+    assert result["test_ap"] == both["nngp"][20]["test_ap"] and result["tasks"] == 2
+    rows = files.load("molpcba", str(molecule_folder / "pcba"))
+    parts = files.split(rows, "official")
+    x, (y, _, y_test) = files.fingerprints(rows.mols).astype(np.float64), (rows.y[part] for part in parts)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(x))
+    found = []
+    for t in range(2):
+        known, seen = ~np.isnan(y[:, t]), ~np.isnan(y_test[:, t])
+        mine = parts[0][known]
+        A = K[np.ix_(mine, mine)] + 0.01 * np.diag(K)[parts[0]].mean() * np.eye(len(mine))
+        f = K[np.ix_(parts[2], mine)] @ np.linalg.solve(A, y[known, t] - y[known, t].mean())
+        found.append(average_precision_score(y_test[seen, t], f[seen]))
+    assert abs(result["test_ap"] - np.mean(found)) < 1e-6
+
+
+@needs_rdkit
+@pytest.mark.parametrize("dataset", ["esol", "molhiv"])
+def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
+    """With --select loo, depth, b_std and ridge are the best by n refits on the training rows in float64: numbers by
+    squared error, classes by the area under the curve."""
+    from sklearn.metrics import roc_auc_score
+    result = train_molecules(tmp_path, "--dataset", dataset, "--data", str(molecule_folder), "--kernel", "fingerprint",
+                             "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01")
+    rows = files.load(dataset, str(molecule_folder))
+    train = files.split(rows, "random" if dataset == "esol" else "official")[0]
+    x, y = files.fingerprints([rows.mols[i] for i in train]).astype(np.float64), rows.y[train]
+    table = []
+    for depth, b_std in ((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)):
+        K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=depth, b_std=b_std)(x))
+        for ridge in (1.0, 0.1, 0.01):
+            f = y.mean() + refitted(K, y - y.mean(), ridge)
+            error = np.mean((f - y) ** 2)
+            table.append([ridge, np.sqrt(error) if dataset == "esol" else roc_auc_score(y, f), error, depth, b_std])
+    order = (lambda row: row[2]) if dataset == "esol" else (lambda row: -row[1])
+    of_settings = [min(table[i:i + 3], key=order) for i in range(0, 12, 3)]
+    assert [row[0] for row in result["compared"]] == [{"depth": row[3], "b_std": row[4]} for row in of_settings]
+    assert np.allclose([row[1:] for row in result["compared"]], [row[:3] for row in of_settings], rtol=1e-4)
+    best = min(of_settings, key=order)
+    assert [result["config"][flag] for flag in ("depth", "b_std")] == best[3:] and result["select"] == "loo"
+    assert np.allclose([result[key] for key in ("ridge", "loo_score", "loo_mse")], best[:3], rtol=1e-4)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("select", choose.CRITERIA)
+def test_molecules_networks_are_compared(tmp_path, monkeypatch, select):
+    """Of several values of depth and b_std, the run is that with the best values by the criterion alone; each pair of
+    values has its row, which is the best row of a run with it."""
+    monkeypatch.setattr(train_molecule, "FEW", 100)
+    flags = ["--kernel", "fingerprint", "--select", select, "--ridge", "1,0.01,1e-4", "--w_std", "1.2"]
+    several = train_molecules(tmp_path, *flags, "--depth", "1,2", "--b_std", "0,0.5")
+    alone = [train_molecules(tmp_path, *flags, *(f"--{flag}={value}" for flag, value in row[0].items()))
+             for row in several["compared"]]
+    assert len(alone) == 4 and several["config"]["w_std"] == 1.2
+    for row, run in zip(several["compared"], alone):
+        best = choose.best([choose.Row(*one) for one in run["search"]])
+        assert row[1] == best.ridge and (row[2] is None) == (select == "gcv") and abs(row[3] / best.mse - 1) < 1e-3
+    best = alone[min(range(4), key=lambda i: several["compared"][i][3])]
+    assert best["config"] == several["config"] and best["test_rmse"] == several["test_rmse"]
+    assert len({run["test_rmse"] for run in alone}) == 4
+
+
+@needs_rdkit
+@pytest.mark.parametrize("select", ["loo", "validation"])
+def test_molecules_never_look_at_test_rows(tmp_path, molecule_folder, monkeypatch, select):
+    """Permuted labels of the test rows, and with --select loo of the validation rows too, change nothing but the test
+    score: the same depth, b_std and ridge."""
+    flags = ["--dataset", "molhiv", "--data", str(molecule_folder), "--kernel", "fingerprint", "--select", select,
+             "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01"]
+    first, load = train_molecules(tmp_path, *flags), files.load
+
+    def other(*args):
+        rows = load(*args)
+        for part in rows.official[1 + (select == "validation"):]:
+            rows.y[part] = np.roll(rows.y[part], 1)
+        return rows
+    monkeypatch.setattr(files, "load", other)
+    second = train_molecules(tmp_path, *flags)
+    assert all(first[key] == second[key] for key in ("compared", "ridge", "search", "config", "loo_score"))
+    assert first["test_auc"] != second["test_auc"]
+
+
+@needs_rdkit
+def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
+    """A store never serves tiles of another network: another w_std, b_std or depth is refused in one sentence."""
+    flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "fingerprint", "--ridge", "0.1",
+             "--store", str(tmp_path / "K")]
+    first = train_molecules(tmp_path, *flags)
+    for other in ("--w_std=1", "--b_std=1", "--depth=2"):
+        with pytest.raises(ValueError, match="train-fingerprint-nngp holds another matrix: layers is .* Give this run"):
+            train_molecules(tmp_path, *flags, other)
+    assert train_molecules(tmp_path, *flags)["test_rmse"] == first["test_rmse"]
+
+
+@needs_rdkit
+def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
+    """Leave-one-out and GCV with missing labels, and GCV of classes, are refused in one sentence that says what to use;
+    the commands of the docstring are understood."""
+    for select in ("loo", "gcv"):
+        with pytest.raises((ValueError, SystemExit)) as error:
+            train_molecules(tmp_path, "--dataset", "molpcba", "--data", str(molecule_folder / "pcba"), "--select",
+                            select)
+        said = capsys.readouterr().err.splitlines()[-1:] + [str(error.value)]
+        assert "use --select" in "".join(said) and ("has missing labels" in said[-1]) == (select == "loo")
+    path = molecule_folder / "delaney-processed.csv"
+    path.write_text(path.read_text().replace("x,0.286,", "x,,"))
+    with pytest.raises(ValueError, match="--select gcv: esol has missing labels, .*; use --select validation$"):
+        train_molecules(tmp_path, "--dataset", "esol", "--data", str(molecule_folder), "--select", "gcv")
+    shown = re.findall(r"python -m molecules.train (--.*?)(?:  .*)?$", train_molecule.__doc__, re.M)
+    assert len(shown) >= 4 and all(train_molecule.parse(one.split()) for one in shown)
+
+
+@needs_rdkit
+@needs_molecules
+def test_molecules_official_split_is_ogbs():
+    """The files of ogbg-molhiv are read: 41,127 rows in three parts, 1,443 active, none left out."""
+    path = os.path.join(MOLECULES, "HIV.csv")
+    smiles, y, _ = files.table(path, ["HIV_active"])
+    parts = files._npz_split(os.path.join(MOLECULES, "ogbg-molhiv_scaffold_split.npz"))
+    assert len(smiles) == 41_127 and y.sum() == 1443 and [len(part) for part in parts] == [32_901, 4113, 4113]
+    assert (np.sort(np.concatenate(parts)) == np.arange(41_127)).all()
+    hard = [i for i, one in enumerate(smiles) if "->" in one or "[Co" in one][:50]
+    assert all(files.read(smiles[i]) is not None for i in hard)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "esol"], "ValueError: esol needs --data FOLDER with its files"),
+    (["--dataset", "muv", "--data", "nowhere"], "FileNotFoundError: .*muv.csv.gz is not there; give --data"),
+    (["--ridge", "often"], "--ridge often: expected a number, numbers separated by commas, or auto"),
+    (["--store", "none"], "--store none: not here; give a folder"),
+    (["--fingerprints", "morgan,maccs"], "--fingerprints morgan,maccs: expected morgan, pairs, torsions"),
+    (["--fingerprints", "morgan,morgan"], "--fingerprints morgan,morgan: expected"),
+    (["--devices", "5"], "ValueError: --devices 5, but JAX sees 4 here"),
+    (["--n_train", "5000"], "ValueError: n_train=5000, .*nci has 1 to 1200 molecules to train on"),
+    (["--split", "official"], "ValueError: split 'official': this data set has random, scaffold"),
+    (["--depth", "0"], r"--depth \[?0\]?: expected at least 1"),
+    (["--w_std", "-1"], "ValueError: .*w_std=-1.0, b_std=0.0: expected .*w_std > 0"),
+])
+def test_molecules_train_errors(flags, words, tmp_path, capsys):
+    """What is wrong is said in one sentence."""
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        train_molecules(tmp_path, *flags)
+    said = capsys.readouterr().err if error.type is SystemExit else f"{error.type.__name__}: {error.value}"
+    assert re.search(words, said.splitlines()[-1])
+
+
+@needs_rdkit
+def test_molecules_train_error_without_traceback(tmp_path):
+    """And at the command line in one line."""
+    done = subprocess.run([sys.executable, "-m", "molecules.train", "--dataset", "esol", "--out", tmp_path], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode and done.stderr.splitlines()[-1].startswith("ValueError: esol needs --data FOLDER")
+    assert "Traceback" not in done.stderr
+
+
+
+# -------------------------------------------------------------------------------------- benchmark
+
+@needs_rdkit
+@both_kinds
+@pytest.mark.parametrize("engine", ["graphs", "neural_tangents"])
+def test_benchmark_graphs(benchmark, kind, engine):
+    """Seconds for a block of n x n entries of `gcn`, three rounds, float32: molecules of RDKit's collection, of 16
+    atoms for neural_tangents, so that it pads nothing, of 14 to 18 for graphs.py, since there are 283 of 16; in tiles
+    on one CPU device a core, as for images."""
+    benchmark.group = f"gcn {kind}"
+    n, sizes = {"graphs": (1280, range(14, 19)), "neural_tangents": ((4, 8, 16, 32), [16])}[engine]
+    n = 3 if benchmark.disabled else n
+    mols = [mol for mol in files.load("nci").mols if mol.GetNumAtoms() in sizes]
+    x = files.graphs(mols[:n if isinstance(n, int) else max(n)])
+    layers, devices = graph_layers.gcn(x.degree, 1 if benchmark.disabled else 3), jax.local_devices()[:os.cpu_count()]
+    fn = {"graphs": graphs.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](layers, kind)
+
+    def call(n):
+        part = x[np.arange(n)]
+        if engine == "graphs":
+            return lambda: tiles.cross(fn, part, part, -(-n // 2), devices, quiet=True).dense()
+        return lambda: fn(part, part).block_until_ready()
+    if isinstance(n, tuple):
+        n = fastest(call, n)
+    benchmark.extra_info["n"] = n
+    K = time_it(benchmark, call(n), "entries", n * n)
+    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()

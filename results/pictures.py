@@ -1,0 +1,169 @@
+"""The pictures of the README, from real computations: kernel, sheets, solve, curves.
+
+    python -m results.pictures [FOLDER]           half a minute; results/pictures by default
+
+SVG with real text, no background, in greys and colours that are read on white and on black.
+Proved by: results/test_pictures.py
+"""
+
+import json
+import os
+import sys
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+import data
+import kernel
+import pcg
+import tiles
+
+try:
+    from fast.fused import kernel_fn as engine
+except ModuleNotFoundError:
+    from kernel import kernel_fn as engine
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RUNS, FOLDER = os.path.join(HERE, "runs.jsonl"), os.path.join(HERE, "pictures")
+GREY = "#7d8590"  # read on white and on black
+COLOURS = ["#2f81c7", "#d5652b", "#c25a9c", "#b98900", "#2a9d7c", "#8a6fd1", "#5b9bd5", "#a05a2c"]
+matplotlib.rcParams.update({"svg.hashsalt": "pictures", "svg.fonttype": "none", "text.color": GREY,
+                            "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+                            "axes.titlecolor": GREY, "figure.facecolor": "none", "axes.facecolor": "none"})
+
+
+def saved(figure, folder, name):
+    figure.savefig(os.path.join(folder, f"{name}.svg"), metadata={"Date": None}, transparent=True)
+
+
+def owners(K, devices):
+    """{tile (i, j): device}: as tiles.computed deals out the tiles of a matrix, runs of neighbours."""
+    keys = sorted(K.keys(), key=lambda key: (key[1], key[0]))
+    return {tuple(key.tolist()): device for device, run in enumerate(np.array_split(np.array(keys), devices)) for key in run}
+
+
+def draw_kernel(folder, n=300, tile=60, devices=4):
+    """K of n digits in the order of their classes, its tiles, and the device that computes each."""
+    x, y, _, _ = data.load("digits", n_train=n)
+    order = np.argsort(y, kind="stable")
+    K = tiles.gram(kernel.kernel_fn("fc", "nngp"), (x[order] / 16).astype(np.float32), tile=tile, quiet=True)
+    of = owners(K, devices)
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    dense = K.dense()
+    axes.imshow(dense[::4, ::4], cmap="viridis", extent=(0, n, n, 0), interpolation="nearest")
+    for (i, j), device in of.items():
+        axes.add_patch(Rectangle((j * tile + 2, i * tile + 2), tile - 4, tile - 4, fill=False, linewidth=2.2,
+                                 edgecolor=["#ffffff", "#ff9a3c", "#ff6fae", "#7fd4ff"][device]))
+        axes.text((j + 0.5) * tile, (i + 0.5) * tile, str(device), color="white", ha="center", va="center", fontsize=12)
+    ends = np.cumsum(np.bincount(y[order]))
+    axes.set_yticks(ends - np.diff([0, *ends]) / 2, [f"{digit}" for digit in range(10)])
+    axes.set_xticks([])
+    axes.set_ylabel("digit")
+    axes.set_title(f"K of {n} digits: only tiles on and above the diagonal exist", fontsize=11)
+    figure.text(0.76, 0.5, "the number in a tile:\nthe device that\ncomputes and keeps it\n\nbright: k(x, x′) is large,\n"
+                "the images are alike\n\nbelow the diagonal:\nthe same, mirrored", fontsize=10, va="center")
+    figure.get_layout_engine().set(rect=(0, 0, 0.76, 1))
+    saved(figure, folder, "kernel")
+    return of
+
+
+def draw_sheets(folder):
+    """K[p, q] by rows r and r' of two images of 4 x 4 pixels, and the same letters cut into sheets a = r' - r."""
+    figure = Figure(figsize=(8.6, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    letters = "ABCDEFGHIJKLMNOP"
+    window, pool = {"A", "F", "K"}, {"A", "B", "E", "F"}
+    for axes, columns in ((left, [f"r′={k}" for k in range(4)]), (right, [f"a={k}" for k in range(5)])):
+        size = len(columns)
+        axes.set(xlim=(-0.9, size), ylim=(size if axes is right else 4, -0.8), aspect="equal")
+        axes.axis("off")
+        for k, name in enumerate(columns):
+            axes.text(k + 0.5, -0.3, name, ha="center", va="center", fontsize=10)
+        for r in range(4 + (axes is right)):
+            axes.text(-0.45, r + 0.5, f"r={r}" if r < 4 else "–", ha="center", va="center", fontsize=10)
+            for k in range(size):
+                q = k if axes is left else (r + k) % 5
+                letter = letters[4 * r + q] if r < 4 and q < 4 else "0"
+                axes.add_patch(Rectangle((k, r), 1, 1, facecolor="none", edgecolor=GREY, linewidth=0.8))
+                if letter in window:
+                    axes.add_patch(Rectangle((k + 0.06, r + 0.06), 0.88, 0.88, facecolor=COLOURS[0], alpha=0.55, linewidth=0))
+                if letter in pool:
+                    axes.add_patch(Rectangle((k + 0.14, r + 0.14), 0.72, 0.72, fill=False, edgecolor=COLOURS[1], linewidth=2))
+                axes.text(k + 0.5, r + 0.5, letter, ha="center", va="center", fontsize=12 if letter != "0" else 9)
+    left.set_title("K[p, q]: each letter holds all pixels\nof row r with all pixels of row r′", fontsize=11)
+    right.set_title("the same letters, one sheet a column: r′ = r + a\n(zeros are rows outside the image)", fontsize=11)
+    figure.supxlabel("blue: a 3 × 3 window moves in both images together, so it stays in one sheet     "
+                     "orange: a 2 × 2 pool takes four letters", fontsize=9, color=GREY)
+    saved(figure, folder, "sheets")
+
+
+def draw_solve(folder, n=1000, ridge=1e-5):
+    """Residual against step for no preconditioner, Jacobi and low rank."""
+    x, y, _, _ = data.load("digits", n_train=n)
+    K = tiles.gram(engine("fc", "ntk"), (x / 16).astype(np.float32), quiet=True)
+    Y, absolute = data.one_hot(y), ridge * K.diagonal().mean()
+    ways = {"no preconditioner": pcg.none(K), "Jacobi: the diagonal": pcg.jacobi(K),
+            "low rank: 100 columns of K": pcg.low_rank(K, 100), "low rank: 300 columns": pcg.low_rank(K, 300)}
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.add_subplot(yscale="log")
+    infos = {}
+    for colour, (name, look) in zip([GREY, *COLOURS], ways.items()):
+        infos[name] = info = pcg.solve(K.matvec, Y, absolute, look(absolute), tol=1e-6, max_iters=3000)[1]
+        axes.plot(info.history, color=colour, linewidth=1.4, label=f"{name}: {info.iterations} steps")
+    axes.set(xlabel="steps (one product with K each)", ylabel="residual |y − A x| / |y|, worst column")
+    axes.set_title(f"Solving (K + λI) x = y for {n:,} digits, ridge {ridge:g}", fontsize=11)
+    axes.legend(frameon=False, labelcolor=GREY, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    saved(figure, folder, "solve")
+    return infos
+
+
+CURVES = {("fc", "ntk", False): "fc", ("fc", "ntk", True): "fc, flips", ("cnn_vec", "nngp", False): "cnn_vec",
+          ("cnn_vec", "nngp", True): "cnn_vec, flips", ("myrtle5", "nngp", False): "myrtle5",
+          ("myrtle5", "nngp", True): "myrtle5, flips", ("myrtle10", "nngp", False): "myrtle10",
+          ("myrtle10", "nngp", True): "myrtle10, flips"}
+
+
+def draw_curves(folder, path=RUNS):
+    """Test accuracy against n for eight kernels on CIFAR-10: mean over subsets, with its sd where there are several."""
+    points = {}
+    with open(path) as lines:
+        for run in map(json.loads, lines):
+            config = run["config"]
+            key = config["kernel"], config.get("kind"), bool(config.get("flips"))
+            chosen = run.get("validation") or run.get("search")
+            if (config.get("dataset") == "cifar10" and key in CURVES and chosen and config.get("crops", 1) == 1
+                    and config["whiten"] == "channel" and config["n_test"] >= 1000 and not config.get("depth")):
+                points.setdefault(key, {}).setdefault(config["n_train"], {})[config["seed"]] = 100 * run["test_accuracy"]
+    figure = Figure(figsize=(7.6, 4), layout="constrained")
+    axes = figure.add_subplot(xscale="log")
+    for key, name in CURVES.items():
+        n = sorted(points.get(key, {}))
+        mean = [np.mean(list(points[key][k].values())) for k in n]
+        sd = [np.std(list(points[key][k].values()), ddof=1) if len(points[key][k]) > 1 else 0 for k in n]
+        axes.errorbar(n, mean, sd, color=COLOURS[["fc", "cnn_vec", "myrtle5", "myrtle10"].index(key[0])], linewidth=1.3,
+                      linestyle="--" if key[2] else "-", marker="o", markersize=3.5, fillstyle="none" if key[2] else "full",
+                      label=f"{name} {key[1].upper()}")
+    axes.set(xlabel="training images", ylabel="test accuracy, %")
+    axes.set_xticks([100, 1000, 10000, 50000], ["100", "1,000", "10,000", "50,000"])
+    axes.set_title("CIFAR-10, channels standardised, ridge chosen on training images", fontsize=11)
+    axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, labelcolor=GREY, fontsize=9)
+    saved(figure, folder, "curves")
+    return points
+
+
+def main(folder=FOLDER):
+    os.makedirs(folder, exist_ok=True)
+    for draw in (draw_kernel, draw_sheets, draw_solve, draw_curves):
+        draw(folder)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    main(*sys.argv[1:2])

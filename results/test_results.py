@@ -1,0 +1,154 @@
+"""Runs to tables, laws and figures; solvers compared.
+
+Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
+"""
+
+import json
+import re
+
+from test_all import (  # isort: skip
+    as_users_have_it, train,
+)
+import numpy as np
+import pytest
+from scipy.optimize import nnls
+
+from results import compare_solvers, laws, report
+
+# ------------------------------------------------------------------------------------------ hosts
+
+def test_train_solvers_compared(capsys):
+    """compare_solvers.py solves one system by all it knows, to the same residual in every column; low rank
+    takes half the steps of none, or fewer; a line of its table for each."""
+    with as_users_have_it(x64=True):
+        results = compare_solvers.main(["--n", "300", "--ranks", "100", "--ridges", "1e-4", "--repeats", "1"])
+    steps = {name: steps for (name, _), (seconds, steps, _) in results.items() if seconds > 0}
+    assert len(steps) == len(results) >= 6 and steps["none"] >= 2 * steps["rank 100"]
+    said = capsys.readouterr().out
+    assert all(f"\n| {name} | " in said for name in steps)
+
+
+
+# ---------------------------------------------------------------------------------------- scaling
+
+@pytest.mark.parametrize("a, b, c", [(2.0, 0.3, 0.0), (1.5, 0.5, 0.2), (0.9, 0.1, 0.0)])
+def test_scaling_finds_a_known_law(a, b, c):
+    """Points on a n^-b + c give a, b and c back, to the grid of b; with noise of 1 %, b within 0.15."""
+    n = 2.0 ** np.arange(5, 15)
+    found = np.array(laws.fit(n, (a * n**-b + c)[None], np.ones(10)))[:, 0]
+    assert np.allclose(found, [a, b, c], rtol=0.05, atol=0.01)
+    noise = 1 + 0.01 * np.random.default_rng(0).normal(size=(20, 10))
+    _, powers, _ = laws.fit(n, (a * n**-b + c) * noise, np.ones(10))
+    assert np.abs(powers - b).mean() < 0.15
+
+
+def test_scaling_fit_is_the_least():
+    """No b of the grid with scipy's non-negative least squares for a and c does better than what is found, on
+    noisy points whose best a or c is zero too."""
+    rng, n, weight = np.random.default_rng(0), np.array([10.0, 30, 100, 300, 1000]), np.array([3, 3, 3, 2, 1])
+    for shape in (n**-0.3, n**-0.3 - 0.1, np.full(5, 0.5), n**0.1):
+        error = shape * (1 + 0.05 * rng.normal(size=5))
+        a, b, c = (z[0] for z in laws.fit(n, error[None], weight))
+        found = np.linalg.norm(np.sqrt(weight) * ((a * n**-b + c) / error - 1))
+        design = [np.sqrt(weight)[:, None] * np.stack([n**-b, np.ones(5)], 1) / error[:, None] for b in laws.POWERS]
+        assert found <= min(nnls(M, np.sqrt(weight))[1] for M in design) * (1 + 1e-9)
+
+
+def test_scaling_interval_covers():
+    """The 95 % interval of b holds the b that made the points in 90 to 99 of 100 experiments: 8 sizes, three
+    subsets each but one of the largest, whose errors scatter by 2 %, less for larger n."""
+    n, inside = 2 ** np.arange(7, 15), 0
+    for experiment in range(100):
+        rng = np.random.default_rng(experiment)
+        scatter = 0.02 * (n[0] / n) ** 0.25
+        points = {int(k): list((2 * k**-0.3 + 0.1) * (1 + s * rng.normal(size=1 if k == n[-1] else 3)))
+                  for k, s in zip(n, scatter)}
+        _, (_, (low, high), _) = laws.law(points, draws=300, seed=experiment)
+        inside += low <= 0.3 <= high
+    assert 90 <= inside <= 99
+    assert laws.law({k: v[:1] for k, v in points.items()})[1] is None
+    with pytest.raises(ValueError, match="2 sizes"):
+        laws.law({10: [0.5], 20: [0.4]})
+
+
+def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
+    """A line of runs.jsonl."""
+    return {"test_accuracy": accuracy, "ridge": 0.1, "cg_iterations": 7, "peak_memory_gb": 1.5, "rows": n,
+            "seconds": {"kernel": n / 500, "ridge": 3, "solve": 4}, "validation": list(validation),
+            "entries": 5, "entries_computed": 5,
+            "config": {**dict(dataset="cifar10", kernel="fc", kind="ntk", depth=None, whiten="channel",
+                              zca_eps=0.1, flips=False, crops=1, n_train=n, n_test=10000, seed=seed, rank=None,
+                              precondition="lowrank"), **config}}
+
+
+def test_scaling_tables_of_known_runs(tmp_path, capsys):
+    """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
+    same, and kernels of a family share a table; copies of the same images are a row; scores of proteins are those
+    at the largest n, and have their curve; runs with few test images are cost; the figure is noticed as well as the
+    page where it is stale; a bad line is named, and what is missing."""
+    runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
+    lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
+             fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
+             *(fake_run(n, 1 - n**-0.25, kernel="cnn_vec", flips=True) for n in (100, 200)),
+             fake_run(400, 1 - 400**-0.25, kernel="cnn_vec", flips="symmetric", fit_on=500),
+             *(fake_run(n, 0.5, kernel=f"myrtle{depth}") for depth in (5, 10) for n in (100, 200, 400)),
+             *({**fake_run(n, 0, seed, dataset="a", split="a", kernel=name), "test_spearman": score,
+                "test_accuracy": None} for n, seed, name, score in (
+                    (5, 0, "seq_fc", 0.1), (9, 0, "seq_fc", 0.2), (9, 1, "seq_fc", 0.4), (5, 0, "linear", 0.3))),
+             *({**fake_run(n, 0, dataset="landscape", split="landscape", kernel="seq_cnn"),
+                "test_spearman": 1 - n**-0.5, "test_accuracy": None} for n in (100, 400, 900)),
+             {**fake_run(9, 0, dataset="muv", split="a", kernel="gcn"), "test_ap": 0.25, "test_accuracy": None},
+             fake_run(1000, 0.54, crops=2, flips="explicit"), fake_run(1000, 0.56, 1, crops=2, flips="symmetric")]
+    runs.write_text("".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
+    page.write_text("above" + "".join(f"\n<!-- {part}: written by results/report.py -->\nold\n<!-- end of {part} -->"
+                                      for part in ("results", "learning", "laws", "augmentation", "cost",
+                                                   "proteins", "molecules", "numbers", "assays",
+                                                   "landscape")) + "\nbelow\n")
+    front = tmp_path / "front.md"
+    front.write_text("<!-- front: written by results/report.py -->\nold\n<!-- end of front -->\n")
+    paths = ["--runs", str(runs), "--readme", str(page), "--front", str(front)]
+    assert report.main([*paths, "--check"]) == 1 and "old" in page.read_text()
+    assert report.main(paths) == 0 and report.main([*paths, "--check"]) == 0
+    assert "| fc NTK | 1,000 | 10,000 | 51.00 ± 1.41 |" in front.read_text()
+    text = page.read_text()
+    assert "| fc NTK | 1,000 | 10,000 | 2 | 51.00 ± 1.41 | 0.1 | 7 | 2 | 7 | 1.5 |" in text
+    assert "| n | cnn_vec NTK, flips |\n" in text and "| 400 | 77.64 |\n" in text
+    assert "\n\n| n | myrtle5 NTK | myrtle10 NTK |\n" in text
+    assert "| cnn_vec NTK, flips | 100 … 400 | 10,000 | 1 | 0.25 | 0 |" in text
+    assert "| kernel | n | test images | 1 | 2 × 2 |" in text
+    assert "| kernel | a, n = 9 |" in text and "| seq_fc NTK | 0.300 ± 0.141 |" in text
+    assert "| linear NTK | 0.300 (n = 5) |" in text
+    assert "| gcn NTK | 0.250 |" in text
+    assert "| n | seq_cnn NTK |" in text and "| seq_cnn NTK | 100 … 900 | 10,000 | 1 | 0.5 | 0 |" in text
+    assert "| fc NTK | 1,000 | 10,000 | 51.00 ± 1.41 | 55.00 ± 1.41 |" in text
+    assert re.search(r"\| fc NTK: kernel, s \| 0.02 \| 0.2 \| 2 \| 1.00 \|", text)
+    assert text.startswith("above") and text.endswith("below\n")
+    (tmp_path / "curves.svg").write_text("another")
+    assert report.main([*paths, "--check"]) == 1 and "curves.svg: stale" in capsys.readouterr().err
+    runs.write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1 is not a run"):
+        report.main(paths)
+    runs.write_text(json.dumps(fake_run(1000, 0.5)) + "\n")
+    with pytest.raises(ValueError, match="no kernel with three sizes of cifar10; run --sizes"):
+        report.main(paths)
+    runs.unlink()
+    with pytest.raises(FileNotFoundError, match="runs.jsonl is not there; --runs takes"):
+        report.main(paths)
+
+
+def test_scaling_of_a_learning_curve(tmp_path, capsys):
+    """Two kernels on digits at four sizes, one command each way: table, laws and a figure that is a picture."""
+    train(tmp_path, "--kind", "both", "--sizes", "45,90,180,360", "--whiten", "none")
+    path = tmp_path / "curve.png"
+    assert report.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "digits", "--figure", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "| n | fc NNGP, none | fc NTK, none |" in said and "| 360 | 9" in said
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+
+# ------------------------------------------------------------------------------------------- docs
+
+def test_docs_results_are_what_the_runs_say():
+    """README's tables and its figure are what scaling.py makes of results/runs.jsonl."""
+    assert report.main(["--check"]) == 0, "python scaling.py writes it anew"
