@@ -29,7 +29,7 @@ exist is one more place where sqrt(v) is zero.
     python -c "import fused, numpy; print(fused.kernel_fn('cnn_gap', 'ntk')(numpy.ones((2, 8, 8, 3))))"
 
 Cost of an entry: one kappa1 (NTK: and kappa0) per element and relu, 3.35 million for Myrtle-10 on
-32 x 32, and 6 % more for the rows of zeros.          Proved by: test_all.py, section fused
+32 x 32, and 6 % more for the rows of zeros.          Proved by: fast/test_fast.py
 """
 
 import jax

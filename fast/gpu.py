@@ -12,7 +12,7 @@ last two rows in registers: three reads of K and three of T an element, one writ
 Written in Pallas, which JAX hands to Triton. Without this file everything runs, more slowly.
 
 Cost: 16 bytes of the GPU's memory an element (NNGP: 8) and about 100 operations.
-Proved by: test_all.py, section fused, in Pallas' interpreter; on an H200 by hand (README.md)
+Proved by: fast/test_fast.py, in Pallas' interpreter; on an H200 by hand (README.md)
 """
 
 import jax

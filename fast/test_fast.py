@@ -4,6 +4,9 @@ Each test states its claim in its first line. JAX is set up by test_all.py, whic
 """
 
 import os
+import shutil
+import subprocess
+import sys
 
 from test_all import (  # isort: skip
     HERE, both_kinds, cifar, every_network, fastest, images, needs_cifar, reference, relative_error,
@@ -20,7 +23,6 @@ from fast import fused, gpu
 
 # ----------------------------------------------------------------------------------------- kernel
 
-@needs_cifar
 @pytest.mark.parametrize("name", ["fc", "cnn_vec", "cnn_gap", "myrtle5"])
 @pytest.mark.parametrize("head", ["cosine", "relu", "exp"])
 def test_kernel_heads_are_neural_tangents(name, head):
@@ -200,6 +202,19 @@ def test_fused_compiles_loops():
     size = {depth: len(fused.kernel_fn("cnn_gap", "ntk", depth=depth).lower(x).as_text().splitlines())
             for depth in (4, 8)}
     assert size[4] == size[8]
+
+
+
+def test_train_is_fused(tmp_path):
+    """Where fast/ is there, it is the engine of train_cifar.py; gpu.py may be deleted."""
+    for name in os.listdir(HERE):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(HERE, name), tmp_path)
+    shutil.copytree(os.path.join(HERE, "fast"), tmp_path / "fast", ignore=shutil.ignore_patterns("gpu.py", "__pycache__"))
+    for where in (HERE, tmp_path):
+        done = subprocess.run([sys.executable, "train_cifar.py", "--n_train", "50", "--n_test", "10", "--ridge", "1",
+                               "--verbose", "--out", tmp_path], cwd=where, capture_output=True, text=True)
+        assert "engine=fused" in done.stdout and "test accuracy" in done.stdout, done.stderr
 
 
 

@@ -6,7 +6,7 @@ the device that computes the tile, and only vectors travel.
 
     K = on_the_fly.matrix(kernel_fn, x_train);  K.matvec(v)
 
-Cost: a product n (n + b) / (2 D P) entries a device.      Proved by: test_all.py, section lazy
+Cost: a product n (n + b) / (2 D P) entries a device.      Proved by: large/test_large.py
 """
 
 from dataclasses import dataclass, replace

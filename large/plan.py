@@ -8,7 +8,7 @@ memory, and with a store on its disk, in a folder that is removed again; the res
 
     python train_cifar.py --plan --dataset cifar5m --n_train 5000000 --kernel fc --hosts 256 --devices 8
 
-Proved by: test_all.py, section plan
+Proved by: large/test_large.py
 """
 
 import os

@@ -11,7 +11,7 @@ then started again, and the store has what was finished.
 
 One process a host takes all its GPUs, and where there are none, all its cores.
 Listens on the coordinator's port, in process 0, and on what jax.distributed and gloo or NCCL choose.
-Proved by: test_all.py, section hosts
+Proved by: large/test_large.py
 """
 
 import glob

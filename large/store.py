@@ -21,7 +21,7 @@ another kernel or tile side is refused, and the refusal says what differs.
     python -m large.store DIR       what the stores below DIR hold; exit code 1 if anything is damaged
 
 Cost: the bytes of a tile once to disk and through a CRC (3 GB/s); 15 microseconds an image for digests.
-Proved by: test_all.py, section store
+Proved by: large/test_large.py
 """
 
 import copy

@@ -15,7 +15,7 @@ import tracemalloc
 
 from test_all import (  # isort: skip
     commands,
-    Dense, HERE, digits, flip, inputs, linear, spectrum, train,
+    Dense, HERE, digits, flip, refused, run_small, inputs, linear, spectrum, train,
 )
 import jax
 import numpy as np
@@ -247,10 +247,10 @@ def test_tiles_merged(tmp_path):
 
 
 
-# ------------------------------------------------------------------------------------------- lazy
+# ------------------------------------------------------------------------------------------- on the fly
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_lazy_is_kept(devices):
+def test_on_the_fly_is_kept(devices):
     """A matrix that is kept nowhere has the methods and the answers of one in memory, for any n."""
     for n in (1, 37):
         x, x_test = inputs(n), inputs(200)[50:61]
@@ -273,6 +273,19 @@ def test_lazy_is_kept(devices):
         assert np.allclose(K.leading(k).matvec(v[:k]), kept.leading(k).matvec(v[:k]), rtol=1e-5, atol=1e-5)
         product = K.matvec(np.eye(n))
         assert np.allclose(product, product.T, rtol=1e-14)  # CG needs it
+
+
+
+def test_on_the_fly_says_where_nan_is():
+    """NaN in the inputs of a matrix that is computed on the fly is one sentence, whatever is asked of it."""
+    x = np.ones((4, 3), np.float32)
+    x[2, 1] = np.nan
+    bad = on_the_fly.matrix(kernel.kernel_fn("fc", "nngp"), x, quiet=True)
+    for wrong in (lambda: bad.columns([2]), lambda: bad.rows(2, 3), lambda: bad.matvec(np.eye(4))):
+        with pytest.raises(ValueError, match="of the kernel's tiles are not finite: look for NaN"):
+            wrong()
+    with pytest.raises(ValueError, match="not finite: look for NaN"):
+        bad.diagonal()
 
 
 
@@ -384,6 +397,34 @@ def test_train_sizes(tmp_path):
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3 + 3 + 4 + 1
 
 
+def test_train_flips_from_a_store(tmp_path):
+    """--flips answers as --flips explicit does, to 1e-5, from half of the entries, or a quarter of K, also from a store."""
+    flags = ["--n_train", "60", "--n_test", "50", "--kernel", "cnn_vec", "--depth", "2", "--ridge", "0.1", "--tol", "1e-9"]
+    half, whole = (train(tmp_path, *flags, "--store", str(tmp_path / flips), "--flips", flips)
+                   for flips in ("symmetric", "explicit"))
+    assert half["ridge"] == whole["ridge"] and abs(half["test_mse"] / whole["test_mse"] - 1) < 1e-5
+    assert half["test_accuracy"] == whole["test_accuracy"] and whole["rows"] == 2 * half["rows"]
+    assert half["entries"] < 0.45 * whole["entries"]
+
+
+def test_train_evidence_on_the_fly(tmp_path):
+    """Where no tile is kept, --variance gives calibration and --plot a figure too; both leave the answer as it is."""
+    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1e-2"]
+    more = train(tmp_path, *flags, "--store", "none", "--variance", "--plot", str(tmp_path / "p.png"))
+    assert abs(more["test_mse"] / train(tmp_path, *flags)["test_mse"] - 1) < 1e-6
+    assert 0 < more["test_nll"] < np.log(10) and 0 < more["test_ece"] < 0.3
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--store", "README.md"], "OSError: the store README.md.* cannot be made: (File exists|Not a directory)"),
+    (["--coordinator", "h:1"], "ValueError: --coordinator h:1 .*give HOST:PORT of process 0"),
+])
+def test_train_errors(flags, words, tmp_path):
+    """At the command line, what is wrong is one line, without a traceback."""
+    refused(flags, words, tmp_path)
+
+
 def test_train_survives_kills(tmp_path):
     """Killed at random moments, of the tiles and of the solve, and started again each time, it ends with
     the tiles of a run left alone, to the last bit, and with its answer."""
@@ -444,7 +485,7 @@ def team(count, *flags, slurm=False, last=()):
 
 @pytest.mark.parametrize("count, devices, slurm, where", [
     (2, 2, True, "K"), (4, 1, False, "none")])
-def test_hosts_one_answer(tmp_path, count, devices, slurm, where):
+def test_processes_one_answer(tmp_path, count, devices, slurm, where):
     """2 and 4 processes, told by Slurm or by flags, with tiles on disk or nowhere, give the answer of one
     to 1e-6, and one result line; each has written its share of the tiles."""
     flags = ["--store", tmp_path / "K" if where == "K" else where, "--out", tmp_path, "--devices", devices]
@@ -463,7 +504,7 @@ def test_hosts_one_answer(tmp_path, count, devices, slurm, where):
         assert shares == [14, 14] and store.report(str(tmp_path / "K")) == 0
 
 
-def test_hosts_one_dies(tmp_path):
+def test_processes_one_dies(tmp_path):
     """One process of two is killed in the middle of a solve: the other ends within a minute with a
     sentence, not a hang; started again, they go on from what was finished and end as if nothing was."""
     flags = ["--store", tmp_path / "K", "--out", tmp_path, "--devices", 1, "--precondition", "none",
@@ -509,7 +550,7 @@ assert K.matvec(np.ones((40, 1))).sum() == 4800
 sys.exit(len(sums))
 """
 
-def test_hosts_wait_for_the_slowest():
+def test_processes_wait_for_the_slowest():
     """While one process computes, the other does not wait in one sum, which gives up after half an hour,
     but meets it every MEET seconds; both meet equally often and go on together."""
     port = free_port()
@@ -518,7 +559,7 @@ def test_hosts_wait_for_the_slowest():
     assert met[0] == met[1] > 5
 
 
-def test_hosts_errors():
+def test_processes_errors():
     """One flag of the three without the others, or a number that is not there: one sentence."""
     for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
         with pytest.raises(ValueError, match="give HOST:PORT of process 0, their number P, and 0 to P - 1"):
@@ -526,7 +567,7 @@ def test_hosts_errors():
     assert processes.start() == processes.start("h:1", 1, 0) == tiles.ALONE
 
 
-def test_hosts_error_in_one_ends_all(tmp_path):
+def test_processes_error_in_one_ends_all(tmp_path):
     """A process that fails while the other waits for it says why, and both end at once."""
     start = time.monotonic()
     running = team(2, "--out", tmp_path, "--devices", 1, last=["--n_test", "1000"])
@@ -575,6 +616,23 @@ def test_plan_of_five_million(tmp_path, capsys):
 
 
 
+# ------------------------------------------------------------------------------------------- docs
+
+def test_docs_commands_run(tmp_path, monkeypatch):
+    """Every command with --store or --plan that README and docstrings show runs, made small; those of several processes are
+    parsed, and test_processes_one_answer runs some."""
+    monkeypatch.chdir(tmp_path)
+    shown = commands("train_cifar.py", train_cifar.__doc__, processes.__doc__, plan.__doc__)
+    shown = [command for command in shown if {"--store", "--plan", "--process"} & {*command}]
+    assert len(shown) > 2
+    for command in shown:
+        train_cifar.parse(command)
+        if "--process" not in command:
+            shutil.rmtree("K", ignore_errors=True)
+            run_small(command)
+
+
+
 # -------------------------------------------------------------------------------------- benchmark
 
 SHARE = """
@@ -600,7 +658,7 @@ if index == 0:
 def test_benchmark_two_processes(benchmark):
     """The tiles of one K by one process and by two, a core each: parallel efficiency t1 / (2 t2)."""
     if benchmark.disabled or os.cpu_count() < 2:
-        pytest.skip("what it times is tested under hosts; --benchmark-only times it, on two cores or more")
+        pytest.skip("what it times is tested under processes; --benchmark-only times it, on two cores or more")
 
     def seconds(count):
         n, port = 1024, free_port()
@@ -611,25 +669,3 @@ def test_benchmark_two_processes(benchmark):
         return float(out[0].splitlines()[-1])
     pairs = np.array(benchmark.pedantic(lambda: [(seconds(1), seconds(2)) for _ in range(3)], rounds=1))
     benchmark.extra_info["efficiency"] = np.median(pairs[:, 0] / (2 * pairs[:, 1]))
-
-
-def test_on_the_fly_says_where_nan_is():
-    """NaN in the inputs of a matrix that is computed on the fly is one sentence, whatever is asked of it."""
-    x = np.ones((4, 3), np.float32)
-    x[2, 1] = np.nan
-    bad = on_the_fly.matrix(kernel.kernel_fn("fc", "nngp"), x, quiet=True)
-    for wrong in (lambda: bad.columns([2]), lambda: bad.rows(2, 3), lambda: bad.matvec(np.eye(4))):
-        with pytest.raises(ValueError, match="of the kernel's tiles are not finite: look for NaN"):
-            wrong()
-    with pytest.raises(ValueError, match="not finite: look for NaN"):
-        bad.diagonal()
-
-
-def test_docs_commands_of_rooms():
-    """The commands with proteins.train and molecules.train that README and docstrings show are understood."""
-    from molecules import train as train_molecule
-    from proteins import train as train_protein
-    for name, script in (("proteins.train", train_protein), ("molecules.train", train_molecule)):
-        assert len(commands(name, script.__doc__)) > 3
-        for command in commands(name, script.__doc__):
-            script.parse(command)

@@ -32,7 +32,7 @@ Cost: for every pair of classes of a round a sum of FEW rows (1.0 ns on one core
 4,096 nodes of ogbg-molhiv 810, 2,100 and 2,800 classes: 540,000 entries a second of that core in tiles of 1,024
 molecules, NNGP and NTK together 364,000; all nodes of all pairs in bins of 256, which stay in cache: 215,000 and
 124,000. Where no two nodes are alike (features that are measured numbers) there is nothing to gain.
-Proved by: test_all.py, section graphs
+Proved by: molecules/test_molecules.py
 """
 
 import math

@@ -16,8 +16,7 @@ lambda), P_t = M_t F F^T M_t + D_t, whose Woodbury formula has M_t F in place of
 
     K = missing.Labelled(K, M);  regression.fit(K, K_test, y, ..., look=missing.Look(low, M))
 
-Cost: of a product, that of K's; of the preconditioner c times n k^2 for each ridge.   Proved by: test_all.py, section
-molecules
+Cost: of a product, that of K's; of the preconditioner c times n k^2 for each ridge.   Proved by: molecules/test_molecules.py
 """
 
 from dataclasses import dataclass

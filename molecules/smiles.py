@@ -15,7 +15,7 @@ train, so that test molecules are of other kinds; or official, where the data co
 
 A graph, as kernel.py wants it: of an atom one-hot its element, bonds, charge, hydrogens, and whether it is
 aromatic, in a ring, chiral; the numbers of itself and its neighbours; their weights, of D^-1/2 (A + I) D^-1/2
-or A + I, where A has 1, or the order of the bond.      Proved by: test_all.py, section molecules
+or A + I, where A has 1, or the order of the bond.      Proved by: molecules/test_molecules.py
 """
 
 import csv

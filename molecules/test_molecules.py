@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from test_all import (  # isort: skip
-    HERE, both_kinds, fastest, linear, reference, refitted, relative_error, time_it,
+    HERE, both_kinds, commands, fastest, linear, reference, refitted, relative_error, time_it,
 )
 import jax
 import jax.numpy as jnp
@@ -577,7 +577,7 @@ def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
 @needs_rdkit
 def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
     """Leave-one-out and GCV with missing labels, and GCV of classes, are refused in one sentence that says what to use;
-    the commands of the docstring are understood."""
+    the commands of README and docstring are understood."""
     for select in ("loo", "gcv"):
         with pytest.raises((ValueError, SystemExit)) as error:
             train_molecules(tmp_path, "--dataset", "molpcba", "--data", str(molecule_folder / "pcba"), "--select",
@@ -588,8 +588,8 @@ def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
     path.write_text(path.read_text().replace("x,0.286,", "x,,"))
     with pytest.raises(ValueError, match="--select gcv: esol has missing labels, .*; use --select validation$"):
         train_molecules(tmp_path, "--dataset", "esol", "--data", str(molecule_folder), "--select", "gcv")
-    shown = re.findall(r"python -m molecules.train (--.*?)(?:  .*)?$", train_molecule.__doc__, re.M)
-    assert len(shown) >= 4 and all(train_molecule.parse(one.split()) for one in shown)
+    shown = commands("molecules.train", train_molecule.__doc__)
+    assert len(shown) > 3 and all(map(train_molecule.parse, shown))
 
 
 @needs_rdkit

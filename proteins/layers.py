@@ -12,7 +12,6 @@ changes k(x, x'): K[p, q] = T[p, q] = 0 where p or q is padding. With l and l' p
 Proved by: proteins/test_proteins.py
 """
 
-
 import kernel
 
 
@@ -22,13 +21,16 @@ def exists(x):
 
 
 def masked(K, one, two, power=0.0):
-    """K, 0 where either has padding; divided by (l / length)^power of both."""
+    """K, 0 where either has padding; divided by (l / length)^power of both.  ValueError: no mask before."""
+    if "mask" not in one.notes:
+        raise ValueError("conv1d, seq_flatten and seq_gap mask padding: a network of sequences begins with (\"mask\",)")
     e1, e2 = (e / e.mean() ** power for e in (exists(one.x), exists(two.x)))
     return K * kernel.outer(K, e1, e2)
 
 
 @kernel.layer("mask")
 def mask(layer, K, T, one, two):
+    one.notes["mask"] = True
     return K, T  # padding is zero, and so is its K
 
 

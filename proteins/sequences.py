@@ -25,7 +25,7 @@ A regression on targets y may be one on a monotone function of them, of mean 0 a
 
     split = sequences.load("two_vs_rest", "protein");  x = sequences.encode(split.sequences, "onehot", split.n_train)
 
-Proved by: test_all.py, section proteins
+Proved by: proteins/test_proteins.py
 """
 
 import csv

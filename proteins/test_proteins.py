@@ -6,11 +6,10 @@ Each test states its claim in its first line. JAX is set up by test_all.py, whic
 import functools
 import json
 import os
-import re
 import zipfile
 
 from test_all import (  # isort: skip
-    HERE, both_kinds, fastest, reference, refitted, relative_error, time_it,
+    HERE, both_kinds, commands, fastest, reference, refitted, relative_error, time_it,
 )
 import jax
 import numpy as np
@@ -53,9 +52,9 @@ def recursion(layers, x, y):
                                   for q in range(k.shape[1])] for p in range(k.shape[0])])
             K = {key: std[0]**2 * mean(k) + std[1]**2 for key, k in K.items()}
             T = K[0, 1] + std[0]**2 * mean(T)
-        elif name == "gap":
+        elif name == "seq_gap":
             K, T = {key: k.mean() for key, k in K.items()}, np.mean(T)
-        elif name == "flatten":
+        elif name == "seq_flatten":
             def own(k):
                 return sum(k[p, p] for p in range(min(k.shape))) / np.sqrt(k.shape[0] * k.shape[1])
             T = own(T) if np.ndim(T) else T
@@ -155,10 +154,12 @@ def test_fused_sequences_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: kernel.kernel_fn([("conv1d", 1.0, 0.0), ("gap",)], "ntk")(np.ones((2, 5, 1, 3))), r"sequences begins with \(\"mask\",\)"),
+    (lambda: kernel.kernel_fn([("conv1d", 1.0, 0.0), ("gap",)], "ntk")(np.ones((2, 5, 1, 3))),
+     r"sequences begins with \(\"mask\",\)"),
     (lambda: kernel.kernel_fn([("seq_gap",), ("dense", 1.0, 0.0)], "ntk")(np.ones((2, 5, 1, 3))), "sequences begins with"),
     (lambda: kernel.kernel_fn([("mask",), ("pool",), ("gap",)], "ntk"), r"\('pool',\).*sequences is \(\"mask\",\), then"),
-    (lambda: kernel.kernel_fn([("mask",), ("conv1d", 1.0, 0.0), ("gap",)], "ntk"), r"\(\"seq_flatten\",\) or \(\"seq_gap\",\), and"),
+    (lambda: kernel.kernel_fn([("mask",), ("conv1d", 1.0, 0.0), ("gap",)], "ntk"),
+     r"\('gap',\).*\(\"seq_flatten\",\) or \(\"seq_gap\",\), and"),
     (lambda: kernel.kernel_fn([("mask",), ("dense", 1.0, 0.0), ("seq_gap",)], "ntk"), r"sequences is \(\"mask\",\), then"),
     (lambda: kernel.kernel_fn("seq_cnn", "ntk")(np.ones((3, 9))), r"\(3, 9\).*sequences \(n, length, channels\)"),
 ])
@@ -486,11 +487,10 @@ def test_proteins_errors(flags, words, tmp_path):
 
 
 def test_proteins_commands(capsys):
-    """The commands of the docstring are understood, and what contradicts is refused at once."""
-    shown = re.findall(r"python -m proteins.train (--.*?)(?:  .*)?$", train_protein.__doc__, re.M)
-    assert len(shown) >= 4
+    """The commands of README and docstring are understood, and what contradicts is refused at once."""
+    assert len(shown := commands("proteins.train", train_protein.__doc__)) > 3
     for command in shown:
-        train_protein.parse(command.split())
+        train_protein.parse(command)
     for flags, words in ((["--ridge", "often"], "--ridge often: expected a number"),
                          (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
                          (["--tile", "0"], "at least 1"), (["--depth", "3,0"], "at least 1"),

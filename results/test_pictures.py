@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from test_all import data, kernel, tiles  # isort: skip  (sets JAX up)
 
 from results import pictures
