@@ -82,7 +82,8 @@ def main(argv=None):
     for kind, (K_all, K_test_all), prior in zip(kinds, matrices, priors):
         for n in args.sizes:
             rows, spent = n * view.copies, {}
-            K, K_test = (K.leading(rows).merged() for K in (K_all, K_test_all))
+            blocks = [block.leading(rows) for block in (K_all, K_test_all)]
+            K, K_test = (block.merged() for block in blocks)
             with regression.phase("ridge", spent):
                 select, held_out, score = selection(args, labels[:n], view.copies, len(args.ridge) > 1)
                 ridge, solver, found = regression.choose_ridge(
@@ -97,7 +98,7 @@ def main(argv=None):
                 with regression.phase("variance", spent):
                     result.update(uncertainty(args, kernel_fn(kind), solver, K_test, x_test, y[:rows], alpha, f, ridge,
                                               test_labels))
-            result.update(compared=compared, one_pass=args.kind == "both", entries=K.entries + K_test.entries,
+            result.update(compared=compared, one_pass=args.kind == "both", entries=sum(block.entries for block in blocks),
                           **computed(args, n, K_all, K_test_all, team, seconds["kernel"]),
                           seconds={name: round(s, 3) for name, s in {**seconds, **spent}.items()})
             if team.index == 0:

@@ -226,5 +226,5 @@ def front(groups, dataset):
             runs = max(found, key=lambda runs: (runs[0]["config"]["n_train"], -min(test_error(run) for run in runs)))
             config, seconds = runs[0]["config"], statistics.median(run["seconds"]["kernel"] for run in runs)
             rows.append([name(tuple(config[k] for k in CURVE)), f"{config['n_train']:,}", f"{config['n_test']:,}",
-                         percent([test_error(run) for run in runs]), f"{seconds / 60:.1f} min, {runs[-1]['device']}"])
+                         percent([test_error(run) for run in runs]), f"{seconds / 60:.1f} min, {runs[-1].get('device')}"])
     return table(["kernel", "images", "tested on", "accuracy, %", "kernel computed in, on"], rows)
