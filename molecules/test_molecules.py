@@ -178,8 +178,8 @@ def test_graphs_symmetry_and_tiles():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: graph_layers.gcn(0), "degree=0, depth=3, hidden=1, pool='sum': expected three positive"),
-    (lambda: graph_layers.gcn(4, pool="max"), "pool='max': expected .* sum or mean"),
+    (lambda: graph_layers.gcn(0), "degree=0, depth=3, hidden=1, pool='sum', .*: expected three positive"),
+    (lambda: graph_layers.gcn(4, pool="max"), "pool='max', .*: expected .* sum or mean"),
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 8))), r"\(2, 3, 8\).*features \+ 2 degree"),
     (lambda: kernel.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((3, 9))), r"\(3, 9\).*graphs \(n, nodes, features"),
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 9)), np.ones((2, 4, 9))), "must agree"),
@@ -310,7 +310,7 @@ def test_molecules_splits():
     an aluminium complex, whose valence RDKit's scaffolds refuse, included."""
     rings = ["c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccc2ccccc2c1", "C1CCOC1", "c1ccsc1"]
     smiles = [ring + "C" * i for k, ring in enumerate(rings) for i in range(1, 9 - k)] + ["CCO", "CCN"]
-    files.append("O=C1O[Al]23(OC1=O)(OC(=O)C(=O)O2)OC(=O)C(=O)O3")
+    smiles.append("O=C1O[Al]23(OC1=O)(OC(=O)C(=O)O2)OC(=O)C(=O)O3")
     rows = files.checked(smiles, np.zeros((len(smiles), 1)), ["y"], None, "made")
     for how in ("random", "scaffold"):
         parts = files.split(rows, how, seed=0)
