@@ -6,10 +6,9 @@
   cifar10.2   train on cifar10, test on cifar102_test.npz in the folder
   cifar5m     part0.npz ... part4.npz to train, part5.npz to test, 1,000,448 images each
 
-Rows are shuffled once, by `seed`, and classes dealt out in turn: the first k rows are a balanced
-training set for every k, and a larger n_train begins with the smaller one. CIFAR-5m is shuffled by
-blocks of rows, so that few rows are read from few places. Test rows are the same for every seed: the
-first n_test of the test file (CIFAR-5m: of its blocks in a fixed shuffle). Nothing pickled is read.
+Training rows are shuffled by `seed`, and the classes are dealt out in turn: for every k the first k rows are a balanced
+training set, and a larger n_train begins with the smaller one. Test rows are the same for every seed: the first n_test of
+the test file (CIFAR-5m: large/cifar5m.py). Pickled files are refused.
 
     x_train, y_train, x_test, y_test = data.load("cifar10", "cifar-10-batches-bin", n_train=1000)
 
@@ -40,8 +39,8 @@ CLASSES = 10
 WHITENING = ("none", "channel", "zca", "zca_unit")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from
+HINT = "give --data the folder that holds it"
 BATCH = 10_000  # records in a file of CIFAR-10
-BLOCK = 1024  # rows of CIFAR-5m read together: 3 MB
 
 
 def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
@@ -57,22 +56,21 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
     if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
     if name == "cifar5m":
-        return _cifar5m(folder or "data", n_train, n_test, seed, balanced, n_fit)
+        from large import cifar5m
+        return cifar5m.load(folder or "data", n_train, n_test, seed, balanced, n_fit)
     if name == "digits":
         train, test = _digits()
     else:
         folder = folder or _download()
         train, test = _cifar10(folder)
         if name == "cifar10.1":
-            test = [_checked_npy(os.path.join(folder, f"cifar10.1_v6_{part}.npy"))
-                    for part in ("data", "labels")]
+            test = checked(*(array(os.path.join(folder, f"cifar10.1_v6_{part}.npy")) for part in ("data", "labels")),
+                           os.path.join(folder, name))
         elif name == "cifar10.2":
             path = os.path.join(folder, "cifar102_test.npz")
-            with _open_npz(path, ("images", "labels")) as file:
-                test = [_member(file, path, key) for key in ("images", "labels")]
-        test = _checked(*test, os.path.join(folder, name))
-    _enough(n_train, len(train[1]), "n_train", name)
-    _enough(n_test, len(test[1]), "n_test", name)
+            test = checked(array(path, "images"), array(path, "labels"), path)
+    enough(n_train, len(train[1]), "n_train", name)
+    enough(n_test, len(test[1]), "n_test", name)
     rows = order(train[1], seed, balanced)[:n_train and max(n_train, n_fit)]
     return train[0][rows], train[1][rows], test[0][:n_test], test[1][:n_test]
 
@@ -97,7 +95,7 @@ def order(labels, seed, balanced=True, blocks=None):
     return shuffled[np.lexsort((rng.random(len(labels)), turn))]
 
 
-def _enough(wanted, have, what, where):
+def enough(wanted, have, what, where):
     if wanted is not None and not 1 <= wanted <= have:
         raise ValueError(f"{what}={wanted}, but {where} has 1 to {have} rows to give")
 
@@ -114,14 +112,14 @@ def _digits():
 def _cifar10(folder):
     """The binary version: records of a label byte, then the planes R, G, B of 1,024 bytes each."""
     def batch(file):
-        path = _existing(os.path.join(folder, file))
+        path = existing(os.path.join(folder, file))
         size, want = os.path.getsize(path), BATCH * 3073
         if size != want:
             raise ValueError(f"{path} has {size} bytes; a CIFAR-10 batch has {want}. The file is "
                              "truncated or not of the binary version: fetch it again")
         records = np.fromfile(path, np.uint8).reshape(-1, 3073)
         images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return _checked(images, records[:, 0], path)
+        return checked(images, records[:, 0], path)
 
     x, y = zip(*[batch(f"data_batch_{i}.bin") for i in range(1, 6)])
     return (np.concatenate(x), np.concatenate(y)), batch("test_batch.bin")
@@ -135,118 +133,54 @@ def compare(content, sha256, path):
               f"{sha256}")
 
 
-def _existing(path):
+def existing(path, hint=HINT):
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is not there; give --data the folder that holds it")
+        raise FileNotFoundError(f"{path} is not there; {hint}")
     return path
 
 
-def _checked(x, y, path):
-    """Images and labels of one file, or a sentence about what is wrong with them."""
-    if x.dtype != np.uint8 or x.shape != (len(y), 32, 32, 3) or y.dtype.kind not in "iu":
-        raise ValueError(f"{path} holds images {x.dtype} {x.shape} and labels {y.dtype} {y.shape}; "
-                         "expected uint8 (n, 32, 32, 3) and integers (n,)")
-    bad = np.flatnonzero((y < 0) | (y >= CLASSES))
-    if len(bad):
-        raise ValueError(f"{path} has label {y[bad[0]]} at row {bad[0]}; expected 0 to {CLASSES - 1}")
-    return x, y.astype(np.int64)
+def labels(y, path, classes=CLASSES):
+    """Labels as they stand in a file -> int64 (n,) in 0 ... classes - 1.
 
-
-def _checked_npy(path):
-    try:
-        return np.load(_existing(path), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a complete .npy array without pickle: {error}") from error
-
-
-def _open_npz(path, keys):
-    try:
-        file = zipfile.ZipFile(_existing(path))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is truncated or not an .npz archive: {error}") from error
-    names = file.namelist()
-    if any(f"{key}.npy" not in names for key in keys):
-        raise ValueError(f"{path} holds {', '.join(names)}; expected {', '.join(keys)}")
-    return file
-
-
-def _header(stream, path, key):
-    """Shape and dtype of the .npy member that `stream` is at the start of."""
-    version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f"{path}: {key} is an .npy of version {version}; expected 1.0 or 2.0")
-    shape, fortran, dtype = read[version](stream)
-    if fortran or dtype.hasobject:
-        raise ValueError(f"{path}: {key} is {dtype}, Fortran order {fortran}; expected plain integers "
-                         "in C order")
-    return shape, dtype
-
-
-def _member(file, path, key):
-    """One small array of an .npz, whole."""
-    with file.open(f"{key}.npy") as stream:
-        shape, dtype = _header(stream, path, key)
-        return np.frombuffer(_exactly(stream, int(np.prod(shape)) * dtype.itemsize, path, key),
-                             dtype).reshape(shape)
-
-
-def _exactly(stream, size, path, key):
-    try:
-        content = stream.read(size)
-    except (EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {key} is damaged: {error}") from error
-    if len(content) != size:
-        raise ValueError(f"{path}: {key} is truncated: {len(content)} bytes where {size} were expected")
-    return content
-
-
-def _blocks(file, path, key, blocks):
-    """Rows of a large array of an .npz, BLOCK at a time, for ascending block numbers.
-
-    The member is read as a stream from its start and what is not wanted is passed over, a block in
-    memory at a time, so that compressed archives work too: 3 GB pass in seconds.
+    y: whole numbers of any dtype, (n,) or (n, 1), or one-hot rows (n, classes).
+    ValueError: anything else, with the name of the file and the first bad row.
     """
-    with file.open(f"{key}.npy") as stream:
-        shape, dtype = _header(stream, path, key)
-        row = int(np.prod(shape[1:])) * dtype.itemsize
-        for block in range(max(blocks) + 1):
-            rows = max(0, min(BLOCK, shape[0] - block * BLOCK))
-            content = _exactly(stream, rows * row, path, key)
-            if block in blocks:
-                yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+    y = np.asarray(y)
+    got = f"{path} holds labels {y.dtype} {y.shape}"
+    if y.dtype.kind in "iuf" and y.shape[1:] == (1,):
+        y = y[:, 0]
+    elif y.dtype.kind in "iufb" and y.shape[1:] == (classes,) and ((y == 0) | (y == 1)).all() and (y.sum(axis=1) == 1).all():
+        y = y.argmax(axis=1)
+    if y.ndim != 1 or y.dtype.kind not in "iuf":
+        raise ValueError(f"{got}; expected whole numbers (n,) or (n, 1), or one-hot rows (n, {classes})")
+    bad = np.flatnonzero(~((y >= 0) & (y < classes) & (y == np.floor(y))))  # NaN is in no range
+    if len(bad):
+        raise ValueError(f"{path} has label {y[bad[0]]} at row {bad[0]}; expected whole numbers, 0 to {classes - 1}")
+    return y.astype(np.int64)
 
 
-def _cifar5m(folder, n_train, n_test, seed, balanced, n_fit):
-    """CIFAR-5m: all labels first, 40 MB; then only the blocks in which the rows asked for lie."""
-    def read(parts, n, seed, what, n_fit=0):
-        paths = [os.path.join(folder, f"part{part}.npz") for part in parts]
-        labels, blocks = [], []
-        for path in paths:
-            with _open_npz(path, ("X", "Y")) as file:
-                labels.append(_member(file, path, "Y"))
-            blocks.append((blocks[-1][-1] + 1 if blocks else 0) + np.arange(len(labels[-1])) // BLOCK)
-        _enough(n, sum(map(len, labels)), what, folder)
-        starts = np.cumsum([0] + [len(y) for y in labels])
-        rows = order(np.concatenate(labels), seed, balanced, np.concatenate(blocks))[:n and max(n, n_fit)]
-        x, y = np.empty((len(rows), 32, 32, 3), np.uint8), np.empty(len(rows), np.int64)
-        for path, start, part in zip(paths, starts, labels):
-            mine = np.flatnonzero((start <= rows) & (rows < start + len(part)))
-            if not len(mine):
-                continue
-            local = rows[mine] - start
-            wanted = np.unique(local // BLOCK).tolist()
-            with _open_npz(path, ("X", "Y")) as file:
-                bar = tqdm(wanted, desc=path, unit=" blocks", disable=None, leave=False)
-                for block, images in zip(bar, _blocks(file, path, "X", wanted)):
-                    images, block_labels = _checked(
-                        images, part[block * BLOCK:(block + 1) * BLOCK], path)
-                    here = local // BLOCK == block
-                    x[mine[here]] = images[local[here] - block * BLOCK]
-                    y[mine[here]] = block_labels[local[here] - block * BLOCK]
-        return x, y
+def checked(x, y, path):
+    """Images uint8 (n, 32, 32, 3) and labels (n,) of one file.  ValueError: a sentence about what is wrong with them."""
+    y = labels(y, path)
+    if x.dtype != np.uint8 or x.shape != (len(y), 32, 32, 3):
+        raise ValueError(f"{path} holds images {x.dtype} {x.shape} and {len(y)} labels; expected uint8 (n, 32, 32, 3) and n "
+                         "labels")
+    return x, y
 
-    return *read(range(5), n_train, seed, "n_train", n_fit), *read([5], n_test, 0, "n_test")
+
+def array(path, key=None, hint=HINT):
+    """The array in an .npy file, or one array of an .npz.  ValueError: damaged, pickled, no such array."""
+    kind = ".npz archive" if key else ".npy array"
+    try:
+        file = np.load(existing(path, hint), allow_pickle=False)
+        if key is None and isinstance(file, np.ndarray):
+            return file
+        if key is None or isinstance(file, np.ndarray) or key not in file:
+            found = "one array" if isinstance(file, np.ndarray) else "the arrays " + ", ".join(file)
+            raise ValueError(f"it holds {found}" + (f", and not {key}" if key else ""))
+        return file[key]
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a complete {kind} without pickle: {error}") from error
 
 
 def _download(folder="data"):
@@ -308,16 +242,9 @@ def replacing(path):
 
 def images(path, shape):
     """The images of an .npy file, checked: uint8 (m, *shape)."""
-    try:
-        x = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is not there; --predict takes an .npy file of uint8 images, (m, h, w, "
-                                "channels)") from error
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a complete .npy array without pickle: {error}") from error
-    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):
-        got = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive"
-        raise ValueError(f"{path} holds {got}; the model was trained on images uint8 (m, "
+    x = array(path, hint="--predict takes an .npy file of uint8 images, (m, h, w, channels)")
+    if x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):
+        raise ValueError(f"{path} holds {x.dtype} {x.shape}; the model was trained on images uint8 (m, "
                          f"{', '.join(map(str, shape))})")
     return x
 

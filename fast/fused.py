@@ -42,7 +42,7 @@ import kernel
 
 try:
     from fast import gpu
-except ModuleNotFoundError:  # gpu.py may be deleted: then XLA makes what a GPU runs, too
+except ImportError:  # gpu.py was deleted, or this JAX has no Triton backend: XLA computes on GPUs, too
     gpu = None
 
 ELEMENTWISE = ("relu", "normalize", "exp")

@@ -1,4 +1,4 @@
-"""Tiles on disk, products on the fly, several processes, plans, the rank of the preconditioner.
+"""CIFAR-5m, tiles on disk, products on the fly, several processes, plans, the rank of the preconditioner.
 
 Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
 """
@@ -15,19 +15,91 @@ import tracemalloc
 
 from test_all import (  # isort: skip
     commands,
-    Dense, HERE, digits, flip, refused, run_small, inputs, linear, spectrum, train,
+    Dense, HERE, digits, flip, labels_of_a_file, refused, rows_to_fit_on, run_small, inputs, linear, spectrum, train,
 )
 import jax
 import numpy as np
 import pytest
 
+import data
 import kernel
 import pcg
 import tiles
 import train_cifar
-from large import on_the_fly, plan, processes, rank, store
+from large import cifar5m, on_the_fly, plan, processes, rank, store
 
 KILLS = int(os.environ.get("KILLS", 3))  # of each test that kills; 20 of them take two minutes
+
+# ---------------------------------------------------------------------------------------- cifar5m
+
+@pytest.fixture
+def cifar5m_folder(tmp_path, monkeypatch):
+    """Six parts in the format of CIFAR-5m, compressed and not; pixel (0, 0) holds label and part."""
+    monkeypatch.setattr(cifar5m, "BLOCK", 32)
+    rng = np.random.default_rng(0)
+    for part in range(6):
+        X, Y = rng.integers(0, 256, (500, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 500)
+        X[:, 0, 0, 0], X[:, 0, 0, 1] = Y, part
+        (np.savez if part % 2 else np.savez_compressed)(tmp_path / f"part{part}.npz", X=X, Y=Y)
+    return tmp_path
+
+
+def test_cifar5m(cifar5m_folder):
+    """Parts 0-4 train, part 5 tests; rows and labels stay together; balanced, nested, across parts."""
+    x, y, x_test, y_test = data.load("cifar5m", cifar5m_folder)
+    assert len(x) == 2500 and len(x_test) == 500
+    assert (x[:, 0, 0, 0] == y).all() and (x_test[:, 0, 0, 0] == y_test).all()
+    assert set(x[:, 0, 0, 1]) == {0, 1, 2, 3, 4} and set(x_test[:, 0, 0, 1]) == {5}
+    assert len(np.unique(x.reshape(2500, -1), axis=0)) == 2500
+    few, labels, few_test, _ = data.load("cifar5m", cifar5m_folder, n_train=300, n_test=50)
+    assert (few == x[:300]).all() and np.bincount(labels).tolist() == [30] * 10
+    assert len(set(few[:, 0, 0, 1])) > 1 and (few_test == x_test[:50]).all()
+
+
+def test_cifar5m_is_streamed(tmp_path):
+    """100 rows of parts of 25 MB are read without holding 10 MB."""
+    X = np.zeros((8192, 32, 32, 3), np.uint8)
+    for part in range(6):
+        np.savez(tmp_path / f"part{part}.npz", X=X, Y=np.arange(8192) % 10)
+    del X
+    tracemalloc.start()
+    data.load("cifar5m", tmp_path, n_train=100, n_test=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 15e6 < 25e6
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda p: p.unlink(), "part2.npz is not there"),
+    (lambda p: p.write_bytes(p.read_bytes()[:5000]), "part2.npz is truncated or not an .npz"),
+    (lambda p: np.savez(p, X=np.ones((5, 32, 32, 3))), "holds X.npy; expected X, Y"),
+    (lambda p: np.savez(p, X=np.ones((500, 32, 32, 3)), Y=np.arange(500) % 10), "float64.*expected uint8"),
+    (lambda p: np.savez(p, X=np.ones((500, 32, 32, 3), np.uint8), Y=np.full(500, 77)), "label 77"),
+    (lambda p: np.savez(p, X=np.ones((90, 32, 32, 3), np.uint8), Y=np.arange(500) % 10), "part2"),
+])
+def test_cifar5m_damaged(cifar5m_folder, damage, words):
+    """A part that is missing, truncated, of the wrong keys, dtype, labels or length is named."""
+    damage(cifar5m_folder / "part2.npz")
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        data.load("cifar5m", cifar5m_folder)
+
+
+def test_cifar5m_labels(cifar5m_folder):
+    """Labels as a column or one-hot rows are understood, all else is refused by name."""
+    part, y = cifar5m_folder / "part5.npz", np.arange(90) % 10
+    X = np.zeros((90, 32, 32, 3), np.uint8)
+    X[:, 0, 0, 0] = np.arange(90)
+
+    def load():
+        x, labels = data.load("cifar5m", cifar5m_folder)[2:]
+        return labels[np.argsort(x[:, 0, 0, 0])]
+    labels_of_a_file(lambda labels: np.savez(part, X=X, Y=labels), load, y)
+
+
+def test_cifar5m_rows_to_fit_on(cifar5m_folder):
+    """n_fit brings more training rows, those that a larger n_train would bring, as far as there are."""
+    rows_to_fit_on("cifar5m", cifar5m_folder, 2500)
+
 
 # ------------------------------------------------------------------------------------------ store
 

@@ -192,22 +192,20 @@ def _nci(limit, quiet):
     from rdkit import RDConfig
     from rdkit.Chem import Crippen
     path = os.path.join(RDConfig.RDDataDir, "NCI", "first_5K.smi")
-    with open(data._existing(path)) as lines:
+    with open(data.existing(path)) as lines:
         smiles = [line.split()[0] for line in lines][:limit]
     rows = checked(smiles, np.zeros((len(smiles), 1)), ["log P"], None, path, quiet)
     return rows._replace(y=np.array([[Crippen.MolLogP(mol)] for mol in rows.mols]))
 
 
 def _npz_split(path):
-    data._open_npz(path, ("train", "val", "test")).close()
-    with np.load(path, allow_pickle=False) as file:
-        return [file[part].astype(np.int64).ravel() for part in ("train", "val", "test")]
+    return [data.array(path, part).astype(np.int64).ravel() for part in ("train", "val", "test")]
 
 
 def _content(path):
     """The bytes of a file, unpacked where its name ends in .gz."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(data._existing(path), "rb") as file:
+        with (gzip.open if path.endswith(".gz") else open)(data.existing(path), "rb") as file:
             return file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or not packed by gzip: {error}") from error

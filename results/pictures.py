@@ -30,9 +30,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 RUNS, FOLDER = os.path.join(HERE, "runs.jsonl"), os.path.join(HERE, "pictures")
 GREY = "#7d8590"  # read on white and on black
 COLOURS = ["#2f81c7", "#d5652b", "#c25a9c", "#b98900", "#2a9d7c", "#8a6fd1", "#5b9bd5", "#a05a2c"]
-matplotlib.rcParams.update({"svg.hashsalt": "pictures", "svg.fonttype": "none", "text.color": GREY,
-                            "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-                            "axes.titlecolor": GREY, "figure.facecolor": "none", "axes.facecolor": "none"})
+style = matplotlib.rc_context({"svg.hashsalt": "pictures", "svg.fonttype": "none", "text.color": GREY, "axes.edgecolor": GREY,
+                               "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.titlecolor": GREY,
+                               "figure.facecolor": "none", "axes.facecolor": "none"})
 
 
 def saved(figure, folder, name):
@@ -45,6 +45,7 @@ def owners(K, devices):
     return {tuple(key.tolist()): device for device, run in enumerate(np.array_split(np.array(keys), devices)) for key in run}
 
 
+@style
 def draw_kernel(folder, n=300, tile=60, devices=4):
     """K of n digits in the order of their classes, its tiles, and the device that computes each."""
     x, y, _, _ = data.load("digits", n_train=n)
@@ -71,6 +72,7 @@ def draw_kernel(folder, n=300, tile=60, devices=4):
     return of
 
 
+@style
 def draw_sheets(folder):
     """K[p, q] by rows r and r' of two images of 4 x 4 pixels, and the same letters cut into sheets a = r' - r."""
     figure = Figure(figsize=(8.6, 3.9), layout="constrained")
@@ -101,6 +103,7 @@ def draw_sheets(folder):
     saved(figure, folder, "sheets")
 
 
+@style
 def draw_solve(folder, n=1000, ridge=1e-5):
     """Residual against step for no preconditioner, Jacobi and low rank."""
     x, y, _, _ = data.load("digits", n_train=n)
@@ -128,6 +131,7 @@ CURVES = {("fc", "ntk", False): "fc", ("fc", "ntk", True): "fc, flips", ("cnn_ve
           ("myrtle10", "nngp", True): "myrtle10, flips"}
 
 
+@style
 def draw_curves(folder, path=RUNS):
     """Test accuracy against n for eight kernels on CIFAR-10: mean over subsets, with its sd where there are several."""
     points = {}

@@ -40,7 +40,6 @@ def figure(groups, dataset, path):
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    matplotlib.rcParams.update({"svg.hashsalt": "scaling", "svg.fonttype": "path"})
     grey, found = "#7d8590", curves(groups, dataset)
     page = Figure(figsize=(8.5, 4.6), layout="constrained", facecolor="none")
     axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
@@ -70,7 +69,8 @@ def figure(groups, dataset, path):
         spine.set_color(grey)
     page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8)
     metadata = {"Description": digest(found), "Date": None} if path.endswith(".svg") else None
-    page.savefig(path, dpi=150, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "path"}):
+        page.savefig(path, dpi=150, metadata=metadata)
 
 
 def digest(found):

@@ -1,0 +1,94 @@
+"""CIFAR-5m: six million images in six .npz files, read without holding one of them in memory.
+
+part0.npz ... part4.npz are for training, part5.npz for testing: X uint8 (1000448, 32, 32, 3), Y the labels. A run reads
+all labels, 40 MB, deals out the rows as data.order says, and then reads only the blocks of BLOCK images in which those
+rows lie: the rows are shuffled block by block, so that few rows need few blocks.
+
+    x_train, y_train, x_test, y_test = cifar5m.load("DIR", n_train=100_000, n_test=10_000)
+
+Proved by: large/test_large.py
+"""
+
+import os
+import zipfile
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+
+BLOCK = 1024  # images read together: 3 MB
+PARTS = 5  # files for training; the next one is for testing
+
+
+def load(folder, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
+    """x_train, y_train, x_test, y_test; arguments and errors as of data.load."""
+    return (*_read(folder, range(PARTS), n_train, seed, "n_train", balanced, n_fit),
+            *_read(folder, [PARTS], n_test, 0, "n_test", balanced))
+
+
+def _read(folder, parts, n, seed, what, balanced, n_fit=0):
+    """n images of some parts and their labels, and training images beyond n up to n_fit."""
+    paths = [os.path.join(folder, f"part{part}.npz") for part in parts]
+    labels, blocks = [], []
+    for path in paths:
+        with _opened(path) as file:
+            labels.append(data.labels(np.concatenate(list(_rows(file, path, "Y", None))), path))
+        blocks.append((blocks[-1][-1] + 1 if blocks else 0) + np.arange(len(labels[-1])) // BLOCK)
+    data.enough(n, sum(map(len, labels)), what, folder)
+    starts = np.cumsum([0] + [len(y) for y in labels])
+    rows = data.order(np.concatenate(labels), seed, balanced, np.concatenate(blocks))[:n and max(n, n_fit)]
+    x, y = np.empty((len(rows), 32, 32, 3), np.uint8), np.empty(len(rows), np.int64)
+    for path, start, part in zip(paths, starts, labels):
+        mine = np.flatnonzero((start <= rows) & (rows < start + len(part)))
+        if not len(mine):
+            continue
+        local = rows[mine] - start
+        wanted = np.unique(local // BLOCK).tolist()
+        with _opened(path) as file:
+            bar = tqdm(wanted, desc=path, unit=" blocks", disable=None, leave=False)
+            for block, images in zip(bar, _rows(file, path, "X", wanted)):
+                images, block_labels = data.checked(images, part[block * BLOCK:(block + 1) * BLOCK], path)
+                here = local // BLOCK == block
+                x[mine[here]] = images[local[here] - block * BLOCK]
+                y[mine[here]] = block_labels[local[here] - block * BLOCK]
+    return x, y
+
+
+def _opened(path):
+    data.existing(path)
+    try:
+        file = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is truncated or not an .npz archive: {error}") from error
+    names = file.namelist()
+    if not {"X.npy", "Y.npy"} <= set(names):
+        raise ValueError(f"{path} holds {', '.join(names)}; expected X, Y")
+    return file
+
+
+def _rows(file, path, key, blocks):
+    """Blocks of BLOCK rows of an array of an .npz, those of ascending numbers `blocks`; None: all.
+
+    The array is read as a stream from its start, and what is not wanted is passed over, one block in memory at a time,
+    so that compressed archives work too: 3 GB pass in seconds.
+    """
+    with file.open(f"{key}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{path}: {key} is an .npy of version {version}; expected 1.0 or 2.0")
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(stream)
+        if fortran or dtype.hasobject or not shape:
+            raise ValueError(f"{path}: {key} is {dtype} {shape}, Fortran order {fortran}; expected plain numbers in C order")
+        for block in range(max(blocks) + 1 if blocks else -(-shape[0] // BLOCK)):
+            number = max(0, min(BLOCK, shape[0] - block * BLOCK))
+            size = number * int(np.prod(shape[1:])) * dtype.itemsize
+            try:
+                content = stream.read(size)
+            except (EOFError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{path}: {key} is damaged: {error}") from error
+            if len(content) != size:
+                raise ValueError(f"{path}: {key} is truncated: {len(content)} bytes where {size} were expected")
+            if blocks is None or block in blocks:
+                yield np.frombuffer(content, dtype).reshape(number, *shape[1:])
