@@ -5,16 +5,19 @@
     with experiment.phase("kernel", seconds):
         (K, K_test), = experiment.matrices(kernel_fn, ("nngp",), {"train": x, "test": x_test}, None, {}, 1024)
     experiment.record("results", config, {"test_accuracy": 0.5, "seconds": seconds}, run)
-    if __name__ == "__main__": experiment.run(main, parse(None).devices)
+    if __name__ == "__main__": experiment.run(main, parse(None))
 
 Proved by: test_all.py, section train
 """
 
+import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -22,20 +25,24 @@ import traceback
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 
 import choose
+import data
 import kernel
 import tiles
 
 SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
+HERE = os.path.dirname(os.path.abspath(__file__))
+OWN = ("process", "devices", "coordinator", "data", "store", "out", "quiet", "verbose", "wait")  # of each process
 ROOMS = ("fast", "large", "proteins", "molecules", "results")
 HEADS = ("linear", "cosine", "relu", "exp")
 
 
 def network_flags(group, images_or_sequences=True):
     """Adds the flags that describe a network; each takes several values, separated by commas, to choose from."""
-    group.add_argument("--w_std", default="1.4142135623730951", help="sd of weights, relative to 1 / sqrt(inputs)")
-    group.add_argument("--b_std", default="0", help="sd of biases")
+    group.add_argument("--w_std", default=str(kernel.W_STD), help="sd of weights, relative to 1 / sqrt(inputs)")
+    group.add_argument("--b_std", default=str(kernel.B_STD), help="sd of biases")
     if images_or_sequences:
         group.add_argument("--head", default="linear", help=f"before the last layer: {', '.join(HEADS)}; "
                            "cosine normalizes the features, relu and exp are kernels of that cosine")
@@ -90,6 +97,14 @@ def check(parser, args, *positive):
     args.sizes = sorted({*sizes, *([args.n_train] if args.n_train else [])})
     if args.sizes and not 1 <= args.sizes[0] <= args.sizes[-1] <= args.n_train:
         parser.error(f"--sizes {sizes}: expected 1 to n_train={args.n_train}")
+
+
+def given(parser, argv=None):
+    """The names of the flags that stand on the command line."""
+    absent = object()
+    names = vars(parser.parse_args([]))
+    return [name for name, value in vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))).items()
+            if value is not absent]
 
 
 def settings(args):
@@ -170,43 +185,81 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
                     *(tiles.cross(fn, inputs[name], x, tile, store=kept[name], **where) for name in others)))
 
 
-def team(coordinator, processes, process, devices):
+def team(coordinator, processes, process, devices, wait=300):
     """The processes that share the work, tiles.ALONE where there is one; arguments as of large/processes.start."""
     if (coordinator, processes, process) == (None, None, None) and "SLURM_STEP_NODELIST" not in os.environ:
         return tiles.ALONE
     from large import processes as several
-    return several.start(coordinator, processes, process, devices)
+    return several.start(coordinator, processes, process, devices, wait)
+
+
+def agree(team, args, *arrays):
+    """Raises ValueError in every process unless all run the same code with the same flags on the same data."""
+    if team.count == 1:
+        return
+    flags = {flag: value for flag, value in vars(args).items() if flag not in OWN}
+    code = [path.read_bytes() for path in sorted(pathlib.Path(HERE).rglob("*.py")) if ".venv" not in path.parts]
+    parts = {"flags": json.dumps(flags, default=str).encode(), "code": b"".join(code),
+             "data": b"".join(hashlib.blake2b(np.ascontiguousarray(array)).digest() for array in arrays)}
+    digests = np.zeros((team.count, len(parts)))  # 48 bits are exact in float64
+    digests[team.index] = [int.from_bytes(hashlib.blake2b(part, digest_size=6).digest()) for part in parts.values()]
+    digests = team.all_reduce(digests)
+    differ = {name: np.flatnonzero(column != column[0]) for name, column in zip(parts, digests.T)}
+    if any(map(len, differ.values())):
+        raise ValueError("the processes do not do the same: " + "; ".join(
+            f"process {', '.join(map(str, those))} has other {name} than process 0" for name, those in differ.items()
+            if len(those)) + ". Give all of them the same flags, but for --process, and the same files")
 
 
 def provenance(processes=1):
     """Machine, versions and code of a run, taken at its start, for the files may change under it."""
     def git(*command):
-        done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *command],
-                              capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", HERE, *command], capture_output=True, text=True)
+        except OSError:  # no git on this machine
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
     return {"device": jax.local_devices()[0].device_kind, "devices": jax.local_device_count(),
-            "processes": processes, "cores": os.cpu_count(), "jax": jax.__version__,
+            "processes": processes, "cores": tiles.cores(), "jax": jax.__version__,
             "neural_tangents": importlib.metadata.version("neural-tangents"),
             "commit": git("rev-parse", "--short", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--", "*.py", "requirements.txt")),
+            "dirty": None if changed is None else bool(changed),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
 
-def record(folder, config, result, run):
-    """Append to runs.jsonl in `folder` the result, completed by its configuration, `provenance` and the
-    most memory this process has used."""
+def writable(folder):
+    """Makes `folder` and its runs.jsonl.  OSError: they cannot be written, said before any work is done."""
+    path = os.path.join(folder, "runs.jsonl")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        open(path, "ab").close()
+    except OSError as error:
+        raise OSError(f"--out {folder}: {path} cannot be written ({error.strerror}); give a folder that can") from error
+
+
+def record(folder, config, result, run, describe=None):
+    """Append to runs.jsonl in `folder` the result, completed by its configuration, `provenance` and the most memory this
+    process has used. It is printed first, described by describe(result)."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     result.update(config=config, **run)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "runs.jsonl"), "a") as lines:
-        lines.write(json.dumps(result) + "\n")
+    if describe:
+        print(describe(result), flush=True)
+    path = os.path.join(folder, "runs.jsonl")
+    with data.said(path):
+        os.makedirs(folder, exist_ok=True)
+        with open(path, "ab+") as lines:
+            size = lines.seek(0, os.SEEK_END)
+            lines.seek(max(0, size - 1))
+            torn = size and lines.read() != b"\n"  # a run was killed while it wrote
+            lines.write(b"\n" * bool(torn) + json.dumps(result).encode() + b"\n")
 
 
 @contextmanager
-def guard(*expected):
-    """Ends the process with one line for an error of an expected kind, or else with a traceback; with
+def guard(*expected, store=None):
+    """Ends the process with one line for an error of an expected kind or for Ctrl-C, or else with a traceback; with
     several processes at once, for one that waited for the others to end would leave them hanging."""
     try:
         yield
@@ -216,20 +269,25 @@ def guard(*expected):
             message = f"the folder {room}/ is not there, and a flag needs it: fetch it, or leave the flag out"
         elif isinstance(error, expected):
             message = f"{type(error).__name__}: {error}"
+        elif isinstance(error, KeyboardInterrupt):
+            message = (f"interrupted: finished tiles and the state of the solve are in {store}; run the same command again to "
+                       "go on" if store else "interrupted: nothing was kept; with --store DIR a run goes on where it was")
         elif isinstance(error, SystemExit):
             raise
         else:
             message = "".join(traceback.format_exception(error))
         sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def run(main, count):
-    """main() with the machine set up: `count` devices, or every core, of a CPU; float32 products in full."""
+def run(main, args):
+    """main() with the machine set up: --devices, or every core that this process may use; float32 products in full."""
     # Vectors of 512 bits where the processor has them (XLA prefers 256): fused.py is 1.4 times faster.
     os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", "")
-    jax.config.update("jax_num_cpu_devices", count or os.cpu_count())  # without a GPU
+    os.environ.setdefault("NPROC", str(tiles.cores()))  # XLA's threads
+    jax.config.update("jax_num_cpu_devices", args.devices or tiles.cores())  # without a GPU
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
-    with guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError):
+    store = None if getattr(args, "store", None) in (None, "none") else args.store
+    with guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError, store=store):
         main()

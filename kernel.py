@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 KINDS = ("nngp", "ntk")
+W_STD, B_STD = 2**0.5, 0.0  # where not given: weights as He et al. 2015, no biases
 BLOCK = 2**18  # array elements worked on at a time where positions are carried: 1 MB stays in cache
 
 
@@ -190,7 +191,7 @@ def on(numbers):
     return numbers.get(jax.default_backend(), numbers["gpu"])
 
 
-def network(name, depth=None, w_std=2**0.5, b_std=0.0, head="linear", gamma=1.0):
+def network(name, depth=None, w_std=W_STD, b_std=B_STD, head="linear", gamma=1.0):
     """The layers of a named network, as a list of (layer, parameters ...).
 
     name: of NETWORKS, or such a list itself, which is checked and returned.

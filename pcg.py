@@ -51,7 +51,6 @@ operations and n k^2 more for each ridge, 4 n k bytes over all processes (F is f
 Proved by: test_all.py, section pcg
 """
 
-import os
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +61,8 @@ import numpy as np
 from scipy.linalg import blas, cho_factor, cho_solve, cholesky, eigvalsh_tridiagonal, solve_triangular
 from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
+
+import tiles
 
 SINGULAR = 1e-14  # of the largest <d, A d> / <d, d>: one below it is rounding
 CHECK = 20  # steps between true residuals: one product more in twenty
@@ -327,7 +328,7 @@ class LowRank:
         def apply(r):
             # BLAS's own threads go on spinning for a while after each call, and the product with K that
             # comes next, on all cores, took twice as long for it: threads are ours here
-            with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(tiles.cores()) as pool:
                 t = r[rows] / D[:, None]
                 parts = pool.map(lambda part: self._F(part).T @ t[part], self._parts())
                 within = _sum(self.team, sum(parts, np.zeros((len(middle[0]), r.shape[1]))))

@@ -36,6 +36,7 @@ import data
 import pcg
 
 FORMAT = 2  # of a model's file
+TINY = 1e-100  # an sd of 0 counts as this
 COLUMNS = 256  # right-hand sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
@@ -199,7 +200,7 @@ def variance(solver, K_test, prior, ridge, block=COLUMNS):
             stop = min(m, start + block)
             k = K_test.rows(start, stop).T
             explained = np.einsum("nm,nm->m", k, solver(k, ridge, choose.SEARCH / 10)[0])
-            out[start:stop] = prior[start:stop] + ridge * solver.scale - explained
+            out[start:stop] = np.maximum(prior[start:stop] - explained, 0) + ridge * solver.scale  # 0 but for rounding
             bar.update(stop - start)
     return out
 
@@ -216,7 +217,7 @@ def class_probabilities(f, sd, nodes=64):
     quadrature; rows are then divided by their sum, which is 1 but for that.
     """
     z, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    out = np.empty(f.shape)
+    out, sd = np.empty(f.shape), np.maximum(sd, TINY)
     for c in range(f.shape[1]):
         others = np.delete(f, c, axis=1)
         ahead = z[:, None, None] + ((f[:, c, None] - others) / sd[:, None])[None]
@@ -231,7 +232,7 @@ def calibration(f, sd, labels, y, bins=15):
     |accuracy - mean confidence|, confidence the largest P (Guo et al. 2017).   gaussian_nll: -log density
     of the targets y (m, c) under N(f, sd^2), mean over rows and outputs.
     """
-    p = class_probabilities(f, sd)
+    p, sd = class_probabilities(f, sd), np.maximum(sd, TINY)
     confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
     where = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = np.bincount(where, right - confidence, bins)

@@ -20,10 +20,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import timeit
 from contextlib import contextmanager
 
@@ -1487,6 +1489,164 @@ def refused(flags, words, tmp_path):
 def test_train_errors(flags, words, tmp_path):
     """At the command line, what is wrong is one line, without a traceback."""
     refused(flags, words, tmp_path)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "x"], "--data changes nothing here: the digits come with scikit-learn"),
+    (["--whiten", "channel", "--zca_eps", "1"], "--zca_eps changes nothing here: --whiten channel has no such number"),
+    (["--gamma", "2"], "--gamma changes nothing here: it belongs to --head exp"),
+    (["--precondition", "none", "--rank", "9"], "--rank changes nothing here: --precondition none has no rank"),
+    (["--ridge", "1", "--select", "loo"], "--select changes nothing here: there is one ridge and one network"),
+    (["--whiten", "none", "--fit_on", "50"], "--fit_on changes nothing here"),
+    (["--hosts", "3"], "--hosts changes nothing here: it belongs to --plan"),
+    (["--wait", "3"], "--wait changes nothing here: there is one process"),
+    (["--load", "m", "--predict", "x", "--ridge", "1"], "--ridge changes nothing here: --load takes all that")])
+def test_train_flags_without_effect(flags, words, capsys):
+    """A flag that changes nothing in a run is an error that says why, also where it has the default's value."""
+    with pytest.raises(SystemExit):
+        train_cifar.parse(flags)
+    assert words in capsys.readouterr().err
+    assert train_cifar.parse([]).zca_eps == train_cifar.parse(["--zca_eps", "100"]).zca_eps == [100.0]
+
+
+def imbalanced(monkeypatch, n=2000):
+    """Digits whose classes run out: 100 of classes 1 and 2 each, the others of class 0."""
+    x = np.random.default_rng(0).integers(0, 17, (n, 8, 8, 1), dtype=np.uint8)
+    y = np.array([0] * (n - 200) + [1] * 100 + [2] * 100)
+    rows = data.order(y, 0)
+    monkeypatch.setattr(data, "load", lambda *_, n_fit=0: (x[rows], y[rows], x[:50], y[:50]))
+
+
+def test_train_validation_that_says_nothing(tmp_path, monkeypatch, capsys):
+    """Held-out images of one class choose no ridge: gcv does, or the run is refused; so are training images of one class."""
+    imbalanced(monkeypatch)
+    monkeypatch.setattr(choose, "DENSE", 500)
+    assert train(tmp_path, "--ridge", "1,0.1")["select"] == "gcv"
+    assert "held out, are of 1 of 3 classes, so gcv chooses" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the last 400 training images, which are held out, are of 1 of 3 classes"):
+        train(tmp_path, "--ridge", "1,0.1", "--select", "validation")
+    zeros = np.zeros((20, 8, 8, 1), np.uint8)
+    monkeypatch.setattr(data, "load", lambda *_, n_fit=0: (zeros, np.full(20, 3), zeros, np.full(20, 3)))
+    with pytest.raises(ValueError, match="all 20 training images are of class 3"):
+        train(tmp_path)
+
+
+def test_train_sizes_equal_runs_alone(tmp_path):
+    """Each size of a row gives what it gives alone, with crops, flips and a choice of ridges; the record runs again."""
+    flags = ["--n_test", "40", "--crops", "2", "--flips", "--ridge", "1e-3,1e-2"]
+    together = train(tmp_path, "--sizes", "30,60", *flags)
+    for n in (30, 60):
+        alone = train(tmp_path, "--n_train", str(n), *flags)
+        assert together[n]["ridge"] == alone["ridge"]
+        assert {**together[n]["config"], "tile": 0} == {**alone["config"], "tile": 0}
+        assert abs(together[n]["test_mse"] / alone["test_mse"] - 1) < 1e-6
+
+
+def script(tmp_path, *flags, before=(), **env):
+    """train_cifar.py in a process of its own, which has begun; `before`: a command that runs it."""
+    command = [*before, sys.executable, os.path.join(HERE, "train_cifar.py"), "--out", tmp_path, *map(str, flags)]
+    return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def test_train_without_git(tmp_path):
+    """A machine without git runs everything; the record says that nothing is known of the commit."""
+    out, err = script(tmp_path, "--n_train", 50, PATH=str(tmp_path)).communicate()
+    run = json.loads((tmp_path / "runs.jsonl").read_text())
+    assert "test accuracy" in out and run["commit"] is run["dirty"] is None, err
+
+
+@pytest.mark.skipif(not shutil.which("taskset"), reason="taskset is not here")
+def test_train_takes_the_cores_it_may_use(tmp_path):
+    """Held to one core by taskset, a run takes one device."""
+    out, err = script(tmp_path, "--n_train", 50, before=("taskset", "-c", "0")).communicate()
+    run = json.loads((tmp_path / "runs.jsonl").read_text())
+    assert run["devices"] == run["cores"] == 1, err
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_train_interrupted(tmp_path, store):
+    """Ctrl-C ends a run with one line that says what is kept, and exit code 130."""
+    running = script(tmp_path, "--n_train", 1400, "--ridge", "1e-12", "--precondition", "none", "--max_iters", 10**6,
+                     *(["--store", tmp_path / "K"] if store else []), "--tol", "1e-14", "--verbose", PYTHONUNBUFFERED="1")
+    assert running.stdout.readline()  # the flags
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    last = err.splitlines()[-1]
+    assert running.returncode == 130 and "Traceback" not in err and last.startswith("interrupted: "), err
+    assert (f"are in {tmp_path / 'K'}; run the same command" if store else "with --store DIR") in last
+
+
+def test_train_out_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """--out that cannot be written is refused before any work and named; a disk that fills up later costs the record, not the
+    result, which is printed first."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tiles, "gram", None)
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(OSError, match=f"--out {out}: .*runs.jsonl cannot be written"):
+            train_cifar.main(["--out", str(out), "--n_train", "20"])
+    monkeypatch.undo()
+    if os.path.exists("/dev/full"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "runs.jsonl").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="runs.jsonl could not be written: No space left"):
+            train_cifar.main(["--out", str(tmp_path / "out"), "--n_train", "20", "--quiet"])
+        assert "test accuracy" in capsys.readouterr().out
+
+
+def test_train_record_after_a_torn_line(tmp_path):
+    """Half a line at the end of runs.jsonl, of a run that was killed, does not swallow the next record."""
+    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n{"b": ')
+    experiment.record(tmp_path, {"n": 1}, {"c": 2}, {})
+    first, torn, last = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert first == '{"a": 1}' and torn == '{"b": ' and json.loads(last)["c"] == 2
+
+
+def test_tiles_cores_and_memory_of_a_container(tmp_path, monkeypatch):
+    """Cores and memory are those of the control groups, version 1 and 2, of the group or of one above it."""
+    group, root = tmp_path / "cgroup", tmp_path / "fs"
+    monkeypatch.setattr(tiles, "GROUP", str(group))
+    monkeypatch.setattr(tiles, "GROUPS", str(root))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert tiles.cores() == 16
+    free = tiles.free_memory()
+
+    def files(folder, **contents):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in contents.items():
+            (root / folder / name.replace("__", ".")).write_text(text)
+    group.write_text("0::/a/b\n")
+    files("a", cpu__max="400000 100000\n", memory__max="1000000\n", memory__current="700000\n",
+          memory__stat="anon 1\ninactive_file 50000\n")
+    files("a/b", cpu__max="max 100000\n", memory__max="max\n", memory__current="5\n", memory__stat="inactive_file 0\n")
+    assert tiles.cores() == 4 and tiles.free_memory() == 350_000
+    files("a/b", cpu__max="50000 100000\n")
+    assert tiles.cores() == 1  # half a core
+    group.write_text("4:memory:/x\n3:cpu,cpuacct:/x\n")
+    files("cpu/x", cpu__cfs_quota_us="300000\n", cpu__cfs_period_us="100000\n")
+    files("memory/x", memory__limit_in_bytes="2000000\n", memory__usage_in_bytes="1500000\n", memory__stat="inactive_file 7\n")
+    assert tiles.cores() == 3 and tiles.free_memory() == 500_007
+    files("cpu/x", cpu__cfs_quota_us="-1\n")
+    files("memory/x", memory__limit_in_bytes=str(2**63 - 4096))
+    assert tiles.cores() == 16 and abs(tiles.free_memory() / free - 1) < 0.5
+    with pytest.raises(MemoryError):
+        tiles.check_memory("this", 10 * free)
+
+
+def test_regression_variance_of_a_training_row():
+    """The variance of a training row at a tiny ridge is never below lambda s^2, as rounding would have it; probabilities
+    for an sd of 0 are those of its limit."""
+    x, y = digits(120)
+    K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x.astype(np.float32), quiet=True)
+    K_test = tiles.cross(kernel.kernel_fn("fc", "nngp"), x[:40].astype(np.float32), x.astype(np.float32), quiet=True)
+    solver = regression.Solver(K, rank=20)
+    variance = regression.variance(solver, K_test, K.diagonal()[:40], 1e-7)
+    assert (variance >= 1e-7 * solver.scale).all() and np.isfinite(variance).all()
+    f = np.array([[1.0, 0.5, 0.1], [0.2, 0.2, 0.1]])
+    assert np.allclose(regression.class_probabilities(f, np.zeros(2)), [[1, 0, 0], [0.5, 0.5, 0]])
+    found = regression.calibration(f, np.zeros(2), np.array([0, 1]), f)
+    assert all(np.isfinite(value) for value in found.values())
 
 
 # ------------------------------------------------------------------------------------------- docs

@@ -25,6 +25,8 @@ and 8 n c bytes summed over processes.      Proved by: test_all.py, section tile
 import itertools
 import math
 import os
+import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ from tqdm import tqdm
 TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large that a call to a device costs nothing
 PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
 # times the rows, for then the overhead of Python shows (1.35 times faster)
+GROUP, GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"  # where Linux says what a container may use
 MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
 
 
@@ -353,7 +356,7 @@ class TiledMatrix:
     @property
     def _threads(self):
         """A thread for each core, and two more where tiles are on a disk, so that some read while others multiply."""
-        return os.cpu_count() + 2 * self.reads_all
+        return cores() + 2 * self.reads_all
 
     def read_rate(self, limit=2**31):
         """Bytes/s at which this process can read its tiles, at most `limit` bytes of them, by the threads of `matvec`: the
@@ -397,12 +400,46 @@ def check_vectors(v, shape):
                          f"({shape[1]}, c)")
 
 
+def cores():
+    """How many cores this process may use: those that taskset or Slurm leave it, and no more than its container's share."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shares = [text.split() for text, in control_groups("", "cpu.max")]  # "quota period" in microseconds
+    shares += control_groups("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    limits = [int(quota) // int(period) for quota, period in shares if quota.strip() not in ("max", "-1")]
+    return max(1, min([count, *limits]))
+
+
 def free_memory():
-    """Bytes of memory that this host has free; infinite where it does not say."""
-    if not os.path.exists("/proc/meminfo"):  # only Linux has it
-        return math.inf
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    """Bytes of memory that this process may still take, of its host and of its container; infinite where neither says."""
+    have = [math.inf]
+    if os.path.exists("/proc/meminfo"):  # only Linux has it
+        with open("/proc/meminfo") as lines:
+            have += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    groups = control_groups("", "memory.max", "memory.current", "memory.stat")
+    groups += control_groups("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    for limit, used, stat in groups:
+        if limit.strip() != "max":  # files in the page cache are not counted as used
+            have.append(int(limit) - int(used) + int((re.findall(r"^inactive_file (\d+)", stat, re.M) or [0])[0]))
+    return max(0, min(have))
+
+
+def control_groups(controller, *files):
+    """The contents of `files` in each control group of this process, its own first, [] where there are none.
+    controller: of version 1; "" is version 2."""
+    found = []
+    try:
+        with open(GROUP) as lines:
+            paths = [line.rstrip().split(":", 2)[1:] for line in lines]
+    except OSError:
+        return []
+    for path in [path.strip("/") for names, path in paths if controller in names.split(",")]:
+        places = [path.rsplit("/", up)[0] for up in range(path.count("/") + 1)] if path else []
+        for place in [*places, ""]:
+            try:
+                found.append([pathlib.Path(GROUPS, controller, place, file).read_text() for file in files])
+            except OSError:  # no such limit, or a group that this container does not see
+                continue
+    return found
 
 
 def check_memory(what, need):

@@ -19,7 +19,6 @@ leave-one-out where K is small (choose.py).
 import argparse
 import json
 import os
-import shutil
 import zlib
 from functools import partial
 
@@ -46,7 +45,7 @@ PLOTS = ".png", ".svg", ".pdf"
 WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca", 10.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
              "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
-         "predict", "plot", "rate", "verbose")  # not what was computed: not recorded
+         "predict", "plot", "rate", "verbose", "wait")  # not what was computed: not recorded
 
 
 def main(argv=None):
@@ -57,15 +56,20 @@ def main(argv=None):
         return predict(args)
     if args.plan:
         return plan(args)
-    team = experiment.team(args.coordinator, args.processes, args.process, args.devices)
+    team = experiment.team(args.coordinator, args.processes, args.process, args.devices, args.wait)
     args.quiet, args.verbose = args.quiet or team.index > 0, args.verbose and team.index == 0
+    if team.index == 0:
+        experiment.writable(args.out)
     run, seconds, kinds = experiment.provenance(team.count), {}, kernel.KINDS if args.kind == "both" else (args.kind,)
 
     with regression.phase("data", seconds):
         (x_train, labels, x_test, test_labels), fits = load(args)
         view, view_test = views(args, len(x_train), len(x_test), x_train.shape[1] // 8)
+        if len(labels) > 1 and (labels == labels[0]).all():
+            raise ValueError(f"all {len(labels)} training images are of class {labels[0]}: there is nothing to learn")
         y = data.one_hot(labels)[view.original]
     derive(args, x_train.shape, len(test_labels), len(y))
+    experiment.agree(team, args, x_train, labels, x_test, test_labels)
     if args.verbose:
         print(experiment.described(args))
     with regression.phase("choose", seconds):
@@ -78,7 +82,7 @@ def main(argv=None):
         matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
         priors = scales(args, kinds, [K for K, _ in matrices], x, team)
 
-    results = {kind: {} for kind in kinds}
+    results, states = {kind: {} for kind in kinds}, []
     for kind, (K_all, K_test_all), prior in zip(kinds, matrices, priors):
         for n in args.sizes:
             rows, spent = n * view.copies, {}
@@ -88,7 +92,7 @@ def main(argv=None):
                 select, held_out, score = selection(args, labels[:n], view.copies, len(args.ridge) > 1)
                 ridge, solver, found = regression.choose_ridge(
                     K, y[:rows], args.ridge, select, score, held_out, view.copies, tol=args.tol, prior=prior[:rows],
-                    keep=partial(checkpoint, args, team, kind, n), **solver_options(args))
+                    keep=partial(checkpoint, args, team, kind, n, states), **solver_options(args))
             with regression.phase("solve", spent):
                 alpha, info = solver(y[:rows], ridge, args.tol)  # (K + lambda I) alpha = Y
             with regression.phase("predict", spent):
@@ -102,16 +106,15 @@ def main(argv=None):
                           **computed(args, n, K_all, K_test_all, team, seconds["kernel"]),
                           seconds={name: round(s, 3) for name, s in {**seconds, **spent}.items()})
             if team.index == 0:
-                experiment.record(args.out, config(args, kind, n), result, run)
-                print(describe(result), flush=True)
+                experiment.record(args.out, config(args, kind, n), result, run, describe)
             results[kind][n] = result
         if args.plot:
             draw(args, kind, K, K_test, prior, y, ridge, data.one_hot(test_labels))
-        if team.index == 0 and on_disk(args):
-            shutil.rmtree(os.path.join(args.store, f"solve-{kind}"), ignore_errors=True)
     if args.save and team.index == 0:
         about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
         regression.save(args.save, regression.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
+    for state in states:
+        state.remove()
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
 
@@ -196,6 +199,13 @@ def selection(args, labels, copies, needed=True):
     select, n_fit = choose.criterion(args.select, n * copies, copies), n - min(n // 5, HELD_OUT)
     if needed and select == "validation" and n_fit == n:
         raise ValueError(f"n_train={n}: a validation split needs at least 5 images; give one number with --ridge")
+    held_out, classes = np.unique(labels[n_fit:]), len(np.unique(labels))
+    if needed and select == "validation" and 2 * len(held_out) < min(classes, n - n_fit):  # the other classes ran out
+        text = f"the last {n - n_fit} training images, which are held out, are of {len(held_out)} of {classes} classes"
+        if args.select or copies > 1:
+            raise ValueError(f"{text}: they cannot choose a ridge. Take fewer with --n_train, or give one number with --ridge")
+        print(f"note: {text}, so gcv chooses")
+        select = "gcv"
 
     def score(f, rows):
         return float(np.mean(f.argmax(axis=1) == labels[rows // copies]))
@@ -243,15 +253,16 @@ def uncertainty(args, kernel_fn, solver, K_test, x_test, y, alpha, f, ridge, tes
             **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
 
 
-def checkpoint(args, team, kind, n, ridge, tol, y):
-    """Where this solve keeps its state, in the store if there is one."""
+def checkpoint(args, team, kind, n, states, ridge, tol, y):
+    """Where this solve keeps its state, in the store if there is one; also put into the list `states`."""
     if not on_disk(args):
         return None
     from large import store
     about = {"n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()),
              "precondition": args.precondition, "rank": args.rank, "seed": args.seed}
     name = zlib.crc32(json.dumps(about).encode())
-    return store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team)
+    states.append(store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team))
+    return states[-1]
 
 
 def predict(args):
@@ -357,6 +368,7 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
+    given = experiment.given(parser, argv)
     experiment.check(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
     protocol, zca_eps = WHITENING[args.kernel]
     args.whiten = [value or protocol for value in args.whiten]
@@ -366,6 +378,7 @@ def parse(argv):
         parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
     if (args.plan or args.load) and len(experiment.settings(args)) > 1:
         parser.error("--plan and --load take one network: one value for each of its flags")
+    effective(parser, args, given)
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
     if args.average and args.variance:
@@ -378,6 +391,26 @@ def parse(argv):
         if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             parser.error(f"{path}: there is no folder {os.path.dirname(os.path.abspath(path))} to write it to")
     return args
+
+
+def effective(parser, args, given):
+    """The parser's error where one of the flags that were given changes nothing in this run."""
+    several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
+    several_processes = args.coordinator or "SLURM_STEP_NODELIST" in os.environ
+    idle = {"data": args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read",
+            "zca_eps": not {"zca", "zca_unit"} & set(args.whiten) and f"--whiten {','.join(args.whiten)} has no such number",
+            "gamma": "exp" not in args.head and "it belongs to --head exp",
+            "rank": args.precondition != "lowrank" and f"--precondition {args.precondition} has no rank",
+            "select": not several and "there is one ridge and one network, so nothing is chosen",
+            "fit_on": args.whiten == ["none"] and args.crops == 1 and "--whiten none fits nothing",
+            "hosts": not args.plan and "it belongs to --plan", "rate": not args.plan and "it belongs to --plan",
+            "wait": not several_processes and "there is one process"}
+    if args.load:
+        idle = dict.fromkeys(set(given) - {"load", "predict", "out", "quiet", "engine", "devices"},
+                             "--load takes all that from the model's file")
+    for flag in given:
+        if idle.get(flag) and not args.plan:
+            parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
 
 
 def flags():
@@ -443,7 +476,7 @@ def flags():
                         "(m, classes) go to predictions.npy in --out")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")
-    run.add_argument("--out", default="results", metavar="DIR", help="runs.jsonl in it gets a line")
+    run.add_argument("--out", default="runs", metavar="DIR", help="runs.jsonl in it gets a line")
     run.add_argument("--quiet", action="store_true", help="print the result only, no progress")
     run.add_argument("--verbose", action="store_true", help="print the flags, every ridge and what the solve reached")
     run.add_argument("--plan", action="store_true", help="measure the rate for a moment, print hours and "
@@ -456,9 +489,11 @@ def flags():
                       "kinds at once, in place of measuring it here")
     many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; under Slurm, leave out")
     many.add_argument("--processes", type=int, metavar="P", help="how many there are")
+    many.add_argument("--wait", type=int, default=300, metavar="S", help="seconds that processes wait for each other at the "
+                      "start")
     many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")
     return parser
 
 
 if __name__ == "__main__":
-    experiment.run(main, parse(None).devices)
+    experiment.run(main, parse(None))

@@ -16,6 +16,9 @@ Proved by: large/test_large.py
 
 import glob
 import os
+import socket
+import time
+from contextlib import suppress
 from functools import lru_cache
 
 import jax
@@ -24,16 +27,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tiles
 
+PROXIES = "grpc_proxy", "https_proxy", "http_proxy"
 TIMEOUT = 60  # seconds until a silent process counts as dead
 
 
-def start(coordinator=None, processes=None, process=None, gpus=None):
+def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     """The Team of all processes; tiles.ALONE where there is one. Call before JAX touches a device.
 
     coordinator: "HOST:PORT" of process 0.   processes, process: how many, and which is this one.
     Without them Slurm is asked, if it runs more than one task.   gpus: how many this process takes;
     None: all that it can see, but under Slurm with several tasks on a node one for each.
-    Raises ValueError: one of the three without the others, or a number out of range.
+    wait: seconds for the others to come.
+    Raises ValueError: one of the three without the others, or a number out of range.   ConnectionError: not all came.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1  # srun
@@ -49,12 +54,63 @@ def start(coordinator=None, processes=None, process=None, gpus=None):
         gpus = len([one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one])
     elif gpus is None:
         gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    if coordinator:
+        meet(coordinator, processes, process, wait)
+    proxies = {name: os.environ.pop(name) for name in PROXIES if name in os.environ}  # gRPC would ask them for the way
     jax.distributed.initialize(
         coordinator, processes, process,  # all None: from Slurm, where JAX's own choice is one GPU
         local_device_ids=range(gpus) if gpus and (all(given) or tasks == 1) else None,
-        heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
+        initialization_timeout=wait, heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
+    os.environ.update(proxies)
     all_reduce(np.zeros(1))  # connects: gloo waits 30 s for that, and as long as it takes later
     return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
+
+
+def meet(coordinator, processes, process, wait):
+    """Returns once all processes have come to HOST:PORT, and says for whom it waits. JAX alone would abort after a silence.
+
+    ConnectionError: some have not come after `wait` seconds, or one has come twice.
+    """
+    host, port = coordinator.rsplit(":", 1)
+    end = time.monotonic() + wait
+    if process > 0:
+        print(f"process {process} of {processes}: waiting for process 0 at {coordinator}, {wait} s at most", flush=True)
+        while time.monotonic() < end:
+            with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), end - time.monotonic()) as there:
+                there.sendall(b"%d\n" % process)
+                answer = there.recv(3)
+                if answer == b"all":
+                    return
+                if answer == b"two":
+                    raise ValueError(f"there is a process {process} at {coordinator} already: give each its own --process")
+            time.sleep(0.1)
+        raise ConnectionError(f"process {process} of {processes} waited {wait} s for process 0 and the others at "
+                              f"{coordinator}: start all of them, with the address of process 0, or raise --wait")
+    came, missing = {}, set(range(1, processes))
+    with socket.create_server(("", int(port))) as server:
+        while missing:
+            names = ", ".join(map(str, sorted(missing)))
+            print(f"process 0 of {processes}: waiting at {coordinator} for process {names}, {wait} s at most", flush=True)
+            server.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                there, _ = server.accept()
+                there.settimeout(5)
+                number = int(there.recv(16))
+            except TimeoutError:
+                if time.monotonic() >= end:
+                    raise ConnectionError(f"process {names} of {processes} did not come to {coordinator} within {wait} s: "
+                                          "start it, or raise --wait") from None
+                continue
+            except (OSError, ValueError):  # not one of ours
+                continue
+            if number in missing:
+                came[number] = there
+                missing.remove(number)
+            else:
+                there.sendall(b"two")
+        for there in came.values():
+            there.sendall(b"all")
+            there.close()
 
 
 def all_reduce(array):

@@ -26,6 +26,7 @@ Proved by: large/test_large.py
 
 import copy
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -35,6 +36,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 import zipfile
 import zlib
 from contextlib import suppress
@@ -43,6 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import tiles
 
 FORMAT = 1
 LINE = re.compile(rb"(\d+) (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{8})")
@@ -61,6 +64,7 @@ def create(folder, about, rows, columns=None, process=0):
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise OSError(f"the store {folder} cannot be made: {error.strerror}") from error
+    lock = locked(os.path.join(folder, f"tiles-{process}.txt"))
     known = manifest(folder)
     want = json.loads(json.dumps({"format": FORMAT, "dtype": "float32", **about}))
     seen = {"rows": rows} if columns is None else {"rows": rows, "columns": columns}
@@ -93,7 +97,39 @@ def create(folder, about, rows, columns=None, process=0):
         with suppress(FileNotFoundError):
             if name.endswith(".tmp") and os.path.getmtime(path) < time.time() - 3600:
                 os.remove(path)
-    return Store(folder, process)
+    kept = Store(folder, process)
+    kept.lock = lock  # until nobody uses this store any more
+    return kept
+
+
+class Lock:
+    """An open, locked file; closed, and so unlocked, with the last reference."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __del__(self):
+        self.file.close()
+
+
+LOCKS = weakref.WeakValueDictionary()  # of this process: {path: Lock}
+
+
+def locked(journal):
+    """The Lock on a journal: it has one writer.  OSError: another process has it.  None where nothing can be locked."""
+    path = os.path.realpath(journal)
+    try:
+        held = LOCKS.get(path)
+        if held and os.path.exists(path) and os.path.samestat(os.fstat(held.file.fileno()), os.stat(path)):
+            return held
+        LOCKS[path] = lock = Lock(open(path, "ab"))
+        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError as error:
+        raise OSError(f"{os.path.dirname(journal)} is in use by another run: wait until that ends, or give this run a store "
+                      "of its own. Processes that share a run need --coordinator, --processes and --process") from error
+    except OSError:
+        return None  # a store that is only read, or a file system without locks
 
 
 class Store:
@@ -144,9 +180,8 @@ class Store:
         return {key for key in here if key in self.lines}
 
     def _large(self, shapes):
-        """Whether tiles of these (rows, columns) are more than the page cache can hold: half of the memory."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize > memory / 2
+        """Whether tiles of these (rows, columns) are more than the page cache can hold: half of the free memory."""
+        return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize > tiles.free_memory() / 2
 
     def part(self, keys):
         """The same tiles for one who reads only `keys`: through the page cache, where that can hold these."""
@@ -252,6 +287,13 @@ class Checkpoint:
                 np.savez(file, about=self.about, **state)
             self.saved = time.monotonic()
             self.took = self.saved - start
+
+    def remove(self):
+        """Forget the state: the run that it belongs to is over."""
+        if self.team.index == 0:
+            with suppress(OSError):
+                os.remove(self.path)
+                os.rmdir(os.path.dirname(self.path))  # unless another solve keeps its state there
 
 
 def digests(x, block=1024):

@@ -7,15 +7,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 
 from test_all import (  # isort: skip
     commands,
-    Dense, HERE, digits, flip, labels_of_a_file, refused, rows_to_fit_on, run_small, inputs, linear, spectrum, train,
+    Dense, HERE, digits, flip, labels_of_a_file, refused, rows_to_fit_on, run_small, script, inputs, linear, spectrum, train,
 )
 import jax
 import numpy as np
@@ -136,7 +138,8 @@ def test_store_past_the_page_cache(tmp_path, monkeypatch):
     """Tiles beyond half of the memory are read past the page cache, to the last bit the same, and damage is
     found there too; a leading block within half of it is read through the cache."""
     K = stored(tmp_path, inputs(83))
-    monkeypatch.setattr(os, "sysconf", lambda name: 100)  # 10 kB of memory
+    monkeypatch.setattr(tiles, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(tiles, "check_memory", lambda *_: None)
     direct = stored(tmp_path, inputs(83))
     assert not K.tiles.direct and direct.tiles.direct and (direct.dense() == K.dense()).all()
     for n, past_cache in ((48, True), (32, False)):  # six and three tiles of 1,024 bytes
@@ -629,6 +632,93 @@ def test_processes_wait_for_the_slowest():
     met = [process.wait(timeout=100) for process in [
         subprocess.Popen([sys.executable, "-c", SLOW, str(index), str(port)], cwd=HERE) for index in range(2)]]
     assert met[0] == met[1] > 5
+
+
+def test_store_has_one_writer(tmp_path):
+    """A second run on a store that is in use, of other or of the same size, is refused at its start by a sentence; the first
+    ends as if alone, and then the store is free."""
+    def start(n):
+        return script(tmp_path, "--n_train", n, "--ridge", "0.1", "--tile", 40, "--quiet", "--store", tmp_path / "K")
+    first = start(700)
+    while not list((tmp_path / "K").glob("*/tiles-0.txt")) and first.poll() is None:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    for n in (700, 300):
+        _, err = start(n).communicate(timeout=100)
+        assert first.poll() is None and re.search("OSError: .*-nngp is in use by another run: wait until", err), err
+    first.send_signal(signal.SIGCONT)
+    out, err = first.communicate(timeout=300)
+    assert "test accuracy" in out, err
+    assert "test accuracy" in start(300).communicate(timeout=100)[0]
+
+
+def test_store_keeps_the_state_of_another_solve(tmp_path):
+    """A run that ends forgets its own state, and not that of another, killed solve beside it."""
+    flags = ["--n_train", "60", "--n_test", "20", "--store", str(tmp_path / "K")]
+    (tmp_path / "K" / "solve-nngp").mkdir(parents=True)
+    other = tmp_path / "K" / "solve-nngp" / "00000000.npz"
+    other.write_text("")
+    train(tmp_path, *flags)
+    assert os.listdir(tmp_path / "K" / "solve-nngp") == [other.name]
+    other.unlink()
+    train(tmp_path, *flags, "--ridge", "1")
+    assert not (tmp_path / "K" / "solve-nngp").exists()
+
+
+def test_store_of_another_network(tmp_path, monkeypatch):
+    """Where a default in kernel.py is changed, as a fork does, a store refuses the tiles of the network before."""
+    flags = ["--n_train", "60", "--n_test", "20", "--store", str(tmp_path / "K"), "--ridge", "1"]
+    train(tmp_path, *flags)
+    monkeypatch.setitem(kernel.NETWORKS, "fc", lambda depth, w_std, b_std: kernel.NETWORKS["cnn_vec"](1, 1.3, b_std))
+    with pytest.raises(ValueError, match="holds another matrix: layers is"):
+        train(tmp_path, *flags)
+
+
+def test_processes_do_the_same(tmp_path):
+    """Processes with other flags or other data are refused at their first meeting, all of them, by one sentence."""
+    for last, words in ((["--ridge", "10"], "process 1 has other flags than process 0"),
+                        (["--seed", "3"], "process 1 has other flags than process 0; process 1 has other data")):
+        done = [process.communicate(timeout=100)[1] for process in team(2, "--out", tmp_path, "--devices", 1, last=last)]
+        assert all(re.search(f"ValueError: the processes do not do the same: {words}", err) for err in done), done
+        assert not any("Traceback" in err for err in done)
+
+
+def test_processes_that_do_not_come(tmp_path):
+    """A process that waits says for whom, and ends after --wait seconds by a sentence; so does one that came twice. A proxy in
+    the environment does not stand in the way."""
+    flags = ["--n_train", 50, "--ridge", 1, "--devices", 1, "--processes", 2, "--coordinator", f"127.0.0.1:{free_port()}"]
+    alone = [script(tmp_path, *flags[:-1], f"127.0.0.1:{free_port()}", "--process", index, "--wait", 1) for index in (0, 1)]
+    for process, waits, ends in zip(alone, ("waiting at .* for process 1, 1 s", "waiting for process 0 at"),
+                                    ("process 1 of 2 did not come to", "process 1 of 2 waited 1 s for process 0")):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and re.search(waits, out) and re.search(f"^ConnectionError: {ends}", err), err
+    proxies = dict.fromkeys(processes.PROXIES, "http://127.0.0.1:9")
+    both = [script(tmp_path, *flags[:-1], f"127.0.0.1:{port}", "--process", index, "--wait", 60, **proxies)
+            for port in [free_port()] for index in (0, 1)]
+    outs = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0] and "test accuracy" in outs[0][0], outs
+
+
+def test_processes_of_the_same_number():
+    """Of three processes, two of which say that they are process 1, the later one is refused."""
+    port, said = free_port(), []
+
+    def come(process):
+        try:
+            processes.meet(f"127.0.0.1:{port}", 3, process, 20)
+            said.append("came")
+        except (ValueError, ConnectionError) as error:
+            said.append(str(error))
+    threads = [threading.Thread(target=come, args=(process,)) for process in (0, 1, 1)]
+    for thread in threads:
+        thread.start()
+    while not said:
+        time.sleep(0.01)
+    assert "there is a process 1 at" in said[0]
+    come(2)
+    for thread in threads:
+        thread.join()
+    assert said[1:] == ["came"] * 3
 
 
 def test_processes_errors():

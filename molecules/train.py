@@ -86,7 +86,7 @@ def flags():
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of random splits, of the order of training rows, of pivots")
     run.add_argument("--devices", type=int, help="devices to use; None is every GPU, or else every core")
-    run.add_argument("--out", default="results", metavar="DIR", help="runs.jsonl in it gets a line")
+    run.add_argument("--out", default="runs", metavar="DIR", help="runs.jsonl in it gets a line")
     run.add_argument("--quiet", action="store_true", help="print the result line only")
     return parser
 
@@ -300,4 +300,4 @@ def describe(result):
 
 
 if __name__ == "__main__":
-    experiment.run(main, parse(None).devices)
+    experiment.run(main, parse(None))

@@ -19,7 +19,6 @@ called once.
 
 import argparse
 import dataclasses
-import os
 import statistics
 import sys
 import time
@@ -179,7 +178,7 @@ def main(argv=None):
         results.update({(name, ridge): found[name] for name in runs})
         print(f"ridge {ridge:g}: " + "; ".join(f"{name} {cell(name, found[name])}" for name in runs), file=sys.stderr)
     print(f"{args.kernel} {args.kind}, n = {args.n:,}, residual {args.tol:g}, median of {args.repeats}, "
-          f"{os.cpu_count()} cores, {jax.local_devices()[0].device_kind}\n")
+          f"{tiles.cores()} cores, {jax.local_devices()[0].device_kind}\n")
     print("| method | " + " | ".join(f"ridge {ridge:g}: steps, seconds" for ridge in ridges) + " |")
     print("| --- |" + " ---: |" * len(ridges))
     for name in runs:
@@ -189,6 +188,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    jax.config.update("jax_num_cpu_devices", tiles.cores())
     with processes.guard(ValueError, OSError, MemoryError, ArithmeticError):
         main()

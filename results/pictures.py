@@ -169,5 +169,5 @@ def main(folder=FOLDER):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    jax.config.update("jax_num_cpu_devices", tiles.cores())
     main(*sys.argv[1:2])

@@ -37,6 +37,10 @@ def load(path):
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
+            except ValueError:
+                print(f"note: {path}, line {number} is not whole, as of a run killed while it wrote it: left out")
+                continue
+            try:
                 config = run["config"] = {**ABSENT, **run["config"]}
                 config["flips"] = bool(config["flips"])  # symmetric and explicit ones: the same predictions
                 config["zca_eps"] = config["zca_eps"] if str(config["whiten"]).startswith("zca") else None

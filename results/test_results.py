@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from results import compare_solvers, laws, report
+from results import compare_solvers, laws, report, tables
 
 # ------------------------------------------------------------------------------------------ hosts
 
@@ -152,3 +152,13 @@ def test_scaling_of_a_learning_curve(tmp_path, capsys):
 def test_docs_results_are_what_the_runs_say():
     """README's tables and its figure are what scaling.py makes of results/runs.jsonl."""
     assert report.main(["--check"]) == 0, "python scaling.py writes it anew"
+
+
+def test_results_leave_out_a_torn_line(tmp_path, capsys):
+    """A line of runs.jsonl that a killed run left half written is left out, and named."""
+    train(tmp_path, "--n_train", "50", "--n_test", "20")
+    with open(tmp_path / "runs.jsonl", "a") as lines:
+        lines.write('{"config": {"ker\n')
+    train(tmp_path, "--n_train", "50", "--n_test", "20", "--seed", "1")
+    (runs,) = tables.load(tmp_path / "runs.jsonl")
+    assert len(runs) == 2 and "line 2 is not whole" in capsys.readouterr().out
