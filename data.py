@@ -64,8 +64,8 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
         folder = folder or _download()
         train, test = _cifar10(folder)
         if name == "cifar10.1":
-            test = checked(*(array(os.path.join(folder, f"cifar10.1_v6_{part}.npy")) for part in ("data", "labels")),
-                           os.path.join(folder, name))
+            paths = [os.path.join(folder, f"cifar10.1_v6_{part}.npy") for part in ("data", "labels")]
+            test = checked(*map(array, paths), *paths)
         elif name == "cifar10.2":
             path = os.path.join(folder, "cifar102_test.npz")
             test = checked(array(path, "images"), array(path, "labels"), path)
@@ -134,8 +134,8 @@ def compare(content, sha256, path):
 
 
 def existing(path, hint=HINT):
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is not there; {hint}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is {'a folder' if os.path.isdir(path) else 'not there'}; {hint}")
     return path
 
 
@@ -159,9 +159,9 @@ def labels(y, path, classes=CLASSES):
     return y.astype(np.int64)
 
 
-def checked(x, y, path):
-    """Images uint8 (n, 32, 32, 3) and labels (n,) of one file.  ValueError: a sentence about what is wrong with them."""
-    y = labels(y, path)
+def checked(x, y, path, labels_path=None):
+    """Images uint8 (n, 32, 32, 3) and labels (n,) of a file, or of two.  ValueError: a sentence about what is wrong."""
+    y = labels(y, labels_path or path)
     if x.dtype != np.uint8 or x.shape != (len(y), 32, 32, 3):
         raise ValueError(f"{path} holds images {x.dtype} {x.shape} and {len(y)} labels; expected uint8 (n, 32, 32, 3) and n "
                          "labels")
@@ -251,7 +251,7 @@ def images(path, shape):
 
 def one_hot(y, classes=CLASSES):
     """Labels (n,) -> targets (n, classes) float64: 1 - 1/classes for the class, -1/classes else."""
-    return np.eye(classes)[y] - 1 / classes
+    return np.eye(classes)[labels(y, "y", classes)] - 1 / classes
 
 
 class Whitening(NamedTuple):

@@ -262,7 +262,7 @@ def save(path, model):
 def load(path):
     """The Model of a file.  ValueError: it is not one, or damaged.  FileNotFoundError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(data.existing(path, "--load takes a file that --save has written"), allow_pickle=False) as file:
             arrays = dict(file)
         if int(arrays["format"]) != FORMAT:
             raise ValueError(f"format {arrays['format']}, and this program reads {FORMAT}")
@@ -275,7 +275,5 @@ def load(path):
                 or not np.isfinite(model.alpha).all()):
             raise ValueError("its arrays do not fit each other")
         return model
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is not there; --load takes a file that --save has written") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a model that --save has written, or damaged: {error!r}") from error

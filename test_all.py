@@ -875,7 +875,8 @@ def test_model_predicts(tmp_path, capsys):
     (lambda m, x: np.save(x, np.zeros((2, 9, 8, 1), np.uint8)), r"holds uint8 \(2, 9, 8, 1\)"),
     (lambda m, x: x.unlink(), "x.npy is not there; --predict takes an .npy file of uint8 images"),
     (lambda m, x: np.save(x, np.array([{}])), "x.npy is not a complete .npy array without pickle"),
-    (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "holds an archive"),
+    (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "it holds the arrays a"),
+    (lambda m, x: (x.unlink(), x.mkdir()), "x.npy is a folder; --predict takes an .npy file"),
 ])
 def test_model_damaged(tmp_path, spoil, words):
     """A model or a file of images that is damaged, pickled or of another shape: one sentence."""
@@ -1198,6 +1199,9 @@ def test_data_one_hot():
     """Targets are 1 - 1/classes for the class and -1/classes elsewhere."""
     assert np.allclose(data.one_hot(np.array([2, 0]), 4),
                        [[-0.25, -0.25, 0.75, -0.25], [0.75, -0.25, -0.25, -0.25]])
+    for bad in ([-1, 0], [0, 4], [0.5, 1], ["a", "b"]):
+        with pytest.raises(ValueError, match="y (has label|holds labels)"):
+            data.one_hot(np.array(bad), 4)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -1485,6 +1489,9 @@ def refused(flags, words, tmp_path):
     (["--load", "m.npz", "--predict", "x.npy"], "FileNotFoundError: m.npz is not there; --load takes a file"),
     (["--kind", "ntk", "--variance"], "--variance with --kind ntk: .*use --kind nngp"),
     (["--kind", "both", "--save", "m.npz"], "--save with --kind both: a file holds one model"),
+    (["--load", ".", "--predict", "x.npy"], "FileNotFoundError: . is a folder; --load takes a file"),
+    (["--save", "nowhere/m.npz"], "nowhere/m.npz cannot be written: expected a file in a folder that is there"),
+    (["--plot", "."], "--plot .: expected a name that ends in"),
 ])
 def test_train_errors(flags, words, tmp_path):
     """At the command line, what is wrong is one line, without a traceback."""

@@ -388,8 +388,9 @@ def parse(argv):
     if args.plot and os.path.splitext(args.plot)[1] not in PLOTS:
         parser.error(f"--plot {args.plot}: expected a name that ends in {', '.join(PLOTS)}")
     for path in (args.save, args.plot):
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            parser.error(f"{path}: there is no folder {os.path.dirname(os.path.abspath(path))} to write it to")
+        folder = os.path.dirname(os.path.abspath(path or "."))
+        if path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+            parser.error(f"{path} cannot be written: expected a file in a folder that is there and can be written")
     return args
 
 
