@@ -1,23 +1,23 @@
 """Flips and crops as an index on the data set; flips at a quarter of the price.
 
-An augmented data set of n images is a list of rows (original, flip, offset); the images themselves
-are made when a tile asks for them, never all at once. With C crops and flips there are
+An augmented data set of n images is a list of rows (original, flip, offset). The images themselves are made when a tile asks
+for them, never all at once. With C crops and flips there are
 
   copies = C (1 + flips) rows an image, row = original * copies + copy,
 
-so that all copies of the first k images are the first k * copies rows: a leading block of K is the
-kernel of a smaller augmented set. Copy 0 is the original. A crop pads the image by `pad` pixels of one colour and
-cuts it out again at `offset`, each coordinate in 0 ... 2 pad; (pad, pad) is the image itself.
-The paper's 20x CIFAR-10 is expand(50000, flips=True, crops=10), a million rows.
+so that all copies of the first k images are the first k * copies rows: a leading block of K is the kernel matrix of a smaller
+augmented set. Copy 0 is the original. A crop pads the image by `pad` pixels of one colour on each side and cuts it out again
+at `offset`, each coordinate in 0 ... 2 pad; (pad, pad) is the image itself. The paper's 20x CIFAR-10 is
+expand(50000, flips=True, crops=10), a million rows.
 
-Half of them need not be rows. With f the mirror image, k(f x, f x') = k(x, x') for every kernel here, so
+Mirror images need not be rows. With f x the mirror image of x, k(f x, f x') = k(x, x') for every kernel here, so that
 
-  K of {x_i} and {f x_i} = [[A, B], [B, A]],     A = k(x_i, x_j),  B = k(x_i, f x_j),
+  K of {x_i} and {f x_i} = [[K_1, K_2], [K_2, K_1]],     K_1 = k(x_i, x_j),  K_2 = k(x_i, f x_j),
 
-both symmetric. Where labels are equal, (alpha, alpha) with (A + B + lambda I) alpha = y solves it, and
-f(t) = sum over j of (k(t, x_j) + k(t, f x_j)) alpha_j: the regression on {x_i} alone with the kernel
-k(x, x') + k(x, f x'), which `symmetric` makes. The same predictions, not an approximation, from half of the
-entries, a quarter of the memory and of each product. Crops are no group: padding forgets what it cut off.
+and both blocks are symmetric. An image and its mirror image have the same label, so (alpha, alpha) is the solution if
+(K_1 + K_2 + lambda I) alpha = y, and f(t) = sum over j of (k(t, x_j) + k(t, f x_j)) alpha_j. This is the regression on {x_i}
+alone with the kernel k(x, x') + k(x, f x'), which `symmetric` makes. The predictions are the same, not an approximation;
+half of the entries are computed, a quarter is kept and multiplied. Crops allow no such shortcut: a crop loses pixels.
 
     view = augment.expand(len(x), flips=True, crops=10, seed=0)
     K = tiles.gram(kernel_fn, view.of(x));   y = y[view.original]

@@ -12,7 +12,7 @@ the test file (CIFAR-5m: large/cifar5m.py). Pickled files are refused.
 
     x_train, y_train, x_test, y_test = data.load("cifar10", "cifar-10-batches-bin", n_train=1000)
 
-Then `whitening`, fitted on training images, which needs no label.   Proved by: test_all.py, section data
+`whitening` is fitted on training images; it needs no labels.   Proved by: test_all.py, section data
 """
 
 import errno
@@ -48,10 +48,9 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
 
     folder: where its files are; without one, cifar10 is looked for and downloaded in ./data.
     n_train, n_test: rows wanted, None for all.   seed: of the order of the training rows.
-    n_fit: training rows wanted in all, for what needs no label; those beyond n_train follow, as far as there are.
-    balanced: deal the classes out in turn, as far as they go; else shuffle only.
-    Raises ValueError: unknown name, more rows than there are, a file that is not what it should be.
-    FileNotFoundError: a file that is not there.
+    n_fit: training rows to return in all, for fitting a whitening; rows beyond n_train follow the others.
+    balanced: deal the classes out in turn until they run out; else shuffle only.
+    Raises ValueError: unknown name, more rows than there are, a damaged file, wrong labels.   FileNotFoundError.
     """
     if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
@@ -76,10 +75,10 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
 
 
 def order(labels, seed, balanced=True, blocks=None):
-    """A shuffled order of the rows; balanced: every class's first, then every class's second ...
+    """A shuffled order of the rows; balanced: the first row of every class, then the second of every class ...
 
-    blocks: a number for each row; rows of one block then stay near each other, so that the first n
-    rows lie in few blocks.
+    blocks: a block number for each row. Rows of one block then stay near each other, so that the first n rows lie in few
+    blocks.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
@@ -101,7 +100,7 @@ def enough(wanted, have, what, where):
 
 
 def _digits():
-    """scikit-learn's digits; 360 of them are the test set, the same ones always."""
+    """scikit-learn's digits; the same 360 of them are always the test set."""
     from sklearn.datasets import load_digits
     x, y = load_digits(return_X_y=True)
     x, y = x.reshape(-1, 8, 8, 1).astype(np.uint8), y.astype(np.int64)
@@ -110,7 +109,7 @@ def _digits():
 
 
 def _cifar10(folder):
-    """The binary version: records of a label byte, then the planes R, G, B of 1,024 bytes each."""
+    """The binary version: each record is a label byte, then the planes R, G and B of 1,024 bytes each."""
     def batch(file):
         path = existing(os.path.join(folder, file))
         size, want = os.path.getsize(path), BATCH * 3073
@@ -126,7 +125,7 @@ def _cifar10(folder):
 
 
 def compare(content, sha256, path):
-    """Says so where the bytes of a file, unpacked, are not those that README's figures were made from."""
+    """Prints a note if the unpacked bytes of a file are not those that the published figures were made from."""
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         print(f"note: {path} is not the file that the figures in README.md were made from: sha256 {found}, there "
@@ -213,7 +212,7 @@ def _download(folder="data"):
 
 @contextmanager
 def said(path):
-    """Turns a failure to write `path` into a sentence that says what to do."""
+    """Turns a failure to write `path` into one sentence that says what to do."""
     try:
         yield
     except OSError as error:
@@ -225,7 +224,7 @@ def said(path):
 
 @contextmanager
 def replacing(path):
-    """A file to write that becomes `path` at the end: all of it or nothing, also if killed on the way."""
+    """A file to write that becomes `path` at the end: a killed run leaves the old file, or none, never half a file."""
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     with said(path):
         try:
@@ -258,7 +257,7 @@ class Whitening(NamedTuple):
     """x -> W (x - mean) / sd, image by image; if `unit`, each image first loses its own mean and is divided by its norm.
 
     Call it on images (n, h, w, channels), uint8 or float: a JAX array, float32, of the same shape.
-    It is a pytree: jax.device_put(whitening, device) is the same function for images on that device.
+    It is a pytree: jax.device_put(whitening, device) gives the same function for images on that device.
     """
     mean: np.ndarray  # (channels,) or (h, w, channels), as sd
     sd: np.ndarray

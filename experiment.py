@@ -39,6 +39,16 @@ ROOMS = ("fast", "large", "proteins", "molecules", "results")
 HEADS = ("linear", "cosine", "relu", "exp")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help shows defaults and whose errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")
+
+
 def network_flags(group, images_or_sequences=True):
     """Adds the flags that describe a network; each takes several values, separated by commas, to choose from."""
     group.add_argument("--w_std", default=str(kernel.W_STD), help="sd of weights, relative to 1 / sqrt(inputs)")

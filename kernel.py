@@ -167,9 +167,9 @@ ANGLE = {"float32": _angle_coefficients(6), "float64": _angle_coefficients(19)}
 def kappas(c):
     """kappa0(c), kappa1(c) of the cosine c, any shape, float32 or float64.
 
-    With t = 1 - |c| and arccos |c| = pi sqrt(t) P(t), P a polynomial,
-      kappa0 = 1 - sqrt(t) P(t) for c >= 0, sqrt(t) P(t) for c < 0
-      kappa1 = max(c, 0) + t sqrt(t) Q(t),  Q_k = P_k / (k + 3/2), as kappa1' = kappa0
+    With t = 1 - |c| and arccos |c| = pi sqrt(t) g(t), g a polynomial,
+      kappa0 = 1 - sqrt(t) g(t) for c >= 0, sqrt(t) g(t) for c < 0
+      kappa1 = max(c, 0) + t sqrt(t) h(t),  h_k = g_k / (k + 3/2), as kappa1' = kappa0
     so no arccos is called and nothing cancels as c -> -1.
     The slope of kappa0 is infinite at c = 1: a rounding error of 1e-7 in c would change the NTK of an image with itself by
     1e-4. A |c| within 16 units of rounding of 1 therefore counts as 1 (a CIFAR-10 image with itself came out within 9).
@@ -178,12 +178,12 @@ def kappas(c):
     """
     t = 1 - jnp.abs(c)
     t = jnp.where(t < 16 * float(jnp.finfo(c.dtype).eps), jnp.zeros_like(t), t)
-    P = Q = jnp.zeros_like(t)
+    g = h = jnp.zeros_like(t)
     for k, coefficient in reversed(list(enumerate(ANGLE[c.dtype.name]))):
-        P, Q = P * t + coefficient, Q * t + coefficient / (k + 1.5)
+        g, h = g * t + coefficient, h * t + coefficient / (k + 1.5)
     root = 2 * jnp.sqrt(t / 4)  # written differently from sqrt(t) below: XLA would store a shared root in memory, and
-    return (jnp.where(c < 0, root * P, 1 - root * P),  # split the loop around it
-            jnp.maximum(c, jnp.zeros_like(c)) + t * jnp.sqrt(t) * Q)
+    return (jnp.where(c < 0, root * g, 1 - root * g),  # split the loop around it
+            jnp.maximum(c, jnp.zeros_like(c)) + t * jnp.sqrt(t) * h)
 
 
 def on(numbers):

@@ -1,31 +1,32 @@
-"""Preconditioned conjugate gradients for (K + ridge I) X = Y, many right-hand sides at once.
+"""Preconditioned conjugate gradients for A X = Y, A = K + ridge I, many right-hand sides at once.
 
 K is only ever multiplied by (n, c) arrays. Vectors are float64, whatever the tiles of K are.
 
-  n  rows     c  right-hand sides     A = K + ridge I     P  preconditioner, P ~ A     k  rank of P
+  n  rows     c  right-hand sides     M  preconditioner, M ~ A     k  rank of M
   ridge is absolute here: a number lambda added to the diagonal
 
-The textbook's method is `textbook`, a dozen lines; `solve` is the same with what a real K needs:
+The method of every textbook is `textbook`, a dozen lines for one right-hand side. `solve` is the same method with what a
+real K needs; x, r, z, d and q are (n, c):
 
-    X = 0,  R = Y,  Z = P^-1 R,  D = Z                 every column has its own alpha and beta
-    repeat:  Q = A D;  alpha = <R, Z> / <D, Q>;  X += alpha D;  R -= alpha Q
-             every CHECK steps, and before a column is called done:  R' = Y - A X
-                 freeze the columns with |R'| <= tol |Y|
-                 if R is off by more than 10 %, |R' - R| > |R'| / 10, restart the column:  R = R', beta = 0;
-                 freeze a column that has not halved |R'| since its last restart: that is rounding
-             Z = P^-1 R;  beta = <R, Z> / <R, Z>_before;  D = Z + beta D
+    x = 0,  r = y,  z = M^-1 r,  d = z                 every column has its own alpha and beta
+    repeat:  q = A d;  alpha = <r, z> / <d, q>;  x += alpha d;  r -= alpha q
+             every CHECK steps, and before a column is called done:  r' = y - A x, the true residual
+                 freeze the columns with |r'| <= tol |y|
+                 if r is off by more than 10 %, |r' - r| > |r'| / 10, restart the column:  r = r', beta = 0;
+                 freeze a column that has not halved |r'| since its last restart: rounding allows no more
+             z = M^-1 r;  beta = <r, z> / <r, z>_before;  d = z + beta d
 
-It differs from the textbook, and from jax.scipy.sparse.linalg.cg, in:
-  1) a step size for each column. One for all treats (n, c) as one vector, and leaves the worst column above the tolerance;
-  2) the true residual Y - A X decides, because the recursive one drifts away from it. It replaces the recursive one only
-     after a restart: done every CHECK steps, that spoils the directions, and at condition 1e9 CG without a preconditioner
-     never converged;
-  3) a column that rounding keeps from the tolerance is noticed, and left as it is;
-  4) the Lanczos matrix behind the coefficients is kept: condition numbers for free;
-  5) negative curvature is an error, because A is then not positive definite and X means nothing; so is a curvature that is
+It differs from the textbook, and from jax.scipy.sparse.linalg.cg, in five points:
+  1) Each column has its own step size. One step size for all treats (n, c) as one vector, and leaves the worst column above
+     the tolerance.
+  2) The true residual y - A x decides, because the recursive r drifts away from it. It replaces r only at a restart: doing
+     so every CHECK steps spoils the directions, and at condition 1e9 CG without a preconditioner never converged.
+  3) A column that rounding keeps from the tolerance is noticed, and left as it is.
+  4) The coefficients form a Lanczos matrix, which gives the condition number for free.
+  5) Negative curvature is an error, because A is then not positive definite and x means nothing; so is a curvature that is
      zero up to rounding. A few steps of Lanczos' method say how much ridge is missing.
 
-A preconditioner is a function that looks at K once and returns ridge -> P^-1: one look, many ridges. The best is low rank,
+A preconditioner is a function that looks at K once and returns ridge -> M^-1: one look, many ridges. The best is low rank,
 F F^T ~ K from k columns of K:
 
     left = diag K                                             the diagonal of K - F F^T
@@ -36,18 +37,18 @@ F F^T ~ K from k columns of K:
 (randomly pivoted Cholesky: Chen, Epperly, Tropp, Webber 2022; as a preconditioner of kernel matrices: Diaz, Epperly,
 Frangella, Tropp, Webber 2023). With s^2 the smallest eigenvalue of F^T F,
 
-    P = F F^T + D,     D = s^2 sqrt(diag K / mean(diag K)) + ridge
-    P^-1 r = t - D^-1 F (I + F^T D^-1 F)^-1 F^T t,     t = D^-1 r         (Woodbury; the middle is k x k)
+    M = F F^T + diag(w),     w = s^2 sqrt(diag K / mean(diag K)) + ridge
+    M^-1 r = t - F (I + F^T diag(w)^-1 F)^-1 F^T t / w,     t = r / w         (Woodbury; the middle is k x k)
 
-It differs from the usual P = F F^T + ridge I in D. Outside the span of F that P is only ridge, far below K; the smallest
-eigenvalue found is a better guess (Frangella, Tropp, Udell 2021): on CIFAR-10 it lowers the condition number by up to four
-orders of magnitude. The square root is ours, found by trial: the diagonal of K varies by a factor of 40 between images of
-low and of high contrast, and with it what F leaves of each row. NTKs then need a third fewer steps than with s^2 alone.
+The usual choice is w = ridge. Outside the span of F, M is then only ridge, far below K. The smallest eigenvalue found is a
+better guess (Frangella, Tropp, Udell 2021): on CIFAR-10 it lowers the condition number by up to four orders of magnitude.
+The square root is ours, found by trial: the diagonal of K varies by a factor of 40 between images of low and of high
+contrast, and with it what F leaves of each row. NTKs then need a third fewer steps than with s^2 alone.
 
     X, info = pcg.solve(K.matvec, Y, ridge, pcg.low_rank(K)(ridge))
 
-Cost: a step is one product with K and one with P^-1, 4 n k c operations. low_rank: n k entries of K, 2 n k^2 + k^3
-operations and n k^2 more for each ridge, 4 n k bytes over all processes (F is float32: any F makes a valid P).
+Cost: a step is one product with K and one with M^-1, 4 n k c operations. low_rank: n k entries of K, 2 n k^2 + k^3
+operations and n k^2 more for each ridge, 4 n k bytes over all processes (F is float32: any F makes a valid M).
 Proved by: test_all.py, section pcg
 """
 
@@ -93,7 +94,7 @@ class Info(NamedTuple):
     residual: np.ndarray  # (c,) |y - A x| / |y| of each column, of the x that is returned
     converged: bool  # every residual <= tol
     history: list  # largest residual over the columns, before the first step and after each
-    condition: float  # of P^-1 A, largest over smallest Ritz value: a lower bound
+    condition: float  # of M^-1 A, largest over smallest Ritz value: a lower bound
     seconds: float  # of this call, and in products with K
     product_seconds: float
     products: int  # with K, those for true residuals too
@@ -126,7 +127,7 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     """X with |Y - (K + ridge I) X| <= tol |Y| in every column.
 
     matvec: (n, c) -> (n, c), the product with K, symmetric positive semidefinite.
-    y: (n, c) or (n,).   ridge: >= 0, absolute.   precondition: (n, c) -> (n, c), P^-1; None is I.
+    y: (n, c) or (n,).   ridge: >= 0, absolute.   precondition: (n, c) -> (n, c), M^-1; None is I.
     x0: where to start, shaped as y.   checkpoint: has load() -> {name: array} or None and
     save({name: array}, finished), as store.Checkpoint; a solve goes on from what it has.
     Returns X, float64, shaped as y, and Info.
@@ -289,12 +290,12 @@ def draw(axes, infos):
 
 
 def none(matrix):
-    """P = I."""
+    """M = I."""
     return lambda ridge: None
 
 
 def jacobi(matrix):
-    """P = diag(K) + ridge I. Nearly a multiple of I where images are normalised, and then no help."""
+    """M = diag(K) + ridge I. If all images have the same norm it is a multiple of I, and no help."""
     diagonal = matrix.diagonal()[:, None]
     return lambda ridge: lambda r: r / (diagonal + ridge)
 
@@ -306,7 +307,7 @@ def low_rank(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=True):
 
 
 class LowRank:
-    """ridge -> P^-1, as above, from F: (n, k) float32, or this process's rows of it; diagonal: of K, (n,)."""
+    """ridge -> M^-1, as above, from F: (n, k) float32, or this process's rows of it; diagonal: of K, (n,)."""
 
     def __init__(self, F, diagonal, team=None):
         self.F, self.diagonal, self.team = F, diagonal, team
@@ -322,31 +323,31 @@ class LowRank:
 
     def __call__(self, ridge):
         rows, n = _rows(self.team), len(self.diagonal)
-        D = (self.outside + ridge)[rows]
-        middle = cho_factor(np.eye(self.F.shape[1]) + self._gram(D), lower=False)
+        w = (self.outside + ridge)[rows]
+        middle = cho_factor(np.eye(self.F.shape[1]) + self._gram(w), lower=False)
 
         def apply(r):
             # BLAS's own threads go on spinning for a while after each call, and the product with K that
             # comes next, on all cores, took twice as long for it: threads are ours here
             with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(tiles.cores()) as pool:
-                t = r[rows] / D[:, None]
+                t = r[rows] / w[:, None]
                 parts = pool.map(lambda part: self._F(part).T @ t[part], self._parts())
                 within = _sum(self.team, sum(parts, np.zeros((len(middle[0]), r.shape[1]))))
                 within = cho_solve(middle, within)
 
                 def finish(part):
-                    t[part] -= self._F(part) @ within / D[part, None]
+                    t[part] -= self._F(part) @ within / w[part, None]
                 list(pool.map(finish, self._parts()))
             z = np.zeros((n, r.shape[1]))
             z[rows] = t
             return _sum(self.team, z)
         return apply
 
-    def _gram(self, D):
-        """F^T D^-1 F, its upper half."""
+    def _gram(self, w):
+        """F^T diag(w)^-1 F, its upper half."""
         out = np.zeros(2 * self.F.shape[1:], order="F")
         for part in self._parts(8 * ROWS):  # few, for a pass over `out` each
-            scaled = self._F(part) * (1 / np.sqrt(D[part, None]))
+            scaled = self._F(part) * (1 / np.sqrt(w[part, None]))
             out = blas.dsyrk(1.0, scaled.T, beta=1.0, c=out, overwrite_c=True) if scaled.size else out
         return _sum(self.team, out)
 

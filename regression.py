@@ -1,19 +1,19 @@
-"""From a kernel matrix to predictions: the best ridge, a solver for it, predictions, how sure they are, a model in a file.
+"""From a kernel matrix to predictions: the ridge, a solver, predictions and their uncertainty, a model in a file.
 
   f(x) = k(x, X) alpha,     alpha = A^-1 Y,     A = K + lambda I,     lambda = ridge * mean(diag K)
 
-is also the posterior mean of a Gaussian process with prior covariance s^2 k and noise s^2 lambda. Its
-variance, the same for every output, and the s^2 under which Y is likeliest are
+This f is also the posterior mean of a Gaussian process with prior covariance s^2 k and noise variance s^2 lambda. The
+variance of a prediction, the same for every output, and the s^2 that maximises the likelihood of Y are
 
   var(x) = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)),     s^2 = mean over outputs of <Y, alpha> / n
 
-(Rasmussen and Williams 2006, equations 2.25, 2.26 and 5.8, there with s^2 in k). The process of the
-infinitely wide network itself is that of its NNGP kernel.
+(Rasmussen and Williams 2006, equations 2.25, 2.26 and 5.8, where s^2 is part of k). Only the NNGP kernel is the covariance of
+the infinitely wide network itself.
 
-  n  training rows   m  test rows   c  outputs   ridge  relative: one number means the same for every kernel
+  n  training rows   m  test rows   c  outputs   ridge  relative to mean(diag K), so that it means the same for every kernel
 
-Nothing is computed anew for another ridge: K, the preconditioner's look at it, and the solution before,
-from which the next one starts.
+Nothing is computed again for another ridge: K and the preconditioner's columns of it serve all ridges, and each solve starts
+from the solution before.
 
     alpha, f, result, solver = regression.fit(K, K_test, y, [0.01, 0.1, 1.0], "loo")
 
@@ -56,9 +56,9 @@ class Solver:
 
     def __init__(self, K, name="lowrank", rank=None, ridges=(), tol=1e-6, c=1, seed=0, max_iters=1000,
                  quiet=True, verbose=False, keep=None, look=None, prior=None):
-        """name: of PRECONDITIONERS.   rank, seed: of low_rank; rank None is what is worth its cost where
-        `ridges`, one at least, are to be compared and then one is to be solved to `tol`, for c columns.
-        keep: (ridge, tol, y) -> its checkpoint or None.   look: what the preconditioner has seen of K.
+        """name: of PRECONDITIONERS.   rank, seed: of low_rank. If rank is None it is chosen to save time: `ridges` will be
+        compared, and one of them solved to `tol`, for c columns.
+        keep: (ridge, tol, y) -> the checkpoint of that solve, or None.   look: the preconditioner, if there is one already.
         prior: (n,), to whose mean ridges are relative; None is the diagonal of K.
         """
         self.prior = K.diagonal() if prior is None else prior
@@ -78,13 +78,13 @@ class Solver:
         self.rank = getattr(self.look, "rank", None)
 
     def leading(self, n):
-        """The same for the leading n x n block of K."""
+        """The Solver of the leading n x n block of K; it shares the preconditioner."""
         look = self.look.leading(n) if hasattr(self.look, "leading") else None
         return Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet, verbose=self.verbose,
                       keep=self.keep, look=look, prior=self.prior[:n])
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
-        """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, in terms of this ridge."""
+        """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, but in terms of the relative ridge."""
         absolute = ridge * self.scale
         keep = self.keep and self.keep(ridge=ridge, tol=tol, y=y)
         try:
@@ -111,11 +111,11 @@ def fit(K, K_test, y, ridges, select="loo", tol=1e-6, **options):
 
 
 def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1, by="mse", tol=1e-6, **options):
-    """The best of the ridges, a Solver for it, and what was found, as fields of a result.
+    """The best of the ridges, a Solver for it, and what was measured, as fields of a result.
 
     select: of choose.CRITERIA; one ridge needs no choice.   held_out: for validation, (n_fit, rows held out) as
     `choose.validation` takes them.   score, copies, by: as in choose.py.   tol: of the solve to come.   options: of
-    `Solver`.   Where K has few rows and all are labelled, the leave-one-out error of the best ridge is among the fields.
+    `Solver`.   Up to choose.DENSE rows the fields hold the leave-one-out error of the best ridge, however it was chosen.
     """
     select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
     if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):
@@ -148,7 +148,7 @@ def search(K, y, ridges, select, **options):
 
 
 def evidence(solver, y, alpha, info):
-    """What a solve can show for itself, as fields of a result."""
+    """How a solve went: steps, residuals, condition, rates, as fields of a result."""
     K, read = solver.K, solver.K.read_rate()
     result = {
         "rows": len(y), "rank": solver.rank, "cg_iterations": info.iterations, "cg_converged": info.converged,
@@ -178,10 +178,10 @@ def _worth(*cost):
 
 
 def rounding(solver, y, alpha):
-    """What rounding K to float32 does to a residual, |dK alpha| / |y|, of the worst column, roughly.
+    """The residual that rounding K to float32 causes, |dK alpha| / |y| of the worst column, roughly.
 
-    Entries are at most the diagonal, and each is off by up to ROUNDING times itself, anyhow:
-    |dK alpha| ~ ROUNDING mean(diag K) sqrt(n / 3) |alpha|. Steps beyond it fit that noise.
+    An entry is at most the diagonal, and off by up to ROUNDING times itself, at random:
+    |dK alpha| ~ ROUNDING mean(diag K) sqrt(n / 3) |alpha|. Steps to a smaller residual fit that noise.
     """
     size = np.linalg.norm(alpha, axis=0) / np.maximum(np.linalg.norm(y, axis=0), 1e-300)
     return float(ROUNDING * solver.K.diagonal().mean() * np.sqrt(len(y) / 3) * size.max())
@@ -191,7 +191,7 @@ def variance(solver, K_test, prior, ridge, block=COLUMNS):
     """(k(x, x) + lambda - k(x, X) A^-1 k(X, x)) of each test row, (m,), without the factor s^2.
 
     prior: k(x, x), (m,).   K_test: (m, n).   block: right-hand sides solved at once.
-    A solve for each test row, to a residual of choose.SEARCH / 10; what is left of it counts squared.
+    One solve for each test row, to a residual of choose.SEARCH / 10: the error of the variance is quadratic in it.
     """
     m, out = K_test.shape[0], np.empty(K_test.shape[0])
     with tqdm(total=m, unit=" rows", desc="variance", disable=solver.quiet or None,
@@ -206,15 +206,15 @@ def variance(solver, K_test, prior, ridge, block=COLUMNS):
 
 
 def scale(y, alpha):
-    """s^2, the likeliest scale of the prior: mean over outputs of <y, alpha> / n."""
+    """s^2, the scale of the prior with the largest likelihood: mean over outputs of <y, alpha> / n."""
     return float(np.mean(np.einsum("nc,nc->c", y, alpha)) / len(y))
 
 
 def class_probabilities(f, sd, nodes=64):
     """P(output c is the largest), (m, c), for independent outputs with means f (m, c) and sd (m,).
 
-    The integral over z of phi(z) prod over j != c of Phi(z + (f_c - f_j) / sd), by Gauss-Hermite
-    quadrature; rows are then divided by their sum, which is 1 but for that.
+    The integral over z of phi(z) prod over j != c of Phi(z + (f_c - f_j) / sd), by Gauss-Hermite quadrature. Each row is
+    divided by its sum, which is 1 up to the error of the quadrature.
     """
     z, weights = np.polynomial.hermite_e.hermegauss(nodes)
     out, sd = np.empty(f.shape), np.maximum(sd, TINY)
@@ -226,7 +226,7 @@ def class_probabilities(f, sd, nodes=64):
 
 
 def calibration(f, sd, labels, y, bins=15):
-    """How well the uncertainty is sized, on test rows: {name: number}.
+    """How well the uncertainty fits the errors on test rows: {name: number}.
 
     nll: -log P(label), mean.   ece: sum over bins of confidence, weighted by their share of the rows, of
     |accuracy - mean confidence|, confidence the largest P (Guo et al. 2017).   gaussian_nll: -log density
@@ -242,16 +242,16 @@ def calibration(f, sd, labels, y, bins=15):
 
 
 class Model(NamedTuple):
-    """What a file holds."""
+    """A fitted model, as a file holds it."""
     alpha: np.ndarray  # (rows, c) float64
     support: np.ndarray  # (n, h, w, channels) uint8, as they were read
     view: augment.View  # rows of alpha -> images
     whiten: data.Whitening
-    about: dict  # layers, kind, flips, tile, and whatever else was recorded
+    about: dict  # layers, kind, flips, tile, and the record of the run
 
 
 def save(path, model):
-    """Write it, all or nothing.  OSError: it cannot be written."""
+    """Write a Model to a file, completely or not at all.  OSError: it cannot be written."""
     arrays = {"alpha": model.alpha, "support": model.support,
               **{f"view_{name}": value for name, value in model.view._asdict().items()},
               **{f"whiten_{name}": value for name, value in model.whiten._asdict().items()}}
@@ -260,7 +260,7 @@ def save(path, model):
 
 
 def load(path):
-    """The Model of a file.  ValueError: it is not one, or damaged.  FileNotFoundError."""
+    """The Model in a file.  ValueError: not a model, or damaged.  FileNotFoundError."""
     try:
         with np.load(data.existing(path, "--load takes a file that --save has written"), allow_pickle=False) as file:
             arrays = dict(file)

@@ -416,9 +416,7 @@ def effective(parser, args, given):
 
 def flags():
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Exact kernel regression with infinitely wide networks on images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = experiment.Parser(description="Exact kernel regression with infinitely wide networks on images.")
     images = parser.add_argument_group("images")
     images.add_argument("--dataset", default="digits", choices=data.DATASETS)
     images.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")

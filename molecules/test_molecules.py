@@ -344,7 +344,7 @@ def test_molecules_bad_rows(molecule_folder, capsys):
     ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but Compound ID, measured"),
     ("delaney-processed.csv", "0.286", "soluble", r"row 2 \(from 0, after the header\): .*'soluble'.*a number"),
     ("HIV.csv", ",CI,1", ",CI,0", "HIV_active has the same value in every row"),
-    ("ogbg-molhiv_scaffold_split.npz", None, None, "truncated or not an .npz archive"),
+    ("ogbg-molhiv_scaffold_split.npz", None, None, "not a complete .npz archive without pickle"),
 ])
 def test_molecules_damaged_files(molecule_folder, file, old, new, words):
     """What is wrong with a file is one sentence with its name, and the row where there is one."""
