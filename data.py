@@ -15,8 +15,10 @@ the test file (CIFAR-5m: large/cifar5m.py). Pickled files are refused.
 `whitening` is fitted on training images; it needs no labels.   Proved by: test_all.py, section data
 """
 
+import csv
 import errno
 import hashlib
+import io
 import os
 import secrets
 import tarfile
@@ -208,6 +210,43 @@ def _download(folder="data"):
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")  # no links, no paths outside the folder
     return target
+
+
+def text(content, path):
+    """The bytes of a table as text.  ValueError: not UTF-8."""
+    try:
+        found = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x}): save it as UTF-8"
+                         ) from None
+    if "\0" in found:
+        raise ValueError(f"{path} holds zero bytes, as UTF-16 does: save it as UTF-8")
+    return found
+
+
+def rows(content, path, columns=()):
+    """(line number, {column: text}) of each row of a CSV file, given its bytes.
+
+    ValueError: not UTF-8, a column of `columns` that is not there, two columns of one name, a row with more or fewer fields
+    than the header.
+    """
+    reader = csv.reader(io.StringIO(text(content, path), newline=""))
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        missing = [name for name in columns if name not in header]
+        twice = [name for name in header if header.count(name) > 1]
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(header) or 'none'}")
+        if twice:
+            raise ValueError(f"{path} has {header.count(twice[0])} columns {twice[0]!r}: rename them")
+        for fields in reader:
+            if len(fields) == len(header):
+                yield reader.line_num, dict(zip(header, fields))
+            elif fields:  # an empty line is no row
+                raise ValueError(f"{path}, line {reader.line_num} has {len(fields)} fields, and the header {len(header)}: "
+                                 "correct the line or take it out")
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 @contextmanager

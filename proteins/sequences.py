@@ -16,22 +16,23 @@ Rows come in the order fitted, held out (validation), test. An encoding puts num
              1992) gives them: how readily evolution puts one for the other
   centred    onehot minus its mean over the training rows, at each position
 
-of the positions that vary, and no others: 261 equal residues of 265 would push every cosine above 0.98.
-Where lengths differ every position counts, and shorter sequences end in zeros, which kernel.py masks.
+Only positions that vary among the training rows count: 261 equal residues of 265 would push every cosine above 0.98. If the
+training sequences have several lengths, every position counts, and shorter sequences end in zeros, which are masked.
+An encoding is fitted on training rows alone, and encodes a new row without looking at the others.
 
 A regression on targets y may be one on a monotone function of them, of mean 0 and variance 1 on the training rows:
 
   raw   y      log   log(y - min y + sd(y) / 100), effects that multiply      rank   normal scores of y's ranks
 
-    split = sequences.load("two_vs_rest", "protein");  x = sequences.encode(split.sequences, "onehot", split.n_train)
+    split = sequences.load("two_vs_rest", "protein")
+    x = sequences.fit(split.sequences[:split.n_train], "onehot")(split.sequences)
 
 Proved by: proteins/test_proteins.py
 """
 
-import csv
-import io
 import os
 import zipfile
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -92,12 +93,17 @@ def load(name, folder=None, seed=0, quiet=True):
     if name == "landscape":
         return _shuffled(*_columns(name, folder, quiet, "Fitness"), seed)
     sequences, targets, part, held_out = _columns(name, folder, quiet, "target", "set", "validation")
-    kind = np.where(part == "test", 2, held_out == "True")
+    kind = np.where(part == "test", 2, held_out)
     order, sizes = np.argsort(kind, kind="stable"), np.bincount(kind, minlength=3)
     if not sizes[0] or not sizes[2]:
         raise ValueError(f"{name} has {sizes[0]} rows to fit, {sizes[1]} to validate and {sizes[2]} to test; "
                          "expected some to fit and some to test")
-    return Split([sequences[i] for i in order], targets[order], int(sizes[0]), int(sizes[:2].sum()))
+    n = int(sizes[:2].sum())
+    sequences = [sequences[i] for i in order]
+    both = set(sequences[:n]) & set(sequences[n:])
+    if both and not quiet:
+        print(f"note: {len(both)} sequences of {name} are training rows and test rows too, such as {min(both)}")
+    return Split(sequences, targets[order], int(sizes[0]), n)
 
 
 def _shuffled(sequences, targets, seed):
@@ -122,29 +128,39 @@ def _made(letters=6, length=4):
 
 
 def _columns(name, folder, quiet, target, *others):
-    """sequences (list), targets float64 and the other columns of a table, checked line by line."""
-    sequences, targets, rest, known = [], [], [], set(RESIDUES)
+    """sequences (list), targets float64 and the other columns of a table, checked line by line.
+
+    Letters are taken as upper case. Rows with other letters than RESIDUES are left out, and counted in a note.
+    """
+    sequences, targets, rest, odd, line = [], [], [], Counter(), 1
     content, path = _table(name, folder)
     if not quiet:
         data.compare(content, SHA256[name], path)
-    with io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {"sequence", target, *others} - set(reader.fieldnames or [])
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; it has "
-                             f"{', '.join(reader.fieldnames or ['none'])}")
-        for line, row in enumerate(reader, 2):
-            sequence = row["sequence"]
-            unknown = set(sequence or " ") - known
-            if unknown:
-                at = f"residue {min(unknown)!r} at position {sequence.index(min(unknown)) + 1}" if sequence else \
-                    "an empty sequence"
-                raise ValueError(f"{path}, line {line}: {at}; expected one or more of {RESIDUES}. Take the line out")
-            if "set" in row and others and row["set"] not in ("train", "test"):
-                raise ValueError(f"{path}, line {line}: set {row['set']!r}; expected train or test")
-            sequences.append(sequence)
-            targets.append(_number(row[target], target, path, line))
-            rest.append([row[other] for other in others])
+    for line, row in data.rows(content, path, ("sequence", target, *others)):
+        sequence = row["sequence"].strip().upper()
+        value, more = _number(row[target], target, path, line), []
+        for other in others:
+            known = {"set": {"train": "train", "test": "test"}}.get(other, TRUTH)
+            text = row[other].strip().lower()
+            if text not in known:
+                raise ValueError(f"{path}, line {line}: {other} {row[other]!r}; expected "
+                                 f"{'train or test' if other == 'set' else 'True or False'}")
+            more.append(known[text])
+        unknown = set(sequence or " ") - set(RESIDUES)
+        if unknown:
+            odd[", ".join(map(repr, sorted(unknown))) if sequence else "no letter"] += 1
+            continue
+        sequences.append(sequence)
+        targets.append(value)
+        rest.append(more)
+    if odd:
+        left_out = (f"{path}: {odd.total()} of {odd.total() + len(sequences)} rows have a sequence with "
+                    + "; ".join(f"{letters} ({count})" for letters, count in odd.most_common(5))
+                    + f", and not only {RESIDUES}")
+        if not sequences:
+            raise ValueError(f"{left_out}: no row is left")
+        if not quiet:
+            print(f"note: {left_out}: they are left out")
     if not sequences:
         raise ValueError(f"{path} has no row below its header")
     if len(set(targets)) == 1:
@@ -152,13 +168,18 @@ def _columns(name, folder, quiet, target, *others):
     return sequences, np.array(targets), *(np.array(column) for column in zip(*rest))
 
 
+TRUTH = {**dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True),
+         **dict.fromkeys(("false", "f", "no", "n", "0", "0.0", ""), False)}
+
+
 def _number(text, column, path, line):
     try:
         value = float(text)
-    except (TypeError, ValueError):
+    except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected a finite number. Take the line out")
+        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected a finite number"
+                         + (", with a decimal point" if "," in text else "") + ". Correct the line or take it out")
     return value
 
 
@@ -181,31 +202,66 @@ def _table(name, folder):
         raise ValueError(f"{path} is truncated or holds no {member}: {error}") from error
 
 
-def encode(sequences, encoding, n_train):
-    """(n, length, 20) float32 of the positions that vary; shorter sequences end in zeros.
+class Encoding(NamedTuple):
+    """Call it on a list of sequences: (n, positions, 20) float32; shorter sequences end in zeros.
 
-    n_train: over how many of the first rows `centred` takes its mean, and asks whether a position varies, for one
-    that does not becomes zeros; else this is asked of all rows.
+    length: residues of a sequence; None where the training rows have several lengths.
+    positions: (p,), those that vary; None for all.   mean: (p, 20), taken off; None for none.
+    longest: residues of the longest training row, or of a longer row that is to come: so many positions are made.
+    """
+    name: str
+    length: int | None
+    positions: np.ndarray | None
+    mean: np.ndarray | None
+    longest: int
+
+    def __call__(self, sequences):
+        """ValueError: a sequence of another length than all training rows, or longer than `longest`."""
+        most = self.length or self.longest
+        bad = [i for i, s in enumerate(sequences) if len(s) > most or self.length and len(s) < most]
+        if bad:
+            raise ValueError(f"sequence {bad[0] + 1} of {len(sequences)} has {len(sequences[bad[0]])} residues; expected "
+                             f"{'' if self.length else 'at most '}{most}, as the training rows have")
+        codes = letters(sequences, most)
+        codes = codes if self.positions is None else codes[:, self.positions]
+        table = np.zeros((256, 20))
+        table[np.frombuffer(RESIDUES.encode(), np.uint8)] = np.eye(20) if self.name != "blosum" else blosum()
+        x = table.astype(np.float32)[codes]
+        return x if self.mean is None else x - self.mean
+
+    def same(self, other):
+        """Whether both encode every sequence alike."""
+        return self.name == other.name and self.length == other.length and self.longest == other.longest and all(
+            np.array_equal(a, b) for a, b in ((self.positions, other.positions), (self.mean, other.mean)))
+
+
+def letters(sequences, longest):
+    """The letters as bytes, (n, longest), spaces at the ends of shorter sequences."""
+    return np.frombuffer("".join(s.ljust(longest) for s in sequences).encode(), np.uint8).reshape(-1, longest)
+
+
+def fit(sequences, name, longest=0):
+    """The Encoding `name`, fitted on training sequences.
+
+    longest: residues of the longest sequence that is to come, where lengths vary; padding never changes the kernel.
     Raises ValueError: unknown encoding; no position varies; centred sequences of several lengths.
     """
-    if encoding not in ENCODINGS:
-        raise ValueError(f"encoding {encoding!r} is unknown; choose one of {', '.join(ENCODINGS)}")
-    lengths = np.array([len(sequence) for sequence in sequences])
-    longest = int(lengths.max())
-    codes = np.frombuffer("".join(s.ljust(longest) for s in sequences).encode(), np.uint8).reshape(-1, longest)
-    if lengths.min() == longest:
-        asked = codes[:n_train] if encoding == "centred" else codes
-        codes = codes[:, (asked != codes[:1]).any(axis=0)]
-        if not codes.shape[1]:
-            raise ValueError(f"all {len(asked)} sequences are the same: no position varies")
-    elif encoding == "centred":
-        raise ValueError(f"centred sequences of {lengths.min()} to {longest} residues: positions of different "
-                         "lengths are not comparable; take onehot or blosum")
-    table = np.zeros((256, 20))
-    values = np.eye(20) if encoding != "blosum" else blosum()
-    table[np.frombuffer(RESIDUES.encode(), np.uint8)] = values
-    x = table.astype(np.float32)[codes]
-    return x - x[:n_train].mean(axis=0, dtype=np.float64).astype(np.float32) if encoding == "centred" else x
+    if name not in ENCODINGS:
+        raise ValueError(f"encoding {name!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+    lengths = {len(sequence) for sequence in sequences}
+    most = max(lengths)
+    if len(lengths) > 1:
+        if name == "centred":
+            raise ValueError(f"centred sequences of {min(lengths)} to {most} residues: positions of different lengths are "
+                             "not comparable; take onehot or blosum")
+        return Encoding(name, None, None, None, max(most, longest))
+    codes = letters(sequences, most)
+    positions = np.flatnonzero((codes != codes[:1]).any(axis=0))
+    if not len(positions):
+        raise ValueError(f"all {len(sequences)} sequences are the same: no position varies")
+    encoding = Encoding(name, most, positions, None, most)
+    return encoding if name != "centred" else encoding._replace(
+        mean=encoding(sequences).mean(axis=0, dtype=np.float64).astype(np.float32))
 
 
 def blosum():

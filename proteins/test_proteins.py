@@ -31,6 +31,11 @@ needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 is no
 
 # ----------------------------------------------------------------------------------------- kernel
 
+def encode(sequences, encoding, n_train):
+    """All sequences, by the encoding fitted on the first n_train, or on all."""
+    return seqs.fit(sequences[:n_train or None], encoding, max(map(len, sequences)))(sequences)
+
+
 every_sequence_network = pytest.mark.parametrize("name", sequence_layers.SEQUENCES)
 
 def recursion(layers, x, y):
@@ -78,7 +83,7 @@ def test_kernel_of_sequences_is_neural_tangents(name):
 def test_kernel_of_peptides_is_neural_tangents(name, options):
     """Real sequences of different lengths, one residue among them, against neural_tangents' masks; its flatten
     divides by the length of the array, ours by the geometric mean of theirs."""
-    x, lengths = seqs.encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
+    x, lengths = encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
     means = x.shape[1] / np.sqrt(lengths[:, None] * lengths[None]) if name == "seq_cnn" else np.ones((1, 1))
     for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
         for K, expected in zip(kernel.kernel_fn(name, kernel.KINDS, **options)(x.astype(dtype)),
@@ -93,7 +98,7 @@ def test_kernel_of_peptides_is_neural_tangents(name, options):
 def test_kernel_of_sequences_in_plain_loops(name, options):
     """Every pair of peptides is the recursion in loops over their own positions to 1e-10, so that padding changes
     nothing, bias or not; and K is positive definite."""
-    x = seqs.encode(PEPTIDES, "blosum", 0).astype(np.float64)
+    x = encode(PEPTIDES, "blosum", 0).astype(np.float64)
     own, layers = [z[:len(s)] for z, s in zip(x, PEPTIDES)], kernel.network(name, **options)
     fn = kernel.kernel_fn(name, kernel.KINDS, **options)
     padded = fn(np.pad(x, ((0, 0), (0, 7), (0, 0))))
@@ -109,7 +114,7 @@ def test_fused_sequences(name, tail, monkeypatch):
     """Sequences of 1 to 21 residues with bias, several blocks of columns: kernel.py to 1e-5; also with a relu
     after the ending, which reads k(x, x)."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
-    x = seqs.encode(PEPTIDES * 4, "blosum", 0)
+    x = encode(PEPTIDES * 4, "blosum", 0)
     x[3:] *= np.random.default_rng(0).uniform(0.5, 1, size=x[3:].shape).astype(np.float32)
     layers = [*kernel.network(name, depth=2, b_std=0.5), ("relu",), ("dense", 1.1, 0.3)]
     layers = layers[:len(layers) - 2 + tail]
@@ -136,7 +141,7 @@ def test_fused_sequences_symmetry_and_blocks(name, monkeypatch):
 
 def test_fused_sequences_on_a_gpu(monkeypatch):
     """gpu.py, run by Pallas' interpreter, on peptides: kernel.py to 1e-5 in float32 and 1e-12 in float64."""
-    x, layers = seqs.encode(PEPTIDES, "blosum", 0).astype(float), kernel.network("seq_cnn", b_std=0.3, depth=2)
+    x, layers = encode(PEPTIDES, "blosum", 0).astype(float), kernel.network("seq_cnn", b_std=0.3, depth=2)
     exact, conv_relu = kernel.kernel_fn(layers, kernel.KINDS)(x, x[2:]), fused.conv_relu
 
     def in_prepare_only(source, target, first, *rest):
@@ -183,7 +188,8 @@ def test_proteins_gb1(capsys):
     for split, counts in zip(seqs.FLIP, ((25, 28), (381, 424), (2691, 2990), (4580, 5089), (6289, 6988))):
         loaded = seqs.load(split, GB1, quiet=False)
         assert loaded[2:] == counts and len(loaded.sequences) == len(loaded.targets) == 8733
-        assert seqs.encode(loaded.sequences, "onehot", loaded.n_train).shape == (8733, 4, 20)
+        vary = 3 if split == "one_vs_rest" else 4  # its 28 training rows vary at three of the four positions
+        assert encode(loaded.sequences, "onehot", loaded.n_train).shape == (8733, vary, 20)
     wild = "MQYKLILNGKTLKGETTTEAVDAATAEKVFKQYANDNGVDGEWTYDDATKTFTVTE"
     assert [y for s, y in zip(*loaded[:2]) if s.startswith(wild)] == [1.0]
     first, second = (seqs.load("landscape", GB1, seed, quiet=False) for seed in (0, 1))
@@ -199,7 +205,7 @@ def test_proteins_made():
     exactly the share of the main effects."""
     sequences, y = seqs._made()
     assert len(set(sequences)) == 6**4 and abs(y.mean()) < 1e-12 and abs(y.var() - 1) < 1e-12
-    x = seqs.encode(sequences, "onehot", 0).reshape(1296, -1).astype(float)
+    x = encode(sequences, "onehot", 0).reshape(1296, -1).astype(float)
     residual = y - x @ np.linalg.lstsq(x, y)[0]
     assert abs(1 - residual.var() - seqs.MADE_LINEAR) < 1e-12
 
@@ -209,7 +215,7 @@ def test_proteins_encodings():
     whose triangle is symmetric with the published sums; centred: mean 0 over training rows. Constant positions are
     left out, shorter sequences end in zeros."""
     sequences = ["MAGIW", "MLGIW", "MLGVW", "MAGVY"]
-    x = seqs.encode(sequences, "onehot", 2)
+    x = encode(sequences, "onehot", 4)
     assert x.shape == (4, 3, 20) and x.dtype == np.float32
     assert (np.einsum("npc,mpc->nm", x, x) == [[sum(a == b for a, b in zip(s[1::2] + s[4:], t[1::2] + t[4:]))
                                                 for t in sequences] for s in sequences]).all()
@@ -218,9 +224,9 @@ def test_proteins_encodings():
     assert np.allclose(np.diag(B), 1) and np.linalg.matrix_rank(B) == 19
     for a, near, far in ("ILP", "DEW", "FYD", "KRC", "STW"):
         assert B[at[a], at[near]] > 0.3 > 0 > B[at[a], at[far]]
-    centred = seqs.encode(sequences, "centred", 2)
+    centred = encode(sequences, "centred", 2)
     assert centred.shape == (4, 1, 20) and np.abs(centred[:2].mean(axis=0)).max() < 1e-7
-    ragged = seqs.encode(["MA", "M", "MAW"], "blosum", 3)
+    ragged = encode(["MA", "M", "MAW"], "blosum", 3)
     assert ragged.shape == (3, 3, 20) and (np.abs(ragged).max(axis=2) > 0).sum(axis=1).tolist() == [2, 1, 3]
 
 
@@ -238,13 +244,18 @@ def test_proteins_targets(name):
 
 @pytest.mark.parametrize("text, words", [
     ("sequence,target,set\nMA,1,train\n", "has no column validation; it has sequence, target, set"),
-    ("", "has no column sequence, set, target, validation; it has none"),
+    ("", "has no column sequence, target, set, validation; it has none"),
     ("sequence,target,set,validation\n", "has no row below its header"),
-    ("sequence,target,set,validation\nMA,1,train,\nMXA,2,test,\n", "line 3: residue 'X' at position 2; expected"),
-    ("sequence,target,set,validation\nMA,1,train,\n,2,test,\n", "line 3: an empty sequence; expected"),
+    ("sequence,target,set,validation\nM*,1,train,\nMXA,2,test,\n", "2 of 2 rows have .* '\\*' \\(1\\); 'X' .*no row is left"),
+    ("sequence,target,set,validation\n,2,test,\n", "1 of 1 rows have a sequence with no letter .*no row is left"),
+    ("sequence,target,set,validation\nMA,1.5,train,\nML,0,5,test,\n", "line 3 has 5 fields, and the header 4"),
+    ('sequence,target,set,validation\nMA,"1,5",train,\n', "line 2: target '1,5'; expected .* decimal point"),
+    ("sequence,target,set,validation\nMA,inf,train,\n", "line 2: target 'inf'; expected a finite number"),
+    ("sequence,target,set,validation\nMA,1,train,maybe\n", "line 2: validation 'maybe'; expected True or False"),
+    ("sequence,target,set,set,validation\nMA,1,train,train,\n", "has 2 columns 'set': rename them"),
     ("sequence,target,set,validation\nMA,?,train,\n", "line 2: target '\\?'; expected a finite number"),
     ("sequence,target,set,validation\nMA,nan,train,\n", "line 2: target 'nan'; expected a finite number"),
-    ("sequence,target,set,validation\nMA\n", "line 2: set None; expected train or test"),
+    ("sequence,target,set,validation\nMA\n", "line 2 has 1 fields, and the header 4"),
     ("sequence,target,set,validation\nMA,1,valid,\n", "line 2: set 'valid'; expected train or test"),
     ("sequence,target,set,validation\nMA,1,train,\nML,1,test,\n", "lines 2 to 3: every target is 1"),
     ("sequence,target,set,validation\nMA,1,train,\nML,2,train,True\n", "1 rows to fit, 1 to validate and 0 to test"),
@@ -255,6 +266,75 @@ def test_proteins_bad_files(tmp_path, text, words):
     with pytest.raises(ValueError, match=words) as error:
         seqs.load("two_vs_rest", str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding, words", [
+    ("utf-8-sig", None), ("utf-16", "not UTF-8 text|zero bytes"), ("utf-16-le", "not UTF-8 text|zero bytes"),
+    ("latin-1", "not UTF-8 text")])
+def test_proteins_encodings_of_text(tmp_path, encoding, words):
+    """A table in UTF-8 is read, with a byte order mark too; any other encoding is refused by the name of the file."""
+    table = "sequence,target,set,validation,\xe9tat\nMA,1,train,,\nML,2,test,,\n"
+    (tmp_path / "two_vs_rest.csv").write_bytes(table.encode(encoding))
+    if words is None:
+        assert seqs.load("two_vs_rest", str(tmp_path)).sequences == ["MA", "ML"]
+    else:
+        with pytest.raises(ValueError, match=f"two_vs_rest.csv .*({words})"):
+            seqs.load("two_vs_rest", str(tmp_path))
+
+
+def test_proteins_tables_as_people_have_them(tmp_path, capsys):
+    """Lower case is upper case, truth is written in any usual way, rows with other letters are left out and counted, and
+    sequences that are trained on and tested are counted."""
+    lines = ["ma,1,train,TRUE", "ML,2,train,0", "MW,3,TRAIN,1.0", "MX,4,train,", "M*,4,train,", "M-,4,test,", "MK,5,test,nO",
+             "MR,6,train,False", "ML,2,test,"]
+    (tmp_path / "two_vs_rest.csv").write_text("sequence,target,set,validation\n" + "\n".join(lines) + "\n\n")
+    split = seqs.load("two_vs_rest", str(tmp_path), quiet=False)
+    assert split.sequences == ["ML", "MR", "MA", "MW", "MK", "ML"] and split[2:] == (2, 4)
+    said = capsys.readouterr().out
+    assert "3 of 9 rows have a sequence with 'X' (1); '*' (1); '-' (1)" in said
+    assert "1 sequences of two_vs_rest are training rows and test rows too, such as ML" in said
+
+
+@pytest.mark.parametrize("encoding", seqs.ENCODINGS)
+def test_proteins_encoding_is_fitted_on_training_rows(encoding):
+    """A row is encoded alike whatever other rows are encoded with it; padding to a longer row keeps the kernel; a row that
+    does not fit is one sentence."""
+    train, new = ["MAGIW", "MLGIW", "MLGVW"], ["MCGVY", "AAAAA"]
+    fitted = seqs.fit(train, encoding)
+    assert (fitted(new + train)[:2] == fitted(new)).all() and (fitted(new)[1:] == fitted(new[1:])).all()
+    assert fitted(new).shape == (2, 2, 20)
+    with pytest.raises(ValueError, match="sequence 2 of 2 has 6 residues; expected 5, as the training rows have"):
+        fitted(["MAGIW", "MAGIWW"])
+    if encoding != "centred":
+        K = [np.asarray(kernel.kernel_fn("seq_cnn", "ntk")(seqs.fit(PEPTIDES, encoding, longest)(PEPTIDES).astype(float)))
+             for longest in (0, 30)]
+        assert relative_error(*K) < 1e-10
+        with pytest.raises(ValueError, match="sequence 1 of 1 has 40 residues; expected at most 21"):
+            seqs.fit(PEPTIDES, encoding)(["A" * 40])
+
+
+def test_proteins_several_lengths(tmp_path, monkeypatch):
+    """Sequences of several lengths run with all defaults: auto compares the encodings that can take them."""
+    rng = np.random.default_rng(0)
+    peptides = ["".join(rng.choice(list(seqs.RESIDUES), size=rng.integers(5, 9))) for _ in range(60)]
+    split = seqs.Split(peptides, np.array([p.count("A") + 0.1 * len(p) for p in peptides]), 40, 48)
+    monkeypatch.setattr(seqs, "load", lambda *_: split)
+    result = protein(tmp_path, "--kernel", "seq_fc")
+    assert {row[0]["encoding"] for row in result["compared"]} == {"onehot", "blosum"} and result["cg_converged"]
+
+
+@pytest.mark.parametrize("flags", [["--kernel", name, "--encoding", encoding] for name, encoding in zip(
+    ("seq_fc", "seq_cnn", "linear"), ("centred", "onehot", "blosum"))], ids=str)
+def test_proteins_sizes_equal_runs_alone(tmp_path, flags):
+    """Each size of a row gives what it gives alone, whatever is fitted on its rows; stores too."""
+    flags = [*flags, "--target", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"]
+    together = protein(tmp_path, *flags, "--sizes", "12,40", "--store", str(tmp_path / "K"))
+    for n in (12, 40):
+        alone = protein(tmp_path, *flags, "--n_train", str(n))
+        assert {**together[n]["config"], "tile": 0} == {**alone["config"], "tile": 0}
+        assert abs(together[n]["test_rmse"] / alone["test_rmse"] - 1) < 1e-5 and together[n]["ridge"] == alone["ridge"]
+        again = protein(tmp_path, *flags, "--n_train", str(n), "--store", str(tmp_path / "K"))
+        assert abs(again["test_rmse"] / alone["test_rmse"] - 1) < 1e-5
 
 
 def test_proteins_files_elsewhere(tmp_path, capsys):
@@ -304,7 +384,7 @@ def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
     result = protein(tmp_path, "--split", split, "--data", GB1, "--kernel", "linear", "--encoding", "centred",
                      "--target", "raw", "--ridge", "1")
     sequences, y, _, n = seqs.load(split, GB1)
-    x = seqs.encode(sequences, "onehot", n).reshape(len(y), -1).astype(np.float64)
+    x = encode(sequences, "onehot", n).reshape(len(y), -1).astype(np.float64)
     f = Ridge(alpha=1.0).fit(x[:n], y[:n]).predict(x[n:])
     assert round(result["test_spearman"], 2) == published == round(spearmanr(f, y[n:]).statistic, 2)
     assert abs(result["test_rmse"] - np.sqrt(np.mean((f - y[n:])**2))) < 1e-4
@@ -316,7 +396,7 @@ def test_proteins_is_a_dense_solve(tmp_path):
     result = protein(tmp_path, "--n_train", "100", "--encoding", "onehot", "--ridge", "0.1,0.001", "--depth", "1",
                      "--kind", "ntk", "--tol", "1e-9", "--select", "validation")
     sequences, y, *_ = seqs.load("made")
-    x, n_train = seqs.encode(sequences, "onehot", 100).astype(np.float64), seqs.load("made").n_train
+    x, n_train = encode(sequences, "onehot", 100).astype(np.float64), seqs.load("made").n_train
     K = np.asarray(kernel.kernel_fn("seq_cnn", "ntk", depth=1)(x, x[:100]))
 
     def solve(n, target, ridge):
@@ -351,7 +431,7 @@ def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
     fn = functools.cache(lambda **network: kernel.kernel_fn("seq_fc", "nngp", **network))
 
     def best(depth, b_std, encoding, target, rows):
-        x, y_rows = seqs.encode(sequences, encoding, 40)[rows].astype(np.float64), y[rows]
+        x, y_rows = encode(sequences, encoding, 40)[rows].astype(np.float64), y[rows]
         K, z = np.asarray(fn(depth=depth, b_std=b_std)(x)), seqs.transform(target, y_rows)[0](y_rows)
         found = [(ridge, refitted(K, z, ridge)) for ridge in (0.1, 0.01)]
         return min(([ridge, spearmanr(f, y_rows).statistic, np.mean((f - z) ** 2)] for ridge, f in found),
@@ -416,7 +496,7 @@ def test_proteins_criteria(tmp_path, monkeypatch):
     (tmp_path / "two_vs_rest.csv").write_text("\n".join(["sequence,target,set,validation", *rows]))
     flags = ["--split", "two_vs_rest", "--data", str(tmp_path), "--kernel", "seq_fc"]
     assert protein(tmp_path, *flags)["rows"] == 20
-    with pytest.raises(ValueError, match="two_vs_rest with n_train=20 has no validation rows .* use --select loo"):
+    with pytest.raises(ValueError, match="two_vs_rest with n_train=20 has 0 validation rows .* use --select loo"):
         protein(tmp_path, *flags, "--select", "validation")
 
 
@@ -453,7 +533,7 @@ def test_proteins_variance(tmp_path):
     result = protein(tmp_path, "--n_train", "60", "--n_test", "30", "--encoding", "blosum", "--target", "raw",
                      "--ridge", "0.1", "--kernel", "seq_fc", "--variance", "--tol", "1e-9")
     sequences, y, _, n_train = seqs.load("made")
-    x = seqs.encode(sequences, "blosum", 60).astype(np.float64)
+    x = encode(sequences, "blosum", 60).astype(np.float64)
     rows = np.r_[:60, n_train:n_train + 30]
     K, z = np.asarray(kernel.kernel_fn("seq_fc", "nngp")(x[rows])), seqs.transform("raw", y[:60])[0](y[rows])
     noise = 0.1 * np.diag(K)[:60].mean()
@@ -473,9 +553,10 @@ def test_proteins_variance(tmp_path):
     (["--n_train", "2000"], "n_train=2000, but made has 2 to 1037 rows"),
     (["--devices", "5"], "--devices 5, but JAX sees 4 here"),
     (["--n_test", "300"], "n_test=300, but made has 2 to 259 rows"),
-    (["--n_train", "4", "--select", "validation"], "n_train=4 has no validation rows to choose on; use --select loo"),
+    (["--n_train", "4", "--select", "validation"],
+     "n_train=4 has 0 validation rows with 0 different targets: .* use --select loo"),
     (["--n_train", "4", "--select", "validation", "--encoding", "onehot", "--target", "raw"],
-     "n_train=4 has no validation rows to choose on; use --select loo"),
+     "n_train=4 has 0 validation rows with 0 different targets: .* use --select loo"),
     (["--head", "cos"], "head='cos', gamma=1.0: expected one of linear, cosine, relu, exp"),
     (["--w_std", "0"], "w_std=0.0, b_std=0.0: expected w_std > 0"),
 ])

@@ -20,6 +20,7 @@ functions.
 
 import argparse
 import itertools
+import os
 from functools import lru_cache, partial
 
 import numpy as np
@@ -46,9 +47,8 @@ WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # not what was co
 
 def flags():
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = experiment.Parser(
         description="Exact kernel regression with infinitely wide networks on proteins.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in sequences.FILES.values()}))}, from "
                f"{sequences.SOURCE} (there without flip_gb1_). --data is the folder they are in, packed or not.")
     rows = parser.add_argument_group("sequences")
@@ -103,16 +103,27 @@ def parse(argv):
     if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1):
         parser.error("--select gcv has no rank correlation to compare encodings, targets and networks by: give one "
                      "value of each, or use --select loo or validation")
+    for flag, why in {"data": args.split == "made" and "the sequences of --split made are made here",
+                      "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
+                      "select": not several(args) and "there is nothing to choose"}.items():
+        if why and flag in experiment.given(parser, argv):
+            parser.error(f"--{flag} changes nothing here: {why}. Leave it out")
     if args.split in sequences.FLIP and (args.n_train or args.sizes):
         parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; they are "
                      "for landscape and made")
     return args
 
 
+def several(args):
+    """Whether there is anything to choose."""
+    return len(args.ridge) > 1 or "auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1
+
+
 def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
     kind, with --sizes by size."""
     args = parse(argv)
+    experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     with regression.phase("data", seconds):
@@ -122,27 +133,50 @@ def main(argv=None):
         print(experiment.described(args))
     with regression.phase("choose", seconds):
         compared = compare(args, split, kinds[0])
-    with regression.phase("kernel", seconds):
-        x = sequences.encode(split.sequences, args.encoding, args.sizes[0])
-        x, x_test = x[:args.n_train], x[split.n_train:][:args.n_test]
-        matrices = experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, args.store,
-                                    {"kernel": args.kernel, "layers": layers(args, x)}, args.tile,
-                                    devices=experiment.devices(args.devices), quiet=args.quiet)
     results = {kind: {} for kind in kinds}
-    for kind, (K, K_test) in zip(kinds, matrices):
-        for n in args.sizes:
-            blocks = [block.leading(n).merged() for block in (K, K_test)]
-            result = {**one_size(args, kind, *blocks, split, n, x_test), "compared": compared,
-                      "entries": sum(block.entries for block in blocks)}
-            result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
-            experiment.record(args.out, config(args, kind, n), result, run)
-            print(describe(result), flush=True)
-            results[kind][n] = result
+    for sizes, encoding in encodings(args, split):
+        with regression.phase("kernel", seconds):
+            x, x_test = (encoding(rows) for rows in parts(args, split, sizes[-1]))
+            matrices = experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test},
+                                           folder(args, sizes), {"kernel": args.kernel, "layers": layers(args, x)}, args.tile,
+                                           devices=experiment.devices(args.devices), quiet=args.quiet)
+        for kind, (K, K_test) in zip(kinds, matrices):
+            for n in sizes:
+                blocks = [block.leading(n).merged() for block in (K, K_test)]
+                result = {**one_size(args, kind, *blocks, split, n, x_test), "compared": compared,
+                          "entries": sum(block.entries for block in blocks)}
+                result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
+                experiment.record(args.out, config(args, kind, n), result, run, describe)
+                results[kind][n] = result
     if args.split == "made" and not args.quiet:
         print(f"These sequences are made; a linear model explains {100 * sequences.MADE_LINEAR:.0f} % of the variance "
               "at most. For a real protein: --split two_vs_rest --data DIR; --help says what DIR must hold")
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
+
+
+def parts(args, split, n):
+    """The first n training sequences, and the test sequences."""
+    return split.sequences[:n], split.sequences[split.n_train:][:args.n_test]
+
+
+def encodings(args, split):
+    """[(sizes, Encoding), ...]: for each size the encoding fitted on its training rows; sizes with one encoding together."""
+    found = []
+    for n in args.sizes:
+        longest = max(map(len, sum(parts(args, split, args.n_train), [])))
+        encoding = sequences.fit(split.sequences[:n], args.encoding, longest)
+        if found and found[-1][1].same(encoding):
+            found[-1][0].append(n)
+        else:
+            found.append(([n], encoding))
+    return found
+
+
+def folder(args, sizes):
+    """Where the tiles of these sizes are kept: centred ones, whose encoding every size changes, in a folder of their own."""
+    on_disk = args.store not in (None, "none")
+    return os.path.join(args.store, f"centred-{sizes[-1]}") if on_disk and args.encoding == "centred" else args.store
 
 
 def derive(args, split):
@@ -155,10 +189,11 @@ def derive(args, split):
         if not 2 <= n <= have:
             raise ValueError(f"{what}={n}, but {args.split} has 2 to {have} rows to give")
     n = args.sizes[0]
-    several = max(len(args.ridge), len(candidates(args))) > 1
-    if several and criterion(args, n) == "validation" and n_fit(split, n) == n:
-        raise ValueError(f"{args.split} with n_train={n} has no validation rows to choose on; use --select loo, or "
-                         "give one value of --ridge, --encoding, --target and each flag of the network")
+    several, held_out = max(len(args.ridge), len(candidates(args, split))) > 1, split.targets[n_fit(split, n):n]
+    if several and criterion(args, n) == "validation" and len(set(held_out)) < 2:
+        raise ValueError(f"{args.split} with n_train={n} has {len(held_out)} validation rows with {len(set(held_out))} "
+                         "different targets: they have no order to choose by; use --select loo, or give one value of "
+                         "--ridge, --encoding, --target and each flag of the network")
     if args.tile is None:
         side = 256 if args.kernel == "seq_cnn_gap" else 1024
         args.tile = experiment.tile_side(side, 8192, args.n_train)
@@ -200,9 +235,11 @@ def criterion(args, n):
     return args.select or ("loo" if n <= choose.DENSE else "validation")
 
 
-def candidates(args):
+def candidates(args, split):
     """[{flag: value}, ...]: every combination of network, encoding and target that may be chosen."""
     encodings = sequences.ENCODINGS if args.encoding == "auto" else [args.encoding]
+    if args.encoding == "auto" and len(set(map(len, split.sequences[:args.n_train]))) > 1:
+        encodings = [name for name in encodings if name != "centred"]  # needs one length
     targets = sequences.TARGETS if args.target == "auto" else [args.target]
     return [{**network, "encoding": encoding, "target": target}
             for network, encoding, target in itertools.product(experiment.settings(args), encodings, targets)]
@@ -216,7 +253,7 @@ def compare(args, split, kind):
     (loo), or the validation rows from the fitted ones; functions of the target are fitted on all of them, or on the
     fitted ones.  Returns [[{flag: value}, ridge, Spearman, mse], ...], [] where there is nothing to choose.
     """
-    found, table, n = candidates(args), [], args.sizes[0]
+    found, table, n = candidates(args, split), [], args.sizes[0]
     several = [flag for flag in found[0] if len({one[flag] for one in found}) > 1]
     step = -(-n // COMPARED)
     loo = criterion(args, -(-n // step)) == "loo"
@@ -225,7 +262,7 @@ def compare(args, split, kind):
     fitted, y = -(-end // step), split.targets[rows]
     for shared, group in itertools.groupby(found if several else [], lambda one: {**one, "target": None}):
         network = argparse.Namespace(**{**vars(args), **shared})
-        x = sequences.encode(split.sequences, network.encoding, n)[rows]
+        x = sequences.fit(split.sequences[:n], network.encoding)([split.sequences[row] for row in rows])
         K = tiles.gram(network_kernel(network, kind, x), x, args.tile, experiment.devices(args.devices),
                        args.quiet).merged()
         prior = scale(args, K)
