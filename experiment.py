@@ -100,13 +100,13 @@ def check(parser, args, *positive):
         parser.error(f"--variance with --kind {args.kind}: the NTK is not the covariance of a process that the network "
                      "samples; use --kind nngp")
     for flag in ("n_train", *positive):
-        value = getattr(args, flag)
-        if not all(one is None or one >= 1 for one in (value if isinstance(value, list) else [value])):
-            parser.error(f"--{flag} {value}: expected at least 1")
+        values = getattr(args, flag) if isinstance(getattr(args, flag), list) else [getattr(args, flag)]
+        if not all(value is None or value >= 1 for value in values):
+            parser.error(f"--{flag} {','.join(map(str, values))}: expected at least 1")
     args.n_train = args.n_train or max(sizes, default=None)
     args.sizes = sorted({*sizes, *([args.n_train] if args.n_train else [])})
     if args.sizes and not 1 <= args.sizes[0] <= args.sizes[-1] <= args.n_train:
-        parser.error(f"--sizes {sizes}: expected 1 to n_train={args.n_train}")
+        parser.error(f"--sizes {','.join(map(str, sizes))}: expected 1 to n_train={args.n_train}")
 
 
 def given(parser, argv=None):
