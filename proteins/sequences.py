@@ -30,6 +30,7 @@ A regression on targets y may be one on a monotone function of them, of mean 0 a
 Proved by: proteins/test_proteins.py
 """
 
+import hashlib
 import os
 import zipfile
 from collections import Counter
@@ -216,12 +217,16 @@ class Encoding(NamedTuple):
     longest: int
 
     def __call__(self, sequences):
-        """ValueError: a sequence of another length than all training rows, or longer than `longest`."""
-        most = self.length or self.longest
-        bad = [i for i, s in enumerate(sequences) if len(s) > most or self.length and len(s) < most]
-        if bad:
-            raise ValueError(f"sequence {bad[0] + 1} of {len(sequences)} has {len(sequences[bad[0]])} residues; expected "
-                             f"{'' if self.length else 'at most '}{most}, as the training rows have")
+        """ValueError: a letter that is no residue; another length than all training rows have, or one above `longest`."""
+        known, least, most = set(RESIDUES), self.length or 1, self.length or self.longest
+        for i, one in enumerate(sequences, 1):
+            if known.issuperset(one) and least <= len(one) <= most:
+                continue
+            what, other = f"sequence {i} of {len(sequences)}, {one[:30]!r}{'...' * (len(one) > 30)},", set(one) - known
+            if other:
+                raise ValueError(f"{what} has the letter {min(other)!r}; expected {RESIDUES} only. Leave it out")
+            raise ValueError(f"{what} has {len(one)} residues; expected {'' if self.length else '1 to '}{most}, as the "
+                             "training rows have. Leave it out, or train on sequences of its length too")
         codes = letters(sequences, most)
         codes = codes if self.positions is None else codes[:, self.positions]
         table = np.zeros((256, 20))
@@ -229,10 +234,11 @@ class Encoding(NamedTuple):
         x = table.astype(np.float32)[codes]
         return x if self.mean is None else x - self.mean
 
-    def same(self, other):
-        """Whether both encode every sequence alike."""
-        return self.name == other.name and self.length == other.length and self.longest == other.longest and all(
-            np.array_equal(a, b) for a, b in ((self.positions, other.positions), (self.mean, other.mean)))
+    @property
+    def key(self):
+        """Its name and a digest of what was fitted: two of one key encode every sequence alike."""
+        fitted = [one.tolist() if isinstance(one, np.ndarray) else one for one in self]
+        return f"{self.name}-{hashlib.blake2b(repr(fitted).encode(), digest_size=6).hexdigest()}"
 
 
 def letters(sequences, longest):
@@ -244,10 +250,12 @@ def fit(sequences, name, longest=0):
     """The Encoding `name`, fitted on training sequences.
 
     longest: residues of the longest sequence that is to come, where lengths vary; padding never changes the kernel.
-    Raises ValueError: unknown encoding; no position varies; centred sequences of several lengths.
+    Raises ValueError: unknown encoding; no sequence; no position varies; centred sequences of several lengths.
     """
     if name not in ENCODINGS:
         raise ValueError(f"encoding {name!r} is unknown; choose one of {', '.join(ENCODINGS)}")
+    if not sequences:
+        raise ValueError("an encoding is fitted on training sequences; got none")
     lengths = {len(sequence) for sequence in sequences}
     most = max(lengths)
     if len(lengths) > 1:

@@ -302,14 +302,23 @@ def test_proteins_encoding_is_fitted_on_training_rows(encoding):
     train, new = ["MAGIW", "MLGIW", "MLGVW"], ["MCGVY", "AAAAA"]
     fitted = seqs.fit(train, encoding)
     assert (fitted(new + train)[:2] == fitted(new)).all() and (fitted(new)[1:] == fitted(new[1:])).all()
+    by_hand = {row: np.array([[letter == residue for residue in seqs.RESIDUES] for letter in row[1::2]], float)
+               for row in train + new}  # positions 1 and 3 vary among the training rows
+    mean = sum(by_hand[row] for row in train) / 3 * (encoding == "centred")
+    if encoding != "blosum":
+        assert np.abs(fitted(new) - [by_hand[row] - mean for row in new]).max() < 1e-7
     assert fitted(new).shape == (2, 2, 20)
-    with pytest.raises(ValueError, match="sequence 2 of 2 has 6 residues; expected 5, as the training rows have"):
-        fitted(["MAGIW", "MAGIWW"])
+    for bad, words in (("MAGIWW", "'MAGIWW', has 6 residues; expected 5, as the training rows have"),
+                       ("MAGI", "'MAGI', has 4 residues; expected 5"), ("MAGXW", "'MAGXW', has the letter 'X'; expected"),
+                       ("magiw", "'magiw', has the letter 'a'"), ("", "'', has 0 residues"),
+                       ("MA IW", "'MA IW', has the letter ' '")):
+        with pytest.raises(ValueError, match=f"sequence 2 of 2, {words}"):
+            fitted(["MAGIW", bad])
     if encoding != "centred":
         K = [np.asarray(kernel.kernel_fn("seq_cnn", "ntk")(seqs.fit(PEPTIDES, encoding, longest)(PEPTIDES).astype(float)))
              for longest in (0, 30)]
         assert relative_error(*K) < 1e-10
-        with pytest.raises(ValueError, match="sequence 1 of 1 has 40 residues; expected at most 21"):
+        with pytest.raises(ValueError, match=r"sequence 1 of 1, 'A{30}'\.\.\., has 40 residues; expected 1 to 21"):
             seqs.fit(PEPTIDES, encoding)(["A" * 40])
 
 
@@ -323,18 +332,76 @@ def test_proteins_several_lengths(tmp_path, monkeypatch):
     assert {row[0]["encoding"] for row in result["compared"]} == {"onehot", "blosum"} and result["cg_converged"]
 
 
-@pytest.mark.parametrize("flags", [["--kernel", name, "--encoding", encoding] for name, encoding in zip(
-    ("seq_fc", "seq_cnn", "linear"), ("centred", "onehot", "blosum"))], ids=str)
-def test_proteins_sizes_equal_runs_alone(tmp_path, flags):
-    """Each size of a row gives what it gives alone, whatever is fitted on its rows; stores too."""
-    flags = [*flags, "--target", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"]
-    together = protein(tmp_path, *flags, "--sizes", "12,40", "--store", str(tmp_path / "K"))
-    for n in (12, 40):
-        alone = protein(tmp_path, *flags, "--n_train", str(n))
-        assert {**together[n]["config"], "tile": 0} == {**alone["config"], "tile": 0}
-        assert abs(together[n]["test_rmse"] / alone["test_rmse"] - 1) < 1e-5 and together[n]["ridge"] == alone["ridge"]
-        again = protein(tmp_path, *flags, "--n_train", str(n), "--store", str(tmp_path / "K"))
-        assert abs(again["test_rmse"] / alone["test_rmse"] - 1) < 1e-5
+SIZES = ["--target", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"]
+
+
+@pytest.mark.parametrize("encoding", seqs.ENCODINGS)
+@pytest.mark.parametrize("name", [*sequence_layers.SEQUENCES, "linear"])
+def test_proteins_sizes_equal_runs_alone(tmp_path, monkeypatch, name, encoding):
+    """Each size of a row gives what it gives alone under the configuration that is recorded for it, with every kernel and
+    encoding, though four rows vary at fewer positions than forty; and both go on from one store."""
+    split = seqs.load("made")
+    order = sorted(range(split.n_train), key=lambda i: split.sequences[i][:2] != "AR")  # rows that begin with AR first
+    rows, n = [*order, *range(split.n_train, len(split.targets))], split.n_train
+    split = seqs.Split([split.sequences[i] for i in rows], split.targets[rows], n - n // 5, n)
+    assert [len(seqs.fit(split.sequences[:n], "onehot").positions) for n in (4, 40)] == [2, 4]
+    monkeypatch.setattr(seqs, "load", lambda *_: split)
+    flags, store = ["--kernel", name, "--encoding", encoding, *SIZES], ["--store", str(tmp_path / "K")]
+    flags += [] if name == "linear" else ["--depth", "1"]
+    together = protein(tmp_path, *flags, "--sizes", "4,40", *store)
+    for n in (4, 40):
+        alone, again = (protein(tmp_path, *flags, "--n_train", str(n), *kept) for kept in ([], store))
+        assert together[n]["config"] == alone["config"] == again["config"]
+        for one in (together[n], again):
+            assert one["ridge"] == alone["ridge"] and abs(one["test_spearman"] - alone["test_spearman"]) < 1e-3
+            assert abs(one["test_rmse"] / alone["test_rmse"] - 1) < 1e-5
+
+
+def test_proteins_sizes_are_scikit_learn(tmp_path):
+    """At each size of a row, ridge regression on centred sequences is scikit-learn's with an intercept on the first rows
+    alone, one-hot by hand: n = 20 and 700 do not share a mean."""
+    from sklearn.linear_model import Ridge
+    result = protein(tmp_path, "--kernel", "linear", "--encoding", "centred", "--target", "raw", "--ridge", "1", "--sizes",
+                     "20,700")
+    split = seqs.load("made")
+    x = np.array([[letter == residue for letter in s for residue in "ARNDCQ"] for s in split.sequences], float)
+    for n in (20, 700):
+        f, y = Ridge(alpha=1.0).fit(x[:n], split.targets[:n]).predict(x[split.n_train:]), split.targets[split.n_train:]
+        assert abs(result[n]["test_spearman"] - spearmanr(f, y).statistic) < 1e-4
+        assert abs(result[n]["test_rmse"] - np.sqrt(np.mean((f - y) ** 2))) < 1e-4
+
+
+@pytest.mark.parametrize("encoding", ["onehot", "centred"])
+def test_proteins_sizes_are_dense_solves(tmp_path, encoding):
+    """At each size of a row, a network of one hidden layer is the arc-cosine formula (Cho and Saul 2009) and a dense solve in
+    NumPy: its own mean, its own mean and sd of the target, ridge relative to its own diagonal."""
+    result = protein(tmp_path, "--kernel", "seq_fc", "--depth", "1", "--encoding", encoding, "--target", "raw", "--ridge",
+                     "0.1", "--b_std", "0.3", "--sizes", "10,200", "--tol", "1e-8")
+    split = seqs.load("made")
+    x = np.array([[letter == residue for letter in s for residue in seqs.RESIDUES] for s in split.sequences], float)
+    for n in (10, 200):
+        own = x - x[:n].mean(axis=0) * (encoding == "centred")
+        K = 2 * own @ own.T / 80 + 0.09  # w_std^2 = 2, four positions of 20 channels
+        size = np.sqrt(np.diag(K))
+        c = np.clip(K / np.outer(size, size), -1, 1)
+        K = np.outer(size, size) * (np.sqrt(1 - c**2) + (np.pi - np.arccos(c)) * c) / np.pi + 0.09
+        y, n_train = split.targets, split.n_train
+        z = (y[:n] - y[:n].mean()) / y[:n].std()
+        f = K[n_train:, :n] @ np.linalg.solve(K[:n, :n] + 0.1 * np.diag(K)[:n].mean() * np.eye(n), z)
+        assert abs(result[n]["test_spearman"] - spearmanr(f, y[n_train:]).statistic) < 1e-4
+        assert abs(result[n]["test_rmse"] - np.sqrt(np.mean((f * y[:n].std() + y[:n].mean() - y[n_train:])**2))) < 1e-5
+
+
+def test_proteins_choices_for_a_row_are_recorded(tmp_path):
+    """What is chosen once for all sizes, on the smallest, is recorded for each: the recorded values alone give that result."""
+    row = protein(tmp_path, "--kernel", "seq_fc", "--sizes", "30,60", "--depth", "1,2", "--b_std", "0,1", "--n_test", "60")
+    for n in (30, 60):
+        config = row[n]["config"]
+        alone = protein(tmp_path, "--n_train", str(n), *(
+            f"--{flag}={config[flag]}" for flag in ("kernel", "encoding", "target", "depth", "w_std", "b_std", "n_test",
+                                                    "tile")), "--ridge", ",".join(map(str, config["ridge"])))
+        assert alone["compared"] == [] and len(row[n]["compared"]) == 36 and alone["config"] == config
+        assert alone["ridge"] == row[n]["ridge"] and abs(alone["test_rmse"] / row[n]["test_rmse"] - 1) < 1e-5
 
 
 def test_proteins_files_elsewhere(tmp_path, capsys):

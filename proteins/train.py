@@ -135,17 +135,16 @@ def main(argv=None):
         compared = compare(args, split, kinds[0])
     results = {kind: {} for kind in kinds}
     for sizes, encoding in encodings(args, split):
-        with regression.phase("kernel", seconds):
+        spent = dict(seconds)
+        with regression.phase("kernel", spent):
             x, x_test = (encoding(rows) for rows in parts(args, split, sizes[-1]))
-            matrices = experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test},
-                                           folder(args, sizes), {"kernel": args.kernel, "layers": layers(args, x)}, args.tile,
-                                           devices=experiment.devices(args.devices), quiet=args.quiet)
+            matrices = kernels(args, kinds, encoding, x, x_test)
         for kind, (K, K_test) in zip(kinds, matrices):
             for n in sizes:
                 blocks = [block.leading(n).merged() for block in (K, K_test)]
                 result = {**one_size(args, kind, *blocks, split, n, x_test), "compared": compared,
                           "entries": sum(block.entries for block in blocks)}
-                result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
+                result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
                 results[kind][n] = result
     if args.split == "made" and not args.quiet:
@@ -162,21 +161,23 @@ def parts(args, split, n):
 
 def encodings(args, split):
     """[(sizes, Encoding), ...]: for each size the encoding fitted on its training rows; sizes with one encoding together."""
-    found = []
+    found, longest = [], max(map(len, sum(parts(args, split, args.n_train), [])))
     for n in args.sizes:
-        longest = max(map(len, sum(parts(args, split, args.n_train), [])))
         encoding = sequences.fit(split.sequences[:n], args.encoding, longest)
-        if found and found[-1][1].same(encoding):
+        if found and found[-1][1].key == encoding.key:
             found[-1][0].append(n)
         else:
             found.append(([n], encoding))
     return found
 
 
-def folder(args, sizes):
-    """Where the tiles of these sizes are kept: centred ones, whose encoding every size changes, in a folder of their own."""
-    on_disk = args.store not in (None, "none")
-    return os.path.join(args.store, f"centred-{sizes[-1]}") if on_disk and args.encoding == "centred" else args.store
+def kernels(args, kinds, encoding, x, x_test):
+    """[(K, K_test) of each kind].  With --store, tiles of each fitted encoding are in a folder of its own: what is fitted on
+    few rows is not what is fitted on many."""
+    about = {"kernel": args.kernel, "layers": layers(args, x), "engine": engine.__module__, "encoding": encoding.key}
+    folder = os.path.join(args.store, encoding.key) if args.store not in (None, "none") else args.store
+    return experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, folder, about,
+                               args.tile, devices=experiment.devices(args.devices), quiet=args.quiet)
 
 
 def derive(args, split):
