@@ -567,15 +567,38 @@ def test_proteins_criteria(tmp_path, monkeypatch):
         protein(tmp_path, *flags, "--select", "validation")
 
 
-def test_proteins_stores_know_their_network(tmp_path):
-    """A store never serves tiles of another network: another w_std, b_std or head is refused in one sentence."""
-    flags = ["--n_train", "20", "--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc", "--ridge", "0.1",
-             "--store", str(tmp_path / "K")]
-    protein(tmp_path, *flags)
-    for other in ("--w_std=1", "--b_std=1", "--head=relu"):
-        with pytest.raises(ValueError, match="train-nngp holds another matrix: layers is .* Give this run a store"):
-            protein(tmp_path, *flags, other)
-    assert protein(tmp_path, *flags)["cg_converged"]
+def test_proteins_stores_know_their_network(tmp_path, monkeypatch):
+    """A store never serves tiles of another network: another w_std, b_std or head, another default of them, another layer of a
+    named network or another engine is refused in one sentence; what another encoding was fitted to has tiles of its own."""
+    flags = ["--n_train", "20", "--target", "raw", "--kernel", "seq_fc", "--ridge", "0.1"]
+    kept, onehot = ["--store", str(tmp_path / "K")], ["--encoding", "onehot"]
+    first = protein(tmp_path, *flags, *onehot, *kept)
+    with monkeypatch.context() as patch:
+        def refused(*other, words="layers"):
+            with pytest.raises(ValueError, match=f"train-nngp holds another matrix: {words} is .* Give this run a store"):
+                protein(tmp_path, *flags, *onehot, *kept, *other)
+        for other in ("--w_std=1", "--b_std=1", "--head=relu"):
+            refused(other)
+        for name in ("W_STD", "B_STD"):
+            patch.setattr(kernel, name, 1.0)
+            changed = protein(tmp_path, *flags, *onehot)["test_rmse"] / first["test_rmse"]
+            assert (abs(changed - 1) > 1e-3) == (name == "B_STD")  # without a bias, w_std only scales K
+            refused()
+            patch.undo()
+        plain = kernel.NETWORKS["seq_fc"]
+        patch.setitem(kernel.NETWORKS, "seq_fc", lambda depth, w_std, b_std: [
+            ("dense", 1.0, 0.1) if layer[0] == "dense" else layer for layer in plain(depth, w_std, b_std)])
+        refused()
+        patch.undo()
+        patch.setattr(train_protein, "engine", kernel.kernel_fn)
+        refused(words="engine")
+    for encoding in ("centred", "blosum", "onehot"):
+        for seed in ("0", "1") if encoding == "centred" else ("0",):
+            of = [*flags, "--encoding", encoding, "--seed", seed]
+            assert abs(protein(tmp_path, *of, *kept)["test_rmse"] / protein(tmp_path, *of)["test_rmse"] - 1) < 1e-6
+    about = [json.loads(path.read_text()) for path in sorted((tmp_path / "K").glob("*/train-nngp/manifest.json"))]
+    assert [one["encoding"].split("-")[0] for one in about] == ["blosum", "centred", "centred", "onehot"]
+    assert len({one["encoding"] for one in about}) == 4
 
 
 def test_proteins_sizes_store_and_kinds(tmp_path):
