@@ -56,6 +56,9 @@ SHA256 = {  # of the tables that README's figures were made from
     "low_vs_high": "190217d19cdafec40d8a961fce2dcbfd9fc89c9f4c6fa994aa90861b06e073fa",
     "sampled": "19bcb946fb9f8fe5ac1d5ed0aa85d4a85848b44744560d9684cc278935f3bd16",
     "landscape": "14cfb23e04edcaf99daa106743782b9289c1c673fcb6193ed90f8f19d33755f3"}
+WORDS = {"set": {"train": "train", "test": "test"}, "validation": {
+    **dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0", "0.0", ""), False)}}
 SOURCE = "https://github.com/J-SNACKKB/FLIP, folder splits/gb1"
 MADE_LINEAR = 0.6
 BLOSUM62_ROWS = """
@@ -80,9 +83,10 @@ def load(name, folder=None, seed=0, quiet=True):
     """The Split named above.
 
     folder: holds the archives of FILES, or their tables (in `splits` or beside).   seed: of `landscape`, `made`.
-    quiet: do not compare the file with that of SHA256.
-    Raises ValueError: unknown name; with its line, a residue, target or set that is none, an empty sequence; a
-    column that is not there; targets all the same.   FileNotFoundError: a file that is not there.
+    quiet: do not compare the file with that of SHA256, nor count the test rows that are training rows too.
+    Rows whose sequence has other letters than RESIDUES are left out, and counted in one line.
+    Raises ValueError: unknown name; a file that is not text; a column that is not there, or twice; with its line, a target,
+    set or validation that is none; no row to fit or to test; targets all the same.   FileNotFoundError.
     """
     if name not in SPLITS:
         raise ValueError(f"split {name!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -91,20 +95,23 @@ def load(name, folder=None, seed=0, quiet=True):
     if folder is None:
         raise ValueError(f"split {name} needs --data FOLDER, the folder that holds {FILES[name][0]} "
                          f"(fetch it from {SOURCE}); --split made needs none")
+    what = f"{FILES[name][1]} in {folder}"
     if name == "landscape":
-        return _shuffled(*_columns(name, folder, quiet, "Fitness"), seed)
-    sequences, targets, part, held_out = _columns(name, folder, quiet, "target", "set", "validation")
-    kind = np.where(part == "test", 2, held_out)
-    order, sizes = np.argsort(kind, kind="stable"), np.bincount(kind, minlength=3)
-    if not sizes[0] or not sizes[2]:
-        raise ValueError(f"{name} has {sizes[0]} rows to fit, {sizes[1]} to validate and {sizes[2]} to test; "
-                         "expected some to fit and some to test")
-    n = int(sizes[:2].sum())
-    sequences = [sequences[i] for i in order]
-    both = set(sequences[:n]) & set(sequences[n:])
+        split = _shuffled(*_columns(name, folder, quiet, "Fitness"), seed)
+    else:
+        sequences, targets, part, held_out = _columns(name, folder, quiet, "target", "set", "validation")
+        kind = np.where(part == "test", 2, held_out)
+        order, sizes = np.argsort(kind, kind="stable"), np.bincount(kind, minlength=3)
+        split = Split([sequences[i] for i in order], targets[order], int(sizes[0]), int(sizes[:2].sum()))
+    fit, test = split.n_fit, split.sequences[split.n_train:]
+    if not fit or not test:
+        raise ValueError(f"{what} has {fit} rows to fit, {split.n_train - fit} to validate and {len(test)} to test; expected "
+                         "some to fit and some to test")
+    train = set(split.sequences[:split.n_train])
+    both = [sequence for sequence in test if sequence in train]
     if both and not quiet:
-        print(f"note: {len(both)} sequences of {name} are training rows and test rows too, such as {min(both)}")
-    return Split(sequences, targets[order], int(sizes[0]), n)
+        print(f"note: {len(both)} of {len(test)} test rows of {what} are training rows too, such as {both[0]}")
+    return split
 
 
 def _shuffled(sequences, targets, seed):
@@ -131,57 +138,53 @@ def _made(letters=6, length=4):
 def _columns(name, folder, quiet, target, *others):
     """sequences (list), targets float64 and the other columns of a table, checked line by line.
 
-    Letters are taken as upper case. Rows with other letters than RESIDUES are left out, and counted in a note.
+    Letters are taken as upper case. Rows whose sequence has other letters than RESIDUES, or none, are left out and counted.
     """
-    sequences, targets, rest, odd, line = [], [], [], Counter(), 1
+    sequences, columns, odd, rows, line = [], [], Counter(), 0, 1
     content, path = _table(name, folder)
     if not quiet:
         data.compare(content, SHA256[name], path)
     for line, row in data.rows(content, path, ("sequence", target, *others)):
-        sequence = row["sequence"].strip().upper()
-        value, more = _number(row[target], target, path, line), []
-        for other in others:
-            known = {"set": {"train": "train", "test": "test"}}.get(other, TRUTH)
-            text = row[other].strip().lower()
-            if text not in known:
-                raise ValueError(f"{path}, line {line}: {other} {row[other]!r}; expected "
-                                 f"{'train or test' if other == 'set' else 'True or False'}")
-            more.append(known[text])
-        unknown = set(sequence or " ") - set(RESIDUES)
-        if unknown:
-            odd[", ".join(map(repr, sorted(unknown))) if sequence else "no letter"] += 1
+        rows, sequence = rows + 1, row["sequence"].strip()
+        sequence = sequence.upper() if sequence.isascii() else sequence  # upper() makes two letters S of some others
+        unknown = set(sequence) - set(RESIDUES)
+        if unknown or not sequence:
+            odd.update(unknown or {""})
             continue
         sequences.append(sequence)
-        targets.append(value)
-        rest.append(more)
-    if odd:
-        left_out = (f"{path}: {odd.total()} of {odd.total() + len(sequences)} rows have a sequence with "
-                    + "; ".join(f"{letters} ({count})" for letters, count in odd.most_common(5))
-                    + f", and not only {RESIDUES}")
+        columns.append([_number(row[target], target, path, line),
+                        *(_word(row[other], other, path, line) for other in others)])
+    if len(sequences) < rows:
+        found = ", ".join(f"{repr(letter) if letter else 'no letter'} in {count}" for letter, count in odd.most_common(20))
+        left_out = f"{path}: {rows - len(sequences)} of {rows} rows left out, whose sequence is not of {RESIDUES}: {found}"
         if not sequences:
-            raise ValueError(f"{left_out}: no row is left")
-        if not quiet:
-            print(f"note: {left_out}: they are left out")
+            raise ValueError(f"{left_out}; no row is left. Correct the column sequence")
+        print(left_out)
     if not sequences:
         raise ValueError(f"{path} has no row below its header")
-    if len(set(targets)) == 1:
+    targets, *rest = map(np.array, zip(*columns))
+    if np.ptp(targets) == 0:
         raise ValueError(f"{path}, lines 2 to {line}: every {target} is {targets[0]:g}; there is nothing to learn")
-    return sequences, np.array(targets), *(np.array(column) for column in zip(*rest))
-
-
-TRUTH = {**dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True),
-         **dict.fromkeys(("false", "f", "no", "n", "0", "0.0", ""), False)}
+    return sequences, targets, *rest
 
 
 def _number(text, column, path, line):
     try:
-        value = float(text)
+        value = float(text.replace("_", "?"))  # Python reads 1_5 as 15
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
         raise ValueError(f"{path}, line {line}: {column} {text!r}; expected a finite number"
                          + (", with a decimal point" if "," in text else "") + ". Correct the line or take it out")
     return value
+
+
+def _word(text, column, path, line):
+    """What a word in the column set or validation means, of WORDS."""
+    word, expected = text.strip().lower(), "train or test" if column == "set" else "True, yes, 1 or False, no, 0, nothing"
+    if word not in WORDS[column]:
+        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected {expected}. Correct the line or take it out")
+    return WORDS[column][word]
 
 
 def _table(name, folder):

@@ -246,12 +246,22 @@ def test_proteins_targets(name):
     ("sequence,target,set\nMA,1,train\n", "has no column validation; it has sequence, target, set"),
     ("", "has no column sequence, target, set, validation; it has none"),
     ("sequence,target,set,validation\n", "has no row below its header"),
-    ("sequence,target,set,validation\nM*,1,train,\nMXA,2,test,\n", "2 of 2 rows have .* '\\*' \\(1\\); 'X' .*no row is left"),
-    ("sequence,target,set,validation\n,2,test,\n", "1 of 1 rows have a sequence with no letter .*no row is left"),
+    ("sequence,target,set,validation\nM*,1,train,\nMXA,2,test,\n",
+     r"two_vs_rest.csv: 2 of 2 rows left out, .*: '\*' in 1, 'X' in 1; no row is left. Correct the column sequence"),
+    ("sequence,target,set,validation\n,2,test,\n", "1 of 1 rows left out, .*: no letter in 1; no row is left"),
+    ("sequence,target,set,validation\nMA,-inf,train,\n", "line 2: target '-inf'; expected a finite number"),
+    ("sequence,target,set,validation\nMA,1_5,train,\n", "line 2: target '1_5'; expected a finite number"),
+    ("sequence,target,set,validation\nMA,,train,\n", "line 2: target ''; expected a finite number"),
+    ("sequence,target,set,validation\nMA,1,,\n", "line 2: set ''; expected train or test"),
+    ("sequence,target,set,validation\nMA,1,train,2\n", "line 2: validation '2'; expected True, yes, 1 or False"),
+    ("Sequence,target,set,validation\nMA,1,train,\n", "has no column sequence; it has Sequence, target, set, validation"),
+    ("sequence;target;set;validation\nMA;1,5;train;\n", "has no column sequence, .*; it has sequence;target;set;validation"),
+    ("sequence,target,set,validation\nMA,1,test,\nML,2,test,True\n", "0 rows to fit, 0 to validate and 2 to test"),
+    ("sequence,target,set,validation\nMA,1,train,yes\nML,2,test,\n", "0 rows to fit, 1 to validate and 1 to test"),
     ("sequence,target,set,validation\nMA,1.5,train,\nML,0,5,test,\n", "line 3 has 5 fields, and the header 4"),
     ('sequence,target,set,validation\nMA,"1,5",train,\n', "line 2: target '1,5'; expected .* decimal point"),
     ("sequence,target,set,validation\nMA,inf,train,\n", "line 2: target 'inf'; expected a finite number"),
-    ("sequence,target,set,validation\nMA,1,train,maybe\n", "line 2: validation 'maybe'; expected True or False"),
+    ("sequence,target,set,validation\nMA,1,train,maybe\n", "line 2: validation 'maybe'; expected True, yes, 1 or False"),
     ("sequence,target,set,set,validation\nMA,1,train,train,\n", "has 2 columns 'set': rename them"),
     ("sequence,target,set,validation\nMA,?,train,\n", "line 2: target '\\?'; expected a finite number"),
     ("sequence,target,set,validation\nMA,nan,train,\n", "line 2: target 'nan'; expected a finite number"),
@@ -261,11 +271,11 @@ def test_proteins_targets(name):
     ("sequence,target,set,validation\nMA,1,train,\nML,2,train,True\n", "1 rows to fit, 1 to validate and 0 to test"),
 ])
 def test_proteins_bad_files(tmp_path, text, words):
-    """What is wrong in a file is said in one sentence, with its line."""
+    """What is wrong in a file is said in one sentence, with its name and line."""
     (tmp_path / "two_vs_rest.csv").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
         seqs.load("two_vs_rest", str(tmp_path))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "two_vs_rest.csv" in str(error.value)
 
 
 @pytest.mark.parametrize("encoding, words", [
@@ -283,16 +293,40 @@ def test_proteins_encodings_of_text(tmp_path, encoding, words):
 
 
 def test_proteins_tables_as_people_have_them(tmp_path, capsys):
-    """Lower case is upper case, truth is written in any usual way, rows with other letters are left out and counted, and
-    sequences that are trained on and tested are counted."""
-    lines = ["ma,1,train,TRUE", "ML,2,train,0", "MW,3,TRAIN,1.0", "MX,4,train,", "M*,4,train,", "M-,4,test,", "MK,5,test,nO",
-             "MR,6,train,False", "ML,2,test,"]
-    (tmp_path / "two_vs_rest.csv").write_text("sequence,target,set,validation\n" + "\n".join(lines) + "\n\n")
+    """Lower case is upper case, rows with other letters are left out and counted in one line, also where their target is
+    none, and test rows that are training rows too are counted in one note."""
+    lines = ["ma,1,train,True", "ML,2,train,", "MW,3,TRAIN,1", "MX,4,train,", "MXB*,?,train,", "M-,4,test,", "MK,5,test,",
+             "MR,6,train,False", "ML,2,test,", "ml,2.5,test,", "M\u00df,1,train,", "M.U,1,test,", ",1,test,", " MC ,7,test,"]
+    (tmp_path / "two_vs_rest.csv").write_text("sequence,target,set,validation\n" + "\n".join(lines) + "\n\n", "utf-8")
     split = seqs.load("two_vs_rest", str(tmp_path), quiet=False)
-    assert split.sequences == ["ML", "MR", "MA", "MW", "MK", "ML"] and split[2:] == (2, 4)
-    said = capsys.readouterr().out
-    assert "3 of 9 rows have a sequence with 'X' (1); '*' (1); '-' (1)" in said
-    assert "1 sequences of two_vs_rest are training rows and test rows too, such as ML" in said
+    assert split.sequences == ["ML", "MR", "MA", "MW", "MK", "ML", "ML", "MC"] and split[2:] == (2, 4)
+    assert split.targets.tolist() == [2, 6, 1, 3, 5, 2, 2.5, 7]
+    _, left_out, note = capsys.readouterr().out.splitlines()  # the first line says that this is not FLIP's file
+    assert "two_vs_rest.csv: 6 of 14 rows left out, whose sequence is not of ARNDCQEGHILKMFPSTWYV: 'X' in 2" in left_out
+    assert all(f"{letter!r} in 1" in left_out for letter in "B*-\u00df.U") and "no letter in 1" in left_out
+    assert note.startswith("note: 2 of 4 test rows of splits/two_vs_rest.csv in") and note.endswith("too, such as ML")
+
+
+@pytest.mark.parametrize("words, held_out", [
+    (("TRUE", "True", "true", "1", "1.0", "yes"), True), (("FALSE", "False", "0", "0.0", "", " "), False)])
+def test_proteins_truth_in_any_words(tmp_path, words, held_out):
+    """Every usual way to write true makes a validation row, every usual way to write false does not."""
+    rows = [f"M{residue},{i},Train,{word}" for i, (residue, word) in enumerate(zip(seqs.RESIDUES, words))]
+    rows = ["sequence,target,set,validation", "MW,8,train,False", "MY,9,TEST,", *rows]
+    (tmp_path / "sampled.csv").write_text("\n".join(rows))
+    assert seqs.load("sampled", str(tmp_path))[2:] == (1 if held_out else 1 + len(words), 1 + len(words))
+
+
+def test_proteins_landscape_tables(tmp_path, capsys):
+    """A landscape too short to hold a fifth out is refused; a variant that was measured twice may be trained on and tested,
+    which is said, with the number of test rows."""
+    path = tmp_path / "four_mutations_full_data.csv"
+    path.write_text("sequence,Fitness\nMA,1\nML,2\n")
+    with pytest.raises(ValueError, match="four_mutations_full_data.csv in .* has 2 rows to fit, 0 to validate and 0 to test"):
+        seqs.load("landscape", str(tmp_path))
+    path.write_text("sequence,Fitness\n" + "".join(f"M{'AL'[i % 2]},{i}\n" for i in range(10)))
+    assert len(seqs.load("landscape", str(tmp_path), quiet=False).sequences) == 10
+    assert "note: 2 of 2 test rows of four_mutations_full_data.csv in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", seqs.ENCODINGS)
