@@ -357,13 +357,19 @@ def test_proteins_encoding_is_fitted_on_training_rows(encoding):
 
 
 def test_proteins_several_lengths(tmp_path, monkeypatch):
-    """Sequences of several lengths run with all defaults: auto compares the encodings that can take them."""
+    """Sequences of several lengths run with all defaults: auto compares the encodings that can take them; a test row that no
+    encoding of the training rows can take is one sentence, with its number and its letters."""
     rng = np.random.default_rng(0)
     peptides = ["".join(rng.choice(list(seqs.RESIDUES), size=rng.integers(5, 9))) for _ in range(60)]
     split = seqs.Split(peptides, np.array([p.count("A") + 0.1 * len(p) for p in peptides]), 40, 48)
     monkeypatch.setattr(seqs, "load", lambda *_: split)
     result = protein(tmp_path, "--kernel", "seq_fc")
     assert {row[0]["encoding"] for row in result["compared"]} == {"onehot", "blosum"} and result["cg_converged"]
+    with pytest.raises(ValueError, match="centred sequences of 5 to 8 residues: .*; take onehot or blosum"):
+        protein(tmp_path, "--kernel", "seq_fc", "--encoding", "centred")
+    split = seqs.Split([peptide[:5] for peptide in peptides[:50]] + peptides[50:], split.targets, 40, 48)
+    with pytest.raises(ValueError, match="sequence [3-9] of 12, '[A-Y]{6,8}', has [6-8] residues; expected 5, as the"):
+        protein(tmp_path, "--kernel", "seq_fc")
 
 
 SIZES = ["--target", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"]
@@ -599,6 +605,68 @@ def test_proteins_criteria(tmp_path, monkeypatch):
     assert protein(tmp_path, *flags)["rows"] == 20
     with pytest.raises(ValueError, match="two_vs_rest with n_train=20 has 0 validation rows .* use --select loo"):
         protein(tmp_path, *flags, "--select", "validation")
+
+
+def table_of(path, validation, targets, test=None):
+    """A table of FLIP's form with 20 training rows of these targets and 5 test rows, validation said of each training row."""
+    rows = [f"M{'ACDEF'[i // 5]}{'GHIKL'[i % 5]}" for i in range(25)]
+    rows = [f"{row},{y},train,{held}" for row, y, held in zip(rows, targets, validation)] + [
+        f"{row},{y},test," for row, y in zip(rows[20:], range(5) if test is None else test)]
+    path.write_text("\n".join(["sequence,target,set,validation", *rows]))
+
+
+@pytest.mark.parametrize("held_out, same, words", [
+    (0, False, "n_train=20 has 0 validation rows with 0 different targets"),
+    (1, False, "n_train=20 has 1 validation rows with 1 different targets"),
+    (6, True, "n_train=20 has 6 validation rows with 1 different targets"),
+    (20, True, "the targets of all 14 rows to fit are 3, so that there is nothing to learn")])
+def test_proteins_validation_rows_that_say_nothing(tmp_path, monkeypatch, held_out, same, words):
+    """Validation rows that are too few or all equal choose nothing, asked for or by default on many rows: one sentence, also
+    where they say nothing only after thinning; leave-one-out on the same rows chooses, and one value of each needs none."""
+    y = [i % 7 for i in range(20)]
+    if held_out == 20:
+        y[6:], held_out = [3] * 14, 6
+    elif same:
+        y[:held_out] = [3] * held_out
+    table_of(tmp_path / "two_vs_rest.csv", [i < held_out for i in range(20)], y)
+    flags = ["--split", "two_vs_rest", "--data", str(tmp_path), "--kernel", "seq_fc", "--depth", "1"]
+    for more in (["--select", "validation"], ["--encoding", "onehot", "--target", "raw"], ["--ridge", "0.1"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(choose, "DENSE", 2048 if "--select" in more else 10)
+            with pytest.raises(ValueError, match=words) as error:
+                protein(tmp_path, *flags, *more)
+            assert "\n" not in str(error.value)
+    result = protein(tmp_path, *flags)
+    assert result["select"] == "loo" and all(np.isfinite(row[2]) and row[2] != 0 for row in result["compared"])
+    monkeypatch.setattr(choose, "DENSE", 10)
+    one = protein(tmp_path, *flags, "--encoding", "onehot", "--target", "raw", "--ridge", "0.1")
+    assert one["select"] is None and np.isfinite(one["test_spearman"])
+
+
+def test_proteins_thinned_validation_rows(tmp_path, monkeypatch):
+    """Of 2 validation rows, thinned to one where networks are compared, nothing is chosen: one sentence."""
+    table_of(tmp_path / "two_vs_rest.csv", [i < 2 for i in range(20)], range(20))
+    monkeypatch.setattr(train_protein, "COMPARED", 10)
+    with pytest.raises(ValueError, match="n_train=20 has 1 validation rows with 1 different targets.* use --select loo"):
+        protein(tmp_path, "--split", "two_vs_rest", "--data", str(tmp_path), "--kernel", "seq_fc", "--select", "validation")
+
+
+def test_proteins_equal_targets(tmp_path, capsys):
+    """Equal training targets are refused in one sentence, at each size of a row; of equal test targets it is said that they
+    have no order, and the root mean squared error stands, here that of the mean."""
+    table_of(tmp_path / "two_vs_rest.csv", [""] * 20, [1.5] * 20)
+    flags = ["--split", "two_vs_rest", "--data", str(tmp_path), "--kernel", "linear", "--encoding", "centred"]
+    with pytest.raises(ValueError, match="two_vs_rest with n_train=20: the targets of all 20 rows to fit are 1.5") as error:
+        protein(tmp_path, *flags)
+    assert "\n" not in str(error.value)
+    table_of(tmp_path / "two_vs_rest.csv", [""] * 20, range(20), [2] * 5)
+    result = protein(tmp_path, *flags, "--target", "raw", "--ridge", "1e9")
+    assert "note: all 5 test targets of two_vs_rest are 2, so that Spearman's" in capsys.readouterr().out
+    assert result["test_spearman"] == 0 and abs(result["test_rmse"] - (np.arange(20).mean() - 2)) < 1e-6
+    (tmp_path / "four_mutations_full_data.csv").write_text("sequence,Fitness\n" + "".join(
+        f"M{a}{b},{(a, b) == ('A', 'A'):d}\n" for a in seqs.RESIDUES for b in "ACDEF"))
+    with pytest.raises(ValueError, match="landscape with n_train=3: the targets of all 3 rows to fit are 0"):
+        protein(tmp_path, "--split", "landscape", "--data", str(tmp_path), "--sizes", "3,60", "--kernel", "linear")
 
 
 def test_proteins_stores_know_their_network(tmp_path, monkeypatch):

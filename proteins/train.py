@@ -56,8 +56,8 @@ def flags():
     rows.add_argument("--data", metavar="DIR", help="folder that holds FLIP's files")
     rows.add_argument("--n_train", type=int, help="training rows of landscape and made; None is all")
     rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training rows too, the first ones of "
-                      "n_train, on blocks of the same kernel; encoding, target and network are chosen for the "
-                      "smallest")
+                      "n_train, as if alone, but on blocks of one kernel where the encoding is the same; encoding, target and "
+                      "network are chosen for the smallest")
     rows.add_argument("--n_test", type=int, help="test rows, the first ones; None is all")
     rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS])
     rows.add_argument("--target", default="auto", choices=["auto", *sequences.TARGETS],
@@ -189,15 +189,28 @@ def derive(args, split):
                           ("n_test", args.n_test, len(split.targets) - split.n_train)):
         if not 2 <= n <= have:
             raise ValueError(f"{what}={n}, but {args.split} has 2 to {have} rows to give")
-    n = args.sizes[0]
-    several, held_out = max(len(args.ridge), len(candidates(args, split))) > 1, split.targets[n_fit(split, n):n]
-    if several and criterion(args, n) == "validation" and len(set(held_out)) < 2:
-        raise ValueError(f"{args.split} with n_train={n} has {len(held_out)} validation rows with {len(set(held_out))} "
-                         "different targets: they have no order to choose by; use --select loo, or give one value of "
-                         "--ridge, --encoding, --target and each flag of the network")
+    for n in args.sizes:  # ridges are compared at every size, all else at the smallest
+        choosing = len(args.ridge) > 1 or n == args.sizes[0] and len(candidates(args, split)) > 1
+        fit = n_fit(split, n) if choosing and criterion(args, n) == "validation" else None
+        check_targets(args, n, split.targets[:fit or n], fit and split.targets[fit:n])
+    y_test = split.targets[split.n_train:][:args.n_test]
+    if np.ptp(y_test) == 0:
+        print(f"note: all {len(y_test)} test targets of {args.split} are {y_test[0]:g}, so that Spearman's correlation is "
+              "undefined; it stands as 0")
     if args.tile is None:
         side = 256 if args.kernel == "seq_cnn_gap" else 1024
         args.tile = experiment.tile_side(side, 8192, args.n_train)
+
+
+def check_targets(args, n, fitted, held_out=None):
+    """ValueError: the targets to fit are all equal, or those held out, where something is chosen on such, have no order."""
+    if np.ptp(fitted) == 0:
+        raise ValueError(f"{args.split} with n_train={n}: the targets of all {len(fitted)} rows to fit are {fitted[0]:g}, so "
+                         "that there is nothing to learn; train on more rows, or on rows whose targets differ")
+    if held_out is not None and len(set(held_out)) < 2:
+        raise ValueError(f"{args.split} with n_train={n} has {len(held_out)} validation rows with {len(set(held_out))} "
+                         "different targets: they have no order to choose by; use --select loo, or give one value of "
+                         "--ridge, --encoding, --target and each flag of the network")
 
 
 def layers(args, x):
@@ -261,6 +274,8 @@ def compare(args, split, kind):
     end = n if loo else n_fit(split, n)
     rows = np.concatenate([np.arange(0, end, step), np.arange(end, n, step)])
     fitted, y = -(-end // step), split.targets[rows]
+    if several:
+        check_targets(args, n, y[:fitted], None if loo else y[fitted:])
     for shared, group in itertools.groupby(found if several else [], lambda one: {**one, "target": None}):
         network = argparse.Namespace(**{**vars(args), **shared})
         x = sequences.fit(split.sequences[:n], network.encoding)([split.sequences[row] for row in rows])
