@@ -1,4 +1,4 @@
-"""Files -> checked arrays: images uint8 (n, h, w, channels), labels int64 (n,) in 0 ... 9.
+"""Files -> checked arrays: images uint8 (n, h, w, channels), labels int64 (n,) in 0 ... classes - 1.
 
   digits      1,797 scans of 8 x 8 pixels that come with scikit-learn: no file, no network
   cifar10     the binary version: a folder with data_batch_1.bin ... 5, test_batch.bin, or downloaded
@@ -33,11 +33,11 @@ import numpy as np
 from scipy.linalg import blas
 from tqdm import tqdm
 
-DATASETS = {  # shape of an image, training images, test images
-    "digits": ((8, 8, 1), 1437, 360), "cifar10": ((32, 32, 3), 50_000, 10_000),
-    "cifar10.1": ((32, 32, 3), 50_000, 2_000), "cifar10.2": ((32, 32, 3), 50_000, 2_000),
-    "cifar5m": ((32, 32, 3), 5 * 1_000_448, 1_000_448)}
-CLASSES = 10
+DATASETS = {  # shape of an image, training images, test images, classes
+    "digits": ((8, 8, 1), 1437, 360, 10), "cifar10": ((32, 32, 3), 50_000, 10_000, 10),
+    "cifar10.1": ((32, 32, 3), 50_000, 2_000, 10), "cifar10.2": ((32, 32, 3), 50_000, 2_000, 10),
+    "cifar5m": ((32, 32, 3), 5 * 1_000_448, 1_000_448, 10)}
+CLASSES = 10  # where nothing else is said
 WHITENING = ("none", "channel", "zca", "zca_unit")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from

@@ -1548,6 +1548,24 @@ def test_train_sizes_equal_runs_alone(tmp_path):
         assert abs(together[n]["test_mse"] / alone["test_mse"] - 1) < 1e-6
 
 
+def test_train_more_than_ten_classes(tmp_path, monkeypatch):
+    """A data set of 14 classes, added as README says, is a dense solve with 14 outputs."""
+    rng, load = np.random.default_rng(0), data.load
+    y = np.arange(112) % 14
+    means = rng.integers(40, 215, (14, 8, 8, 1))
+    x = (means[y] + rng.integers(-40, 40, (112, 8, 8, 1))).astype(np.uint8)
+    monkeypatch.setitem(data.DATASETS, "mine", ((8, 8, 1), 84, 28, 14))
+    monkeypatch.setattr(data, "load", lambda name, *rest, **more: (
+        (x[:84], y[:84], x[84:], y[84:]) if name == "mine" else load(name, *rest, **more)))
+    result = train(tmp_path, "--dataset", "mine", "--ridge", "0.01", "--variance")
+    z = whitened(x, "zca", x[:84], 100.0)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp")(z.astype(float)))
+    A = K[:84, :84] + 0.01 * np.diag(K)[:84].mean() * np.eye(84)
+    f = K[84:, :84] @ np.linalg.solve(A, np.eye(14)[y[:84]] - 1 / 14)
+    assert result["test_accuracy"] == np.mean(f.argmax(axis=1) == y[84:]) and result["config"]["classes"] == 14
+    assert abs(result["test_mse"] / np.mean((f - np.eye(14)[y[84:]] + 1 / 14) ** 2) - 1) < 1e-4
+
+
 def script(tmp_path, *flags, before=(), **env):
     """train_cifar.py in a process of its own, which has begun; `before`: a command that runs it."""
     command = [*before, sys.executable, os.path.join(HERE, "train_cifar.py"), "--out", tmp_path, *map(str, flags)]

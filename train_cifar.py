@@ -67,7 +67,7 @@ def main(argv=None):
         view, view_test = views(args, len(x_train), len(x_test), x_train.shape[1] // 8)
         if len(labels) > 1 and (labels == labels[0]).all():
             raise ValueError(f"all {len(labels)} training images are of class {labels[0]}: there is nothing to learn")
-        y = data.one_hot(labels)[view.original]
+        y = data.one_hot(labels, args.classes)[view.original]
     derive(args, x_train.shape, len(test_labels), len(y))
     experiment.agree(team, args, x_train, labels, x_test, test_labels)
     if args.verbose:
@@ -109,7 +109,7 @@ def main(argv=None):
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
             results[kind][n] = result
         if args.plot:
-            draw(args, kind, K, K_test, prior, y, ridge, data.one_hot(test_labels))
+            draw(args, kind, K, K_test, prior, y, ridge, data.one_hot(test_labels, args.classes))
     if args.save and team.index == 0:
         about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
         regression.save(args.save, regression.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
@@ -130,7 +130,7 @@ def plan(args):
     """--plan: what this run would take, measured and printed by large/plan.py."""
     from large import plan as planned
     experiment.compare(args, None)
-    shape, n_train, n_test = data.DATASETS[args.dataset]
+    shape, n_train, n_test, args.classes = data.DATASETS[args.dataset]
     n_train, n_test = args.n_train or n_train, args.n_test or n_test
     rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
     derive(args, (n_train, *shape), n_test, rows)
@@ -141,7 +141,7 @@ def plan(args):
 
 def load(args):
     """(x_train, labels, x_test, test_labels), images as bytes, and {protocol: zca_eps -> the whitening fitted so}."""
-    n_fit = args.fit_on or FIT_ON
+    n_fit, args.classes = args.fit_on or FIT_ON, data.DATASETS[args.dataset][-1]
     x, labels, x_test, test_labels = data.load(args.dataset, args.data, args.n_train, args.n_test, args.seed,
                                                n_fit=n_fit)
     n = args.n_train or len(x)
@@ -237,7 +237,7 @@ def scores(args, f, test_labels):
     their mean over the copies of an image."""
     f = f.reshape(len(test_labels), -1, f.shape[1])
     out = {"test_accuracy": float(np.mean(f[:, 0].argmax(axis=1) == test_labels)),
-           "test_mse": float(np.mean((f[:, 0] - data.one_hot(test_labels)) ** 2))}
+           "test_mse": float(np.mean((f[:, 0] - data.one_hot(test_labels, args.classes)) ** 2))}
     if args.average:
         out["test_accuracy_averaged"] = float(np.mean(f.mean(axis=1).argmax(axis=1) == test_labels))
     return out
@@ -250,7 +250,7 @@ def uncertainty(args, kernel_fn, solver, K_test, x_test, y, alpha, f, ridge, tes
     likeliest = regression.scale(y, alpha)
     variance = likeliest * regression.variance(solver, K_test, k_test, ridge)
     return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
-            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
+            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels, args.classes))}
 
 
 def checkpoint(args, team, kind, n, states, ridge, tol, y):
