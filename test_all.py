@@ -594,18 +594,6 @@ def test_pcg_indefinite():
         pcg.solve(lambda v: -v, y, 0.5)
 
 
-def test_pcg_draws():
-    """The figure shows the histories it was given, under their names."""
-    from matplotlib.figure import Figure
-    K, y = spectrum(50, 1e4), np.random.default_rng(0).normal(size=(50, 2))
-    infos = {name: pcg.solve(lambda v: K @ v, y, 1e-4, P)[1]
-             for name, P in (("none", None), ("half", pcg.low_rank(Dense(K), 25)(1e-4)))}
-    axes = Figure().add_subplot()
-    pcg.draw(axes, infos)
-    for line, (name, info) in zip(axes.lines, infos.items(), strict=True):
-        assert list(line.get_ydata()) == info.history and line.get_label().startswith(f"{name}: ")
-
-
 
 def test_precondition_partial_cholesky():
     """On a matrix of its rank right to 1e-5, for F is float32; on a real kernel within twice the best
@@ -837,20 +825,6 @@ def test_choose_ridges_that_are_too_small(capsys):
     with pytest.raises(pcg.Indefinite, match=r"--ridge \d") as error:
         solver(y, 1e-9)
     assert -lowest < error.value.cure < -4 * lowest and solver(y, error.value.cure)[1].converged
-
-
-def test_choose_draws(tmp_path):
-    """The picture of error against ridge has leave-one-out, test error and effective dimension in it."""
-    from matplotlib.figure import Figure
-    x, labels = digits(80)
-    fn, y = kernel.kernel_fn("fc", "nngp"), data.one_hot(labels)
-    K = np.asarray(fn(x), np.float64)
-    figure = Figure()
-    choose.draw(figure.add_subplot(), choose.Spectrum(K[:60, :60]), y[:60], 0.1, K[60:, :60], y[60:])
-    left, right = figure.axes
-    f = K[60:, :60] @ np.linalg.solve(K[:60, :60] + 10 * np.diag(K[:60, :60]).mean() * np.eye(60), y[:60])
-    assert len(left.lines) == 3 and len(right.lines) == 1
-    assert abs(left.lines[1].get_ydata()[0] - np.sqrt(np.mean((f - y[60:]) ** 2))) < 1e-6
 
 
 
@@ -1358,10 +1332,9 @@ def test_train_evidence(tmp_path, capsys):
     assert result["read_bytes_per_second"] > 0 and result["product_bytes_per_second"] > 0
     train_cifar.main([*flags, "--tol", "1e-11"])
     assert "note: rounding K to float32 alone makes a residual of about" in capsys.readouterr().out
-    more = train(tmp_path, *flags[:-2], "--variance", "--plot", str(tmp_path / "p.png"))
+    more = train(tmp_path, *flags[:-2], "--variance")
     assert abs(more["test_mse"] / result["test_mse"] - 1) < 1e-6
     assert 0 < more["test_nll"] < np.log(10) and 0 < more["test_ece"] < 0.3
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_train_ridge_comes_from_validation(tmp_path):

@@ -29,7 +29,6 @@ import choose
 import data
 import experiment
 import kernel
-import pcg
 import regression
 import tiles
 
@@ -69,7 +68,9 @@ def main(argv=None):
             raise ValueError(f"all {len(labels)} training images are of class {labels[0]}: there is nothing to learn")
         y = data.one_hot(labels, args.classes)[view.original]
     derive(args, x_train.shape, len(test_labels), len(y))
-    experiment.agree(team, args, x_train, labels, x_test, test_labels)
+    if team.count > 1:
+        from large import processes
+        processes.agree(team, args, x_train, labels, x_test, test_labels)
     if args.verbose:
         print(experiment.described(args))
     with regression.phase("choose", seconds):
@@ -109,7 +110,10 @@ def main(argv=None):
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
             results[kind][n] = result
         if args.plot:
-            draw(args, kind, K, K_test, prior, y, ridge, data.one_hot(test_labels, args.classes))
+            from results import plot
+            path = args.plot if args.kind != "both" else f"-{kind}".join(os.path.splitext(args.plot))
+            plot.draw(path, f"{args.dataset} {args.kernel} {kind}, {K.shape[0]:,} rows", K, K_test, prior, y, ridge,
+                      data.one_hot(test_labels, args.classes), view.copies, tol=args.tol, **solver_options(args))
     if args.save and team.index == 0:
         about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
         regression.save(args.save, regression.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
@@ -280,31 +284,6 @@ def predict(args):
     print(f"{len(x)} images, classes {' '.join(map(str, classes[:10]))}{' ...' if len(x) > 10 else ''}; "
           f"their scores {scores.shape} are in {path}")
     return {"scores": scores, "path": path}
-
-
-def draw(args, kind, K, K_test, prior, y, ridge, y_test):
-    """--plot: the error against the ridge, where K is small, and the same system by every preconditioner."""
-    from matplotlib.figure import Figure  # no window, no global state
-    infos, rows = {}, K.shape[0]
-    for name in regression.PRECONDITIONERS:
-        options = {**solver_options(args), "name": name, "verbose": False}
-        solver = regression.Solver(K, ridges=ridge, tol=args.tol, c=y.shape[1], prior=prior, **options)
-        infos[name] = solver(y, ridge, args.tol)[1]
-    small = rows <= choose.DENSE
-    figure = Figure(figsize=(11 if small else 6, 4), layout="constrained")
-    axes = figure.subplots(1, 1 + small, squeeze=False)[0]
-    if small:
-        spectrum = choose.Spectrum(K.columns(np.arange(rows)), prior.mean())
-        copies = K_test.shape[0] // len(y_test)  # of test images
-        K_plain = K_test.columns(np.arange(rows))[::copies]
-        choose.draw(axes[0], spectrum, y, ridge, K_plain, y_test, rows // args.n_train)
-    pcg.draw(axes[-1], infos)
-    if K.team.index == 0:
-        path = args.plot if args.kind != "both" else f"-{kind}".join(os.path.splitext(args.plot))
-        figure.suptitle(f"{args.dataset} {args.kernel} {kind}, {rows:,} rows")
-        for one in figure.axes:
-            one.spines["top"].set_visible(False)
-        figure.savefig(path, dpi=150)
 
 
 def config(args, kind, n):
