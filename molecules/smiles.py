@@ -13,9 +13,11 @@ Targets are float64 (n, tasks), NaN where there is none. Splits: 80 % to train, 
 random; or by scaffold (Bemis and Murcko 1996): molecules with one ring system stay together, the largest groups to
 train, so that test molecules are of other kinds; or official, where the data come with one. No pickle is read.
 
-A graph, as kernel.py wants it: of an atom one-hot its element, bonds, charge, hydrogens, and whether it is
-aromatic, in a ring, chiral; the numbers of itself and its neighbours; their weights, of D^-1/2 (A + I) D^-1/2
-or A + I, where A has 1, or the order of the bond.      Proved by: molecules/test_molecules.py
+A graph, as kernel.py wants it: of an atom one-hot its element, bonds, charge, hydrogens, whether it is aromatic, in
+a ring, and its letter R or S, if it has one; the numbers of itself and its neighbours; their weights, of
+D^-1/2 (A + I) D^-1/2 or A + I, where A has 1, or the order of the bond. Whichever way a molecule is written, its graph
+is the same but for the numbering, and so are its fingerprints: those of RDKit's own reading, where hydrogens are counts
+and no atoms.      Proved by: molecules/test_molecules.py
 """
 
 import csv
@@ -90,18 +92,47 @@ def chemistry():
 
 
 def read(smiles):
-    """A molecule, or None where the text is none. Unusual valences (boron clusters, metals) are let pass."""
+    """The molecule of RDKit that Chem.MolFromSmiles reads: sanitised, hydrogens as counts of their atom, stereo marks only
+    where there is a stereocentre.
+
+    What that refuses for a valence (boron clusters, metals) is read without the check of valences, all else the same.
+    Hydrogen stays an atom where RDKit keeps it: an isotope, an ion, H2, or what a double bond's direction hangs on.
+    Raises ValueError: the text is no SMILES, or no molecule.
+    """
     Chem = chemistry()
-    mol = Chem.MolFromSmiles(smiles, sanitize=False) if smiles.strip() else None
+    mol = Chem.MolFromSmiles(smiles) if isinstance(smiles, str) else None
+    if mol is None and isinstance(smiles, str):
+        mol = _any_valence(Chem, smiles)
     if mol is None or not mol.GetNumAtoms():
-        return None
-    if Chem.SanitizeMol(mol, catchErrors=True):
-        mol = Chem.MolFromSmiles(smiles, sanitize=False)
-        mol.UpdatePropertyCache(strict=False)
-        if Chem.SanitizeMol(mol, Chem.SANITIZE_ALL ^ Chem.SANITIZE_PROPERTIES, catchErrors=True):
-            return None
-    Chem.AssignStereochemistry(mol)
+        raise ValueError(f"SMILES {smiles!r}: RDKit cannot read it; expected the text of a molecule, as 'CCO': correct it or "
+                         "leave it out")
     return mol
+
+
+def _any_valence(Chem, smiles):
+    """A molecule, or None, as Chem.MolFromSmiles reads it, without the check of valences."""
+    mol = Chem.MolFromSmiles(smiles, sanitize=False)
+    if mol is None:
+        return None
+    mol.UpdatePropertyCache(strict=False)
+    if Chem.SanitizeMol(mol, Chem.SANITIZE_ALL ^ Chem.SANITIZE_PROPERTIES, catchErrors=True):
+        return None
+    mol = Chem.RemoveHs(mol, updateExplicitCount=True, sanitize=False)
+    mol.UpdatePropertyCache(strict=False)
+    Chem.AssignStereochemistry(mol, cleanIt=True, force=True)
+    return mol
+
+
+def molecules(mols):
+    """[molecule of RDKit, ...] of these or of SMILES.  ValueError: one that cannot be read, or None in its place."""
+    Chem = chemistry()
+    mols = [read(one) if isinstance(one, str) else one for one in mols]
+    bad = next((i for i, mol in enumerate(mols) if not isinstance(mol, Chem.Mol)), None)
+    if bad is not None or not mols:
+        what = f"molecule {bad} (from 0) of {len(mols)} is {mols[bad]!r}" if mols else "got no molecules"
+        raise ValueError(f"{what}; expected molecules of RDKit or SMILES: Chem.MolFromSmiles gives None for what it cannot "
+                         "read, smiles.read says which")
+    return mols
 
 
 def load(name, folder=None, limit=None, quiet=True):
@@ -167,7 +198,12 @@ def table(path, tasks=None, limit=None, sha256=None):
 
 def checked(smiles, y, tasks, official, path, quiet=True):
     """Molecules of these rows, without those that RDKit cannot read."""
-    mols = [read(one) for one in tqdm(smiles, desc="molecules", unit=" rows", disable=quiet or None, leave=False)]
+    mols = []
+    for one in tqdm(smiles, desc="molecules", unit=" rows", disable=quiet or None, leave=False):
+        try:
+            mols.append(read(one))
+        except ValueError:
+            mols.append(None)
     kept = np.array([i for i, mol in enumerate(mols) if mol is not None], int)
     if len(kept) < len(mols):
         bad = sorted(set(range(len(mols))) - set(kept.tolist()))
@@ -251,13 +287,13 @@ def split(rows, how="random", seed=0):
 
 
 def graphs(mols, weights="normal", quiet=True, least=0):
-    """The `Graphs` of molecules of RDKit.
+    """The `Graphs` of molecules of RDKit, or of SMILES.
 
     weights: "normal", D^-1/2 (A + I) D^-1/2 with D the row sums of A + I; "sum", A + I; "order", as normal with
     the orders of bonds (1, 1.5, 2, 3) in A.   least: nodes, at least.
     """
     everything = []
-    for mol in tqdm(mols, desc="graphs", unit=" molecules", disable=quiet or None, leave=False):
+    for mol in tqdm(molecules(mols), desc="graphs", unit=" molecules", disable=quiet or None, leave=False):
         everything.append((_atoms(mol), _neighbours(mol, weights)))
     degree = max(len(one) for _, lists in everything for one in lists)
     rows = []
@@ -282,7 +318,8 @@ def _atoms(mol):
         places = [ELEMENTS.index(symbol) if symbol in ELEMENTS else len(ELEMENTS)]
         values = atom.GetDegree(), atom.GetFormalCharge(), atom.GetTotalNumHs()
         places += [min(max(value, of[0]), of[-1]) - of[0] for value, of in zip(values, counts)]
-        places += [atom.GetIsAromatic() + (atom.IsInRing() and 1), min(int(atom.GetChiralTag()), 2)]
+        letter = atom.GetProp("_CIPCode") if atom.HasProp("_CIPCode") and int(atom.GetChiralTag()) <= 2 else None
+        places += [atom.GetIsAromatic() + (atom.IsInRing() and 1), {"R": 1, "S": 2}.get(letter, 0)]
         out[i, offsets[:-1] + places] = 1
     return out
 
@@ -307,7 +344,7 @@ def fingerprints(mols, names=("morgan",), bits=2048, quiet=True):
     names: "morgan", neighbourhoods of up to two bonds; "pairs", two atoms and how many bonds are between them;
     "torsions", paths of four atoms. Of several, each is divided by its own norm (without a pattern it stays zero).
     """
-    chemistry()
+    mols = molecules(mols)
     from rdkit.Chem import rdFingerprintGenerator
     makers = [getattr(rdFingerprintGenerator, make)(fpSize=bits, **options)
               for make, options in map(FINGERPRINTS.get, names)]

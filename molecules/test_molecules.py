@@ -261,6 +261,119 @@ def test_molecules_fingerprints(name):
     assert np.allclose(np.linalg.norm(both, axis=1), x.any(axis=1)) and x[-1].any() == (name != "torsions")
 
 
+def refined(names, A, steps=4):
+    """The nodes of a graph, each with what it sees in so many steps, sorted: the same for every numbering."""
+    names = [hash(name) for name in names]
+    for _ in range(steps):
+        names = [hash((name, *sorted((round(float(row[j]), 4), names[j]) for j in np.flatnonzero(row))))
+                 for name, row in zip(names, A)]
+    return sorted(names)
+
+
+def graph_by_rdkit(mol, order):
+    """(names of atoms, A) of a molecule, from RDKit alone."""
+    names, A = [], np.eye(mol.GetNumAtoms())
+    for atom in mol.GetAtoms():
+        names.append((atom.GetSymbol() if atom.GetSymbol() in files.ELEMENTS else "other", min(atom.GetDegree(), 6),
+                      min(max(atom.GetFormalCharge(), -2), 2), min(atom.GetTotalNumHs(), 4),
+                      2 if atom.GetIsAromatic() else int(atom.IsInRing()), atom.GetPropsAsDict(True, True).get("_CIPCode")))
+    for bond in mol.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        A[i, j] = A[j, i] = max(bond.GetBondTypeAsDouble(), 1) if order else 1
+    return names, A / np.sqrt(np.outer(A.sum(axis=1), A.sum(axis=1)))
+
+
+def graph_by_us(mol, order):
+    """The same, read back from the array of `graphs`."""
+    x, start, columns = files.graphs([mol], "order" if order else "normal"), 0, []
+    for words in ((*files.ELEMENTS, "other"), range(7), range(-2, 3), range(5), range(3), (None, "R", "S")):
+        part = x.atoms[:, start:start + len(words)]
+        assert (part.sum(axis=1) == 1).all()
+        columns.append([words[k] for k in part.argmax(axis=1)])
+        start += len(words)
+    A = np.zeros((len(x.atoms),) * 2)
+    for row, atom in zip(A, x.atoms[:, start:]):
+        np.add.at(row, atom[:x.degree].astype(int), atom[x.degree:])
+    return list(zip(*columns)), A
+
+
+def notations(mol):
+    """SMILES of a molecule: in random orders of atoms, with hydrogens as atoms, kekulized, with every bond written."""
+    from rdkit import Chem
+    single = Chem.Mol(mol)
+    Chem.Kekulize(single, clearAromaticFlags=True)
+    for k, one in enumerate((mol, Chem.AddHs(mol), single, Chem.AddHs(single))):
+        yield from Chem.MolToRandomSmilesVect(one, 1, randomSeed=k, kekuleSmiles=k > 1, allBondsExplicit=k % 2 == 0)
+        yield from Chem.MolToRandomSmilesVect(one, 1, randomSeed=k, kekuleSmiles=k > 1, allHsExplicit=True)
+
+
+STEREO = ("OC[C@H]1OC(O)[C@H](O)[C@@H](O)[C@@H]1O", "C[C@H]1CC[C@@H](C)CC1", "C[C@H](O)[C@@H](O)[C@@H](C)O", "F[C@H](Cl)Br",
+          "O[C@H]1[C@H](O)[C@@H](O)[C@H](O)[C@@H](O)[C@@H]1O", "C[S@](=O)c1ccccc1", "C/C=C\\[C@H](O)/C=C/C", "[2H][C@H](O)C",
+          "C[C@]12CC[C@H]3[C@@H](CC[C@@H]4C[C@@H](O)CC[C@]34C)[C@@H]1CC[C@@H]2O", "[H]/N=C/C", "F/C=C/F", "[13CH4]", "[2H]C")
+
+
+@needs_rdkit
+def test_molecules_written_in_any_way():
+    """Every notation of a molecule has the graph, but for its numbering, and the fingerprints, that RDKit alone makes of
+    its own reading: random orders, hydrogens as atoms, kekulized, every bond written; 500 molecules of NCI, and sugars, a
+    steroid, isotopes, stereo at rings and double bonds."""
+    from rdkit import Chem, RDConfig
+    from rdkit.Chem import rdFingerprintGenerator
+    lines = open(os.path.join(RDConfig.RDDataDir, "NCI", "first_5K.smi")).read().splitlines()
+    make, seen = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048), 0
+    for number, smiles in enumerate([*(line.split()[0] for line in lines[::10]), *STEREO]):
+        mol = Chem.MolFromSmiles(smiles)
+        if mol is None:
+            continue
+        order = number % 2 == 0
+        wanted = refined(*graph_by_rdkit(mol, order))
+        counts, seen = np.log1p(make.GetCountFingerprintAsNumPy(mol), dtype=np.float32), seen + 1
+        written = {smiles, *notations(mol)}
+        mols = [files.read(one) for one in written]
+        for one, other in zip(written, mols):
+            assert refined(*graph_by_us(other, order)) == wanted, (smiles, one)
+        assert (files.fingerprints(mols) == counts).all(), smiles
+    assert seen > 500
+
+
+@needs_rdkit
+def test_molecules_hydrogens_and_marks():
+    """Hydrogens that are written, stereo marks where there is no stereocentre, and valences that RDKit refuses, change
+    nothing: the same graph and fingerprint as without. Molecules of hydrogen alone have a graph, and a mirror image another
+    one than its image."""
+    def same(one, other):
+        mols = [files.read(one), files.read(other)]
+        x, y = (refined(*graph_by_us(mol, True)) for mol in mols)
+        return x == y and (np.ptp(files.fingerprints(mols, files.FINGERPRINTS), axis=0) == 0).all()
+    for one, other, atoms in [
+            ("[H]C([H])([H])[H]", "C", 1), ("[H]OCC", "CCO", 3), ("[H]O[H]", "O", 1), ("C[C@H](C)O", "CC(C)O", 4),
+            ("C[C@@H](C)[C@](C)(C)C", "CC(C)C(C)(C)C", 7), ("C/C=C", "CC=C", 3), ("[H]n1cccc1", "c1cc[nH]c1", 5),
+            ("[H]N(C)(C)(C)C", "C[NH](C)(C)C", 5), ("[H]F(C)C.[H]OC", "C[FH]C.CO", 5), ("C[C@H](C)F(C)C", "CC(C)F(C)C", 6),
+            ("[H][H]", "[H][H]", 2), ("[H+]", "[H+]", 1), ("[H]", "[H]", 1), ("[2H][H]", "[H][2H]", 2),
+            ("[H-].[Na+]", "[Na+].[H-]", 2)]:
+        assert same(one, other) and files.read(one).GetNumAtoms() == atoms, one
+        assert files.graphs([one])[:1].shape[1] == atoms and np.isfinite(files.fingerprints([one])).all()
+    assert files.read("[2H]C").GetNumAtoms() == 2 and not same("[2H]C", "C")
+    assert not same("C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O") and same("C[C@H](N)C(=O)O", "OC(=O)[C@@H](N)C")
+
+
+@needs_rdkit
+@pytest.mark.parametrize("smiles", ["C1CC", "", "nothing", "CC>>CO", None, float("nan")], ids=str)
+def test_molecules_unreadable(smiles):
+    """What RDKit cannot read is named in one sentence, by `read` and by all that take molecules."""
+    with pytest.raises(ValueError, match=re.escape(f"SMILES {smiles!r}: RDKit cannot read it")) as error:
+        files.read(smiles)
+    assert "\n" not in str(error.value)
+    for make in (files.graphs, files.fingerprints):
+        with pytest.raises(ValueError, match="RDKit cannot read it|molecule 1 .* of 2 is (None|nan)"):
+            make(["CCO", smiles])
+        with pytest.raises(ValueError, match="molecule 1 .* of 2 is None; expected"):
+            make([files.read("CCO"), None])
+        with pytest.raises(ValueError, match="got no molecules"):
+            make([])
+        assert (make(["CCO"])[:1] == make([files.read("CCO")])[:1]).all()
+
+
 def write_csv(path, head, lines):
     with (gzip.open if str(path).endswith(".gz") else open)(path, "wt") as file:
         file.write("\n".join([head, *lines]) + "\n")
