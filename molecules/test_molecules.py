@@ -454,10 +454,20 @@ def test_molecules_bad_rows(molecule_folder, capsys):
 
 @needs_rdkit
 @pytest.mark.parametrize("file, old, new, words", [
-    ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but Compound ID, measured"),
-    ("delaney-processed.csv", "0.286", "soluble", r"row 2 \(from 0, after the header\): .*'soluble'.*a number"),
+    ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but 'Compound ID', 'meas.*', 'structure'$"),
+    *(("delaney-processed.csv", "0.286", to, r"line 4, column 'measured log.*', row 2 \(from 0, after the header\): '"
+       + re.escape(to.strip('"')) + "'; expected a number, finite, with a decimal point, or nothing")
+      for to in ("soluble", "inf", "-Infinity", "nan", "NA", '"0,286"', "1e999", "1_0", "<5")),
+    ("delaney-processed.csv", "x,0.286", "x,0,286", "line 4: 4 fields, and 3 in the header; .*decimals with a point"),
+    ("delaney-processed.csv", ",CCC\n", "\n", "line 8: 2 fields, and 3 in the header; expected as many"),
+    ("delaney-processed.csv", "Compound ID", "smiles", "has 2 columns 'smiles'; expected one"),
+    ("delaney-processed.csv", "Compound ID", "measured log solubility in mols per litre", "has 2 columns 'measured log"),
+    ("delaney-processed.csv", "x,0.286", 'x,"0.286', "line 31: 2 fields, and 3 in the header"),
+    ("delaney-processed.csv", "CCC\n", "C" * 140_000 + "\n", "line 8: field larger than field limit"),
+    ("HIV.csv", ",CI,1", ",CI,inf", "line 3, column 'HIV_active', row 1 .*: 'inf'; expected a number"),
+    ("HIV.csv", "smiles", "Smiles", "has no column 'smiles', but 'Smiles', 'activity', 'HIV_active'$"),
     ("HIV.csv", ",CI,1", ",CI,0", "HIV_active has the same value in every row"),
-    ("ogbg-molhiv_scaffold_split.npz", None, None, "truncated or not an .npz archive"),
+    ("ogbg-molhiv_scaffold_split.npz", None, None, "is not a complete .npz archive"),
 ])
 def test_molecules_damaged_files(molecule_folder, file, old, new, words):
     """What is wrong with a file is one sentence with its name, and the row where there is one."""
@@ -479,6 +489,100 @@ def test_molecules_damaged_archives(molecule_folder, damage):
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(ValueError, match=f"{file} is truncated or not packed by gzip"):
             files.load(name, folder)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("encoding, words", [
+    ("utf-8", None), ("utf-8-sig", None), ("utf-16", "has zero bytes, as UTF-16"), ("utf-16-le", "has zero bytes, as UTF-16"),
+    ("latin-1", "line 6: byte 0xe9 is not UTF-8; save it")])
+def test_molecules_encodings(molecule_folder, encoding, words):
+    """UTF-8 is read, with a byte order mark and without; of another encoding one sentence says which file and line."""
+    path = molecule_folder / "delaney-processed.csv"
+    head, *lines = [line.split(",") for line in path.read_text().splitlines()]
+    lines[4][0] = "\u00e9"
+    path.write_bytes("\r\n".join(",".join(line[::-1]) for line in [head, *lines]).encode(encoding))  # smiles comes first
+    if words is None:
+        assert np.allclose(files.load("esol", molecule_folder).y[:, 0], np.round(np.arange(30) / 7, 3))
+        return
+    with pytest.raises(ValueError, match=words) as error:
+        files.load("esol", molecule_folder)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("low, high, said", [
+    ("0", "1", ""), ("0.0", "1", ""), ("1", "2", "2 is the positive class, 1 the other, of A, B"), ("-1", "1", "1 is the pos"),
+    ("inactive", "yes", "'yes' is the positive class, 'inactive' the other"), ("False", "True", "'True' is the positive")])
+def test_molecules_two_classes(molecule_folder, capsys, low, high, said):
+    """Two numbers or two words are two classes, the larger or the later in the alphabet positive, and where they are not 0
+    and 1 one line says so; missing labels stay missing."""
+    want = files.load("muv", molecule_folder).y
+    capsys.readouterr()
+    path = molecule_folder / "muv.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    lines[1:] = [",".join({"0": low, "1": high}.get(one, one) for one in line.split(",")) for line in lines[1:]]
+    write_csv(path, lines[0], lines[1:])
+    assert np.array_equal(files.load("muv", molecule_folder).y, want, equal_nan=True)
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == bool(said)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("column, words", [
+    (["0", "1", "2"], "column 'A': 3 different values, 0, 1, 2; expected two classes"),
+    (["CA", "CI", "CM"], "column 'A': 3 different values, 'CA', 'CI', 'CM'; expected two"),
+    ([f"{i / 7:.2f}" for i in range(30)], r"column 'A': 30 different values, 0, 0.14, 0.29, 0.43, 0.57 \.\.\.; expected two"),
+    (["1", "active"], "line 3, column 'A', row 1 .*: 'active'; expected a number"),
+    (["0,5", "1,5"], "line 2, column 'A', row 0 .*: '0,5'; expected a number")], ids=str)
+def test_molecules_more_than_two_classes(molecule_folder, column, words):
+    """More than two values where classes are expected, as in a column of measured numbers: one sentence before any work."""
+    write_csv(molecule_folder / "muv.csv.gz", "A,mol_id,smiles", [
+        f'"{column[i % len(column)]}",id{i},{"C" * (i + 1)}' for i in range(30)])
+    with pytest.raises(ValueError, match="muv.csv.gz.* " + words) as error:
+        files.load("muv", molecule_folder)
+    assert "\n" not in str(error.value)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("part, rows, words", [
+    ("test", [25, 3], "row 3 is in test and, by .*, in train"), ("val", [20, 19], "row 19 is in val and, by .*, in train"),
+    ("test", [24, 25], "row 24 is in test and, by .*, in val"), ("val", [], "val is empty; expected numbers of rows"),
+    ("train", [0, 30], "train has row 30, and the table has 0 to 29"), ("train", [-1, 3], "train has row -1, and the table"),
+    ("train", [0, 1, 2, 1], "row 1 is in train 2 times; expected once")], ids=str)
+def test_molecules_splits_that_leak(molecule_folder, part, rows, words):
+    """An official split whose parts share a row, have one that the table lacks, have one twice, or are empty, is refused in
+    one sentence with the file, the row and both parts: in the .npz and in OGB's own files."""
+    split = {"train": np.arange(20), "val": np.arange(20, 25), "test": np.arange(25, 30), part: np.array(rows, int)}
+    np.savez(molecule_folder / "ogbg-molhiv_scaffold_split.npz", **split)
+    for name, numbers in split.items():
+        (molecule_folder / "pcba" / "split" / "scaffold" / f"{name.replace('val', 'valid')}.csv.gz").write_bytes(
+            gzip.compress("\n".join(map(str, numbers)).encode()))
+    for name, folder, file in (("molhiv", molecule_folder, "ogbg-molhiv_scaffold_split.npz"),
+                               ("molpcba", molecule_folder / "pcba", f"{part.replace('val', 'valid')}.csv.gz")):
+        with pytest.raises(ValueError, match=words) as error:
+            files.load(name, folder)
+        assert file in str(error.value) and "\n" not in str(error.value)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("rows", [np.arange(20) % 2 == 0, np.arange(20) / 2, np.arange(20)[None]],
+                         ids=["mask", "float", "2-D"])
+def test_molecules_splits_of_other_kinds(molecule_folder, rows):
+    """Masks, fractions and arrays of another shape are no numbers of rows."""
+    np.savez(molecule_folder / "ogbg-molhiv_scaffold_split.npz", train=rows, val=np.arange(20, 25), test=np.arange(25, 30))
+    with pytest.raises(ValueError, match="scaffold_split.npz: train holds .*; expected numbers of rows, whole"):
+        files.load("molhiv", molecule_folder)
+
+
+@needs_rdkit
+def test_molecules_splits_without_readable_rows(molecule_folder):
+    """A part of the split of which RDKit can read nothing is refused in one sentence."""
+    path = molecule_folder / "HIV.csv"
+    lines = path.read_text().splitlines()
+    lines[21:26] = [f"C1CC,CI,{i % 2}" for i in range(5)]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="split.npz, of what RDKit can read: val is empty"):
+        files.load("molhiv", molecule_folder)
 
 
 @needs_rdkit
