@@ -792,6 +792,150 @@ def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
 
 
 @needs_rdkit
+@pytest.mark.parametrize("flags", [
+    ["--kernel", "gcn", "--depth", "1"], ["--kernel", "sum", "--depth", "1", "--kind", "both"],
+    ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1"],
+    ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1", "--select", "loo"]], ids=" ".join)
+def test_molecules_sizes_are_runs_alone(tmp_path, monkeypatch, flags):
+    """A size in a row of sizes has the result of a run of that size alone, with every kernel, ridge and network chosen as
+    there; also where the sizes choose different networks."""
+    monkeypatch.setattr(train_molecule, "FEW", 100)
+    flags += ["--ridge", "1,0.01,1e-4"]
+    row = train_molecules(tmp_path, *flags, "--sizes", "20,80")
+    for n in (20, 80):
+        alone = train_molecules(tmp_path, *flags, "--n_train", str(n))
+        for one, other in [(row[kind][n], alone[kind]) for kind in kernel.KINDS] if "both" in flags else [(row[n], alone)]:
+            assert {**one["config"], "tile": 0} == {**other["config"], "tile": 0} and one["ridge"] == other["ridge"]
+            for key in ("test_rmse", "loo_mse", "loo_score", "search", "compared"):
+                numbers = [json.loads(re.sub(r'"\w+": ', "", json.dumps(of[key])).replace("{", "[").replace("}", "]").replace(
+                    "null", "0")) for of in (one, other)]
+                assert np.allclose(*map(flat, numbers), rtol=1e-3), key
+    if "1,3" in flags and "loo" not in flags:
+        assert row[20]["config"]["depth"] != row[80]["config"]["depth"]
+        with pytest.raises(ValueError, match=r"one network, and --sizes \[20, 80\] choose 2: \[20\] depth=1 .*; give one"):
+            train_molecules(tmp_path, *flags, "--sizes", "20,80", "--store", str(tmp_path / "K"))
+
+
+def flat(numbers):
+    return np.concatenate([flat(one) for one in numbers]) if isinstance(numbers, list) and numbers else np.atleast_1d(numbers)
+
+
+@needs_rdkit
+def test_molecules_stores_grow(tmp_path, molecule_folder, monkeypatch):
+    """A larger n_train in the same store, whose molecules have more atoms and more neighbours, computes the new entries only
+    and has the result of a fresh run."""
+    order, padding, make = np.random.default_rng(0).permutation(80), [], files.graphs
+    smiles = {row: "C" * (1 + row % 9) + "NOCF"[row % 4] for row in range(80)}
+    smiles[order[40]] = "CC(C)(C)CCCCCCCCCCCCCCCCCC"
+    write_csv(molecule_folder / "delaney-processed.csv", "measured log solubility in mols per litre,smiles",
+              [f"{np.sin(row):.3f},{smiles[row]}" for row in range(80)])
+    monkeypatch.setattr(files, "graphs", lambda *args: padding.append(make(*args)) or padding[-1])
+    flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "sum", "--depth", "1", "--ridge", "0.01,1e-3"]
+    small, large = (train_molecules(tmp_path, *flags, "--store", str(tmp_path / "K"), "--n_train", n, *tile)
+                    for n, tile in (("30", ["--tile", "10"]), ("50", [])))
+    fresh = train_molecules(tmp_path, *flags, "--n_train", "50")
+    assert [(x.degree, x.nodes) for x in padding[:2]] == [(3, 10), (5, 22)]
+    assert small["entries_computed"] == 2 * ((30 * 30 + 30 * 10) // 2 + 2 * 8 * 30)
+    assert large["entries_computed"] == 2 * ((50 * 50 + 50 * 10) // 2 + 2 * 8 * 50) - small["entries_computed"]
+    assert large["config"]["tile"] == 10 and large["ridge"] == fresh["ridge"]
+    assert np.allclose([large[key] for key in ("test_rmse", "loo_mse")], [fresh[key] for key in ("test_rmse", "loo_mse")],
+                       rtol=1e-4)
+    again = train_molecules(tmp_path, *flags, "--store", str(tmp_path / "K"), "--n_train", "30")
+    assert again["entries_computed"] == 0 and abs(again["test_rmse"] / small["test_rmse"] - 1) < 1e-6
+
+
+@needs_rdkit
+def test_molecules_digests_without_padding():
+    """What a store knows a graph by depends on the graph alone: not on padding, degree, or the others in the array; two
+    graphs that differ in an atom, a bond or a weight have different ones."""
+    from large import store
+    some = ["CCO", "CCN", "CC=O", "C1CC1", "CCC", "C"]
+    alone = [store.digests(files.graphs([one], "order"))[0] for one in some]
+    assert len(set(alone)) == len(some)
+    together = files.graphs([*some, "CC(C)(C)C" + "C" * 20], "order", least=50)
+    for block in (2, 1024):
+        assert (store.digests(together, block)[:len(some)] == alone).all()
+    assert (store.digests(together.take([2, 0])) == [alone[2], alone[0]]).all()
+    assert store.digests(files.graphs(["CC=O"], "normal"))[0] != alone[2]
+
+
+def made_assays(folder, values=("0", "1"), n=100):
+    """A table in MUV's format: does a molecule have nitrogen, with a few wrong labels. Rows, and labels 0 or 1."""
+    rng = np.random.default_rng(0)
+    smiles = [f"{'C' * (1 + i // 10)}{'NOSF'[i % 4]}{'C' * (1 + i % 10)}".replace("F", "C(F)") for i in range(n)]
+    label = [int(("N" in one) ^ (rng.random() < 0.1)) for one in smiles]
+    write_csv(folder / "muv.csv.gz", "A,mol_id,smiles", [f"{values[k]},id,{one}" for k, one in zip(label, smiles)])
+    return smiles, np.array(label)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("values", [("0", "1"), ("1", "2"), ("inactive", "yes")], ids=" ".join)
+def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
+    """Average precision of a table in MUV's format with labels 1 and 2, or words, is scikit-learn's of the dense solution,
+    the larger label, or later word, being the positive one."""
+    _, y = made_assays(molecule_folder, values)
+    result = train_molecules(tmp_path, "--dataset", "muv", "--data", str(molecule_folder), "--kernel", "fingerprint",
+                             "--depth", "1", "--ridge", "0.1")
+    rows = files.load("muv", str(molecule_folder))
+    train, _, test = files.split(rows)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(files.fingerprints(rows.mols).astype(np.float64)))
+    A = K[np.ix_(train, train)] + 0.1 * np.diag(K)[train].mean() * np.eye(len(train))
+    f = K[np.ix_(test, train)] @ np.linalg.solve(A, y[train] - y[train].mean())
+    assert abs(result["test_ap"] - average_precision_score(y[test], f)) < 1e-6
+    assert abs(result["test_ap"] - average_precision_score(1 - y[test], f)) > 0.1
+
+
+@needs_rdkit
+@pytest.mark.parametrize("part, flags, words", [
+    ("train", [], "n_train=20: the first 20 training molecules of molhiv have labels of one class only of HIV_active: they"),
+    ("train", ["--ridge", "1", "--sizes", "5,20"], "n_train=5: the first 5 training molecules"),
+    ("train", ["--select", "loo"], "n_train=20: the first 20"),
+    ("val", [], "split 'official': the 5 val molecules .* one class only .*; use --select loo, one --ridge, another --split"),
+    ("val", ["--ridge", "1", "--depth", "1,2"], "the 5 val molecules .* one class only"),
+    ("test", ["--ridge", "1"], "the 5 test molecules .* one class only .*auc is not defined; take another --split")], ids=str)
+def test_molecules_one_class_only(tmp_path, molecule_folder, monkeypatch, part, flags, words):
+    """Training rows of one class, which make an AUC of 0.5 whatever the kernel, validation rows that cannot choose, test rows
+    that cannot measure: refused in one sentence, before any kernel is computed."""
+    lines = [f"{'C' * (1 + i)},CI,{i % 2}" for i in range(30)]
+    for i in {"train": range(20), "val": range(20, 25), "test": range(25, 30)}[part]:
+        lines[i] = lines[i][:-1] + "0"
+    write_csv(molecule_folder / "HIV.csv", "smiles,activity,HIV_active", lines)
+    monkeypatch.setattr(train_molecule, "kernels", None)
+    with pytest.raises(ValueError, match=words) as error:
+        train_molecules(tmp_path, "--dataset", "molhiv", "--data", str(molecule_folder), *flags)
+    assert "\n" not in str(error.value)
+
+
+@needs_rdkit
+def test_molecules_one_class_where_nothing_is_chosen(tmp_path, molecule_folder):
+    """Validation rows of one class are no hindrance with one ridge, or where the training rows choose."""
+    lines = [f"{'C' * (1 + i)},CI,{i % 2 if not 20 <= i < 25 else 1}" for i in range(30)]
+    write_csv(molecule_folder / "HIV.csv", "smiles,activity,HIV_active", lines)
+    for flags in (["--ridge", "1"], ["--select", "loo"]):
+        result = train_molecules(tmp_path, "--dataset", "molhiv", "--data", str(molecule_folder), "--kernel", "fingerprint",
+                                 "--depth", "1", *flags)
+        assert 0 <= result["test_auc"] <= 1
+
+
+@needs_rdkit
+def test_molecules_tasks_of_one_class_are_left_out(tmp_path, molecule_folder, capsys):
+    """A task with one class only in the training rows is named and left out, at the sizes that have one only: the score is
+    that of the other task, alone."""
+    folder, official = molecule_folder / "pcba", np.random.default_rng(0).permutation(20)  # as `split` has it for seed 0
+    label = np.stack([np.arange(30) % 2, np.isin(np.arange(30), [*official[12:], 21, 28])]).astype(int)
+    table = folder / "mapping" / "mol.csv.gz"
+    flags = ["--dataset", "molpcba", "--kernel", "fingerprint", "--depth", "1", "--ridge", "0.01", "--data", str(folder)]
+    write_csv(table, "A,B,smiles,mol_id", [f"{a},{b},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, (a, b) in enumerate(label.T)])
+    result = train_molecules(tmp_path, *flags, "--sizes", "12,20")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == ("note: n_train=12: 1 of 2 tasks have labels of one class only among the training molecules, and are "
+                       "left out: B") and result[12]["tasks"] == 1 and result[20]["tasks"] == 2
+    write_csv(table, "A,smiles,mol_id", [f"{a},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, a in enumerate(label[0])])
+    alone = train_molecules(tmp_path, *flags, "--n_train", "12")
+    assert abs(alone["test_ap"] - result[12]["test_ap"]) < 1e-9
+
+
+@needs_rdkit
 def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
     """Leave-one-out and GCV with missing labels, and GCV of classes, are refused in one sentence that says what to use;
     the commands of README and docstring are understood."""
