@@ -53,9 +53,8 @@ OGB's archive, as unpacked: snap.stanford.edu/ogb/data/graphproppred/csv_mol_dow
 
 def flags():
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = experiment.Parser(
+        description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES)
     rows = parser.add_argument_group("molecules")
     rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS)
     rows.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
@@ -109,6 +108,15 @@ def parse(argv):
                      f"{smiles.DATASETS[args.dataset]}; use --select loo or validation")
     if args.store == "none":
         parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
+    of_gcn = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} has no graphs"
+    several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
+    idle = {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit",
+            "pool": of_gcn, "jump": of_gcn, "weights": of_gcn,
+            "fingerprints": args.kernel == "gcn" and "--kernel gcn has none",
+            "select": not several and "there is one ridge and one network, so nothing is chosen"}
+    for flag in experiment.given(parser, argv):
+        if idle.get(flag):
+            parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
     return args
 
 
@@ -116,6 +124,7 @@ def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
     kind, with --sizes by size."""
     args = parse(argv)
+    experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     with regression.phase("data", seconds):
@@ -151,8 +160,7 @@ def main(argv=None):
                           "entries": sum(block.entries for block in blocks.values())}
                 result["entries_computed"] = sum(K.entries - K.found for of in of_parts for K in of) if n == most else 0
                 result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
-                experiment.record(args.out, config(one, kind, n), result, run)
-                print(describe(result), flush=True)
+                experiment.record(args.out, config(one, kind, n), result, run, describe)
                 results[kind][n] = result
         del matrices, of_parts, blocks  # before those of the next network
     if args.dataset == "nci" and not args.quiet:

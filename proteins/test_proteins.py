@@ -567,6 +567,17 @@ def test_proteins_errors(flags, words, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "x"], "--data changes nothing here: the sequences of --split made are made here"),
+    (["--gamma", "2"], "--gamma changes nothing here: it belongs to --head exp"),
+    (["--ridge", "1", "--encoding", "onehot", "--target", "raw", "--select", "loo"], "--select changes nothing here")])
+def test_proteins_flags_without_effect(flags, words, capsys):
+    """A flag that changes nothing in a run is an error of one line that says why."""
+    with pytest.raises(SystemExit):
+        train_protein.parse(flags)
+    assert words in capsys.readouterr().err
+
+
 def test_proteins_commands(capsys):
     """The commands of README and docstring are understood, and what contradicts is refused at once."""
     assert len(shown := commands("proteins.train", train_protein.__doc__)) > 3
