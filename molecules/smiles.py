@@ -359,9 +359,10 @@ def _text(path, content):
 
 def _numbers(path):
     """A row number a line."""
+    lines = _text(path, _content(path)).split()
     try:
-        return np.array([int(line) for line in _text(path, _content(path)).split()], np.int64)
-    except ValueError as error:
+        return np.array([int(line) for line in lines], np.int64)
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}; expected a row number a line") from error
 
 

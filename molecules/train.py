@@ -221,12 +221,13 @@ def check_labels(args, tasks, where, y, n):
         raise ValueError(f"n_train={n}: the first {n} training molecules of {args.dataset} have {short} of "
                          f"{', '.join(tasks[:5])}: they teach nothing, and {score} is not defined; raise --n_train, or take "
                          "another --seed")
-    for name, cure in (("val", "use --select loo, one --ridge, "), ("test", "take ")):
+    for name, cure in (("val", "use --select loo, "), ("test", "take ")):
         rows = where.get(name)
         if rows is not None and (not len(rows) or (name == "test" or choose_by) and not (found & taught(args, y[rows])).any()):
             raise ValueError(f"split {args.split!r}: the {len(rows)} {name} molecules of {args.dataset} have "
                              f"{short if len(rows) else 'no label'} of what {n} training molecules teach, so that {score} is "
-                             f"not defined; {cure}another --split or another --seed")
+                             f"not defined; {cure}{'one --ridge, ' * (name == 'val' and len(rows) > 0)}another --split or "
+                             "another --seed")
     left = [task for task, there in zip(tasks, found) if not there]
     if left:
         print(f"note: n_train={n}: {len(left)} of {len(tasks)} tasks have {short} among the training molecules, and are left "
