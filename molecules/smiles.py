@@ -20,10 +20,8 @@ is the same but for the numbering, and so are its fingerprints: those of RDKit's
 and no atoms.      Proved by: molecules/test_molecules.py
 """
 
-import csv
 import gzip
 import hashlib
-import io
 import os
 import zlib
 from typing import NamedTuple
@@ -197,13 +195,9 @@ def table(path, tasks=None, limit=None, sha256=None, classes=False):
     content = _content(path)
     if sha256:
         data.compare(content, sha256, path)
-    columns, lines = _lines(path, content, limit)
+    columns, lines = data.lines(path, content, limit)
     tasks = list(tasks or [name for name in columns if name not in ("smiles", "mol_id")])
-    for name in ["smiles", *tasks]:
-        if name not in columns:
-            raise ValueError(f"{path} has no column {name!r}, but {', '.join(map(repr, columns)) or 'is empty'}")
-        if columns.count(name) > 1:
-            raise ValueError(f"{path} has {columns.count(name)} columns {name!r}; expected one: rename or remove the others")
+    data.columns(path, columns, ["smiles", *tasks])
     y, pairs = np.empty((len(lines), len(tasks))), {}
     for k, task in enumerate(tasks):
         texts = [line[columns.index(task)].strip() for _, line in lines]
@@ -228,24 +222,6 @@ def table(path, tasks=None, limit=None, sha256=None, classes=False):
             print(f"{path}: {high} is the positive class, {low} the other, of {', '.join(of[:5])}"
                   + f" and {len(of) - 5} more" * (len(of) > 5))
     return [line[columns.index("smiles")] for _, line in lines], y, tasks
-
-
-def _lines(path, content, limit):
-    """(names of columns, [(number of the line in the file, its fields), ...]) of a .csv file."""
-    reader, lines = csv.reader(io.StringIO(_text(path, content), newline="")), []
-    try:
-        columns = [name.strip() for name in next(reader, [])]
-        for line in reader:
-            if len(lines) == limit:
-                break
-            if line and len(line) != len(columns):
-                raise ValueError(f"{len(line)} fields, and {len(columns)} in the header; expected as many: quote a field that "
-                                 "holds a comma, write decimals with a point")
-            if line:
-                lines.append((reader.line_num, line))
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    return columns, lines
 
 
 def _values(texts, classes):
@@ -346,20 +322,9 @@ def _content(path):
         raise ValueError(f"{path} is truncated or not packed by gzip: {error}") from error
 
 
-def _text(path, content):
-    """The text of these bytes of a file.  ValueError: they are not UTF-8."""
-    if b"\0" in content:
-        raise ValueError(f"{path} has zero bytes, as UTF-16 does; expected UTF-8: save it in that encoding")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: byte 0x{content[error.start]:02x} is not "
-                         "UTF-8; save it in that encoding") from error
-
-
 def _numbers(path):
     """A row number a line."""
-    lines = _text(path, _content(path)).split()
+    lines = data.text(path, _content(path)).split()
     try:
         return np.array([int(line) for line in lines], np.int64)
     except (ValueError, OverflowError) as error:

@@ -109,11 +109,9 @@ def parse(argv):
     if args.store == "none":
         parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
     of_gcn = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} has no graphs"
-    several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
     idle = {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit",
             "pool": of_gcn, "jump": of_gcn, "weights": of_gcn,
-            "fingerprints": args.kernel == "gcn" and "--kernel gcn has none",
-            "select": not several and "there is one ridge and one network, so nothing is chosen"}
+            "fingerprints": args.kernel == "gcn" and "--kernel gcn has none"}
     for flag in experiment.given(parser, argv):
         if idle.get(flag):
             parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")

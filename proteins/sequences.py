@@ -136,7 +136,10 @@ def _columns(name, folder, quiet, target, *others):
     content, path = _table(name, folder)
     if not quiet:
         data.compare(content, SHA256[name], path)
-    for line, row in data.rows(content, path, ("sequence", target, *others)):
+    names, lines = data.lines(path, content)
+    places = data.columns(path, names, ("sequence", target, *others))
+    for line, fields in lines:
+        row = dict(zip(("sequence", target, *others), (fields[place] for place in places)))
         sequence = row["sequence"].strip().upper()
         value, more = _number(row[target], target, path, line), []
         for other in others:

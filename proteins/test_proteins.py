@@ -243,19 +243,19 @@ def test_proteins_targets(name):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("sequence,target,set\nMA,1,train\n", "has no column validation; it has sequence, target, set"),
-    ("", "has no column sequence, target, set, validation; it has none"),
+    ("sequence,target,set\nMA,1,train\n", "has no column 'validation', but 'sequence', 'target', 'set'"),
+    ("", "has no column 'sequence', but is empty"),
     ("sequence,target,set,validation\n", "has no row below its header"),
     ("sequence,target,set,validation\nM*,1,train,\nMXA,2,test,\n", "2 of 2 rows have .* '\\*' \\(1\\); 'X' .*no row is left"),
     ("sequence,target,set,validation\n,2,test,\n", "1 of 1 rows have a sequence with no letter .*no row is left"),
-    ("sequence,target,set,validation\nMA,1.5,train,\nML,0,5,test,\n", "line 3 has 5 fields, and the header 4"),
+    ("sequence,target,set,validation\nMA,1.5,train,\nML,0,5,test,\n", "line 3: 5 fields, and 4 in the header"),
     ('sequence,target,set,validation\nMA,"1,5",train,\n', "line 2: target '1,5'; expected .* decimal point"),
     ("sequence,target,set,validation\nMA,inf,train,\n", "line 2: target 'inf'; expected a finite number"),
     ("sequence,target,set,validation\nMA,1,train,maybe\n", "line 2: validation 'maybe'; expected True or False"),
-    ("sequence,target,set,set,validation\nMA,1,train,train,\n", "has 2 columns 'set': rename them"),
+    ("sequence,target,set,set,validation\nMA,1,train,train,\n", "has 2 columns 'set'; expected one"),
     ("sequence,target,set,validation\nMA,?,train,\n", "line 2: target '\\?'; expected a finite number"),
     ("sequence,target,set,validation\nMA,nan,train,\n", "line 2: target 'nan'; expected a finite number"),
-    ("sequence,target,set,validation\nMA\n", "line 2 has 1 fields, and the header 4"),
+    ("sequence,target,set,validation\nMA\n", "line 2: 1 fields, and 4 in the header"),
     ("sequence,target,set,validation\nMA,1,valid,\n", "line 2: set 'valid'; expected train or test"),
     ("sequence,target,set,validation\nMA,1,train,\nML,1,test,\n", "lines 2 to 3: every target is 1"),
     ("sequence,target,set,validation\nMA,1,train,\nML,2,train,True\n", "1 rows to fit, 1 to validate and 0 to test"),
@@ -269,8 +269,7 @@ def test_proteins_bad_files(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("encoding, words", [
-    ("utf-8-sig", None), ("utf-16", "not UTF-8 text|zero bytes"), ("utf-16-le", "not UTF-8 text|zero bytes"),
-    ("latin-1", "not UTF-8 text")])
+    ("utf-8-sig", None), ("utf-16", "zero bytes"), ("utf-16-le", "zero bytes"), ("latin-1", "not UTF-8")])
 def test_proteins_encodings_of_text(tmp_path, encoding, words):
     """A table in UTF-8 is read, with a byte order mark too; any other encoding is refused by the name of the file."""
     table = "sequence,target,set,validation,\xe9tat\nMA,1,train,,\nML,2,test,,\n"
@@ -278,7 +277,7 @@ def test_proteins_encodings_of_text(tmp_path, encoding, words):
     if words is None:
         assert seqs.load("two_vs_rest", str(tmp_path)).sequences == ["MA", "ML"]
     else:
-        with pytest.raises(ValueError, match=f"two_vs_rest.csv .*({words})"):
+        with pytest.raises(ValueError, match=f"two_vs_rest.csv.* {words}"):
             seqs.load("two_vs_rest", str(tmp_path))
 
 
