@@ -181,20 +181,3 @@ def best(table, by="mse"):
     if by == "score":
         return max(table, key=lambda row: row.score)
     return next(row for row in table if row.mse <= 1.001 * min(row.mse for row in table))
-
-
-def draw(axes, spectrum, y, ridge, K_test=None, y_test=None, copies=1):
-    """Leave-one-out error, and with K_test (m, n) and y_test (m, c) the test error, against the ridge, as the root of
-    the mean square; on the right axis the effective dimension; a line at the ridge that was chosen."""
-    ridges = [r for r in np.geomspace(10, 1e-7, 65) if r * spectrum.scale > 4 * spectrum.noise]
-    table = leave_one_out(spectrum, y, ridges, copies=copies)
-    axes.plot(ridges, np.sqrt([row.mse for row in table]), label="leave-one-out error")
-    if K_test is not None:
-        errors = [np.sqrt(np.mean((f - y_test) ** 2)) for f in spectrum.predictions(K_test, y, ridges)]
-        axes.plot(ridges, errors, linestyle="--", label="test error, for comparison only")
-    axes.axvline(ridge, color="grey", linewidth=0.8, label=f"chosen: {ridge:.2g}")
-    axes.set(xscale="log", xlabel="ridge", ylabel="root mean squared error")
-    right = axes.twinx()
-    right.plot(ridges, [row.dimension for row in table], color="C2", linewidth=0.8, linestyle=":")
-    right.set_ylabel(f"effective dimension, of {len(y):,} (dotted)", color="C2")
-    axes.legend(frameon=False)

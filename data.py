@@ -1,4 +1,4 @@
-"""Files -> checked arrays: images uint8 (n, h, w, channels), labels int64 (n,) in 0 ... 9.
+"""Files -> checked arrays: images uint8 (n, h, w, channels), labels int64 (n,) in 0 ... classes - 1.
 
   digits      1,797 scans of 8 x 8 pixels that come with scikit-learn: no file, no network
   cifar10     the binary version: a folder with data_batch_1.bin ... 5, test_batch.bin, or downloaded
@@ -33,11 +33,11 @@ import numpy as np
 from scipy.linalg import blas
 from tqdm import tqdm
 
-DATASETS = {  # shape of an image, training images, test images
-    "digits": ((8, 8, 1), 1437, 360), "cifar10": ((32, 32, 3), 50_000, 10_000),
-    "cifar10.1": ((32, 32, 3), 50_000, 2_000), "cifar10.2": ((32, 32, 3), 50_000, 2_000),
-    "cifar5m": ((32, 32, 3), 5 * 1_000_448, 1_000_448)}
-CLASSES = 10
+DATASETS = {  # shape of an image, training images, test images, classes
+    "digits": ((8, 8, 1), 1437, 360, 10), "cifar10": ((32, 32, 3), 50_000, 10_000, 10),
+    "cifar10.1": ((32, 32, 3), 50_000, 2_000, 10), "cifar10.2": ((32, 32, 3), 50_000, 2_000, 10),
+    "cifar5m": ((32, 32, 3), 5 * 1_000_448, 1_000_448, 10)}
+CLASSES = 10  # where nothing else is said
 WHITENING = ("none", "channel", "zca", "zca_unit")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from
@@ -212,41 +212,46 @@ def _download(folder="data"):
     return target
 
 
-def text(content, path):
-    """The bytes of a table as text.  ValueError: not UTF-8."""
+def text(path, content):
+    """The text of these bytes of a file.  ValueError: they are not UTF-8."""
+    if b"\0" in content:
+        raise ValueError(f"{path} has zero bytes, as UTF-16 does; expected UTF-8: save it in that encoding")
     try:
-        found = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is {content[error.start]:#04x}): save it as UTF-8"
-                         ) from None
-    if "\0" in found:
-        raise ValueError(f"{path} holds zero bytes, as UTF-16 does: save it as UTF-8")
-    return found
+        raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: byte 0x{content[error.start]:02x} is not "
+                         "UTF-8; save it in that encoding") from error
 
 
-def rows(content, path, columns=()):
-    """(line number, {column: text}) of each row of a CSV file, given its bytes.
+def lines(path, content, limit=None):
+    """(names of columns, [(line number, fields), ...]) of a CSV file, given its bytes; the first `limit` rows.
 
-    ValueError: not UTF-8, a column of `columns` that is not there, two columns of one name, a row with more or fewer fields
-    than the header.
+    ValueError: not UTF-8, a line with more or fewer fields than the header.
     """
-    reader = csv.reader(io.StringIO(text(content, path), newline=""))
+    reader, found = csv.reader(io.StringIO(text(path, content), newline="")), []
     try:
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in columns if name not in header]
-        twice = [name for name in header if header.count(name) > 1]
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(header) or 'none'}")
-        if twice:
-            raise ValueError(f"{path} has {header.count(twice[0])} columns {twice[0]!r}: rename them")
-        for fields in reader:
-            if len(fields) == len(header):
-                yield reader.line_num, dict(zip(header, fields))
-            elif fields:  # an empty line is no row
-                raise ValueError(f"{path}, line {reader.line_num} has {len(fields)} fields, and the header {len(header)}: "
-                                 "correct the line or take it out")
-    except csv.Error as error:
+        columns = [name.strip() for name in next(reader, [])]
+        for line in reader:
+            if len(found) == limit:
+                break
+            if line and len(line) != len(columns):  # an empty line is no row
+                raise ValueError(f"{len(line)} fields, and {len(columns)} in the header; expected as many: quote a field that "
+                                 "holds a comma, write decimals with a point")
+            if line:
+                found.append((reader.line_num, line))
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    return columns, found
+
+
+def columns(path, names, wanted):
+    """[position of each of the `wanted` columns].  ValueError: one that is not there, or there twice."""
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{path} has no column {name!r}, but {', '.join(map(repr, names)) or 'is empty'}")
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has {names.count(name)} columns {name!r}; expected one: rename or remove the others")
+    return [names.index(name) for name in wanted]
 
 
 @contextmanager

@@ -12,12 +12,10 @@ Proved by: test_all.py, section train
 
 import argparse
 import datetime
-import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
@@ -25,7 +23,6 @@ import traceback
 from contextlib import contextmanager
 
 import jax
-import numpy as np
 
 import choose
 import data
@@ -34,7 +31,6 @@ import tiles
 
 SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
 HERE = os.path.dirname(os.path.abspath(__file__))
-OWN = ("process", "devices", "coordinator", "data", "store", "out", "quiet", "verbose", "wait")  # of each process
 ROOMS = ("fast", "large", "proteins", "molecules", "results")
 HEADS = ("linear", "cosine", "relu", "exp")
 
@@ -201,24 +197,6 @@ def team(coordinator, processes, process, devices, wait=300):
         return tiles.ALONE
     from large import processes as several
     return several.start(coordinator, processes, process, devices, wait)
-
-
-def agree(team, args, *arrays):
-    """Raises ValueError in every process unless all run the same code with the same flags on the same data."""
-    if team.count == 1:
-        return
-    flags = {flag: value for flag, value in vars(args).items() if flag not in OWN}
-    code = [path.read_bytes() for path in sorted(pathlib.Path(HERE).rglob("*.py")) if ".venv" not in path.parts]
-    parts = {"flags": json.dumps(flags, default=str).encode(), "code": b"".join(code),
-             "data": b"".join(hashlib.blake2b(np.ascontiguousarray(array)).digest() for array in arrays)}
-    digests = np.zeros((team.count, len(parts)))  # 48 bits are exact in float64
-    digests[team.index] = [int.from_bytes(hashlib.blake2b(part, digest_size=6).digest()) for part in parts.values()]
-    digests = team.all_reduce(digests)
-    differ = {name: np.flatnonzero(column != column[0]) for name, column in zip(parts, digests.T)}
-    if any(map(len, differ.values())):
-        raise ValueError("the processes do not do the same: " + "; ".join(
-            f"process {', '.join(map(str, those))} has other {name} than process 0" for name, those in differ.items()
-            if len(those)) + ". Give all of them the same flags, but for --process, and the same files")
 
 
 def provenance(processes=1):

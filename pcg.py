@@ -281,14 +281,6 @@ def _condition(alphas, betas):
     return float(ritz[-1] / ritz[0]) if ritz[0] > 0 else float("inf")
 
 
-def draw(axes, infos):
-    """Residual against step, a line for each of {name: Info}."""
-    for name, info in infos.items():
-        axes.plot(info.history, label=f"{name}: {info.iterations} steps, {info.seconds:.2g} s")
-    axes.set(xlabel="steps (products with K)", yscale="log", ylabel="largest |y - A x| / |y| over columns")
-    axes.legend(frameon=False)
-
-
 def none(matrix):
     """M = I."""
     return lambda ridge: None

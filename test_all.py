@@ -594,18 +594,6 @@ def test_pcg_indefinite():
         pcg.solve(lambda v: -v, y, 0.5)
 
 
-def test_pcg_draws():
-    """The figure shows the histories it was given, under their names."""
-    from matplotlib.figure import Figure
-    K, y = spectrum(50, 1e4), np.random.default_rng(0).normal(size=(50, 2))
-    infos = {name: pcg.solve(lambda v: K @ v, y, 1e-4, P)[1]
-             for name, P in (("none", None), ("half", pcg.low_rank(Dense(K), 25)(1e-4)))}
-    axes = Figure().add_subplot()
-    pcg.draw(axes, infos)
-    for line, (name, info) in zip(axes.lines, infos.items(), strict=True):
-        assert list(line.get_ydata()) == info.history and line.get_label().startswith(f"{name}: ")
-
-
 
 def test_precondition_partial_cholesky():
     """On a matrix of its rank right to 1e-5, for F is float32; on a real kernel within twice the best
@@ -837,20 +825,6 @@ def test_choose_ridges_that_are_too_small(capsys):
     with pytest.raises(pcg.Indefinite, match=r"--ridge \d") as error:
         solver(y, 1e-9)
     assert -lowest < error.value.cure < -4 * lowest and solver(y, error.value.cure)[1].converged
-
-
-def test_choose_draws(tmp_path):
-    """The picture of error against ridge has leave-one-out, test error and effective dimension in it."""
-    from matplotlib.figure import Figure
-    x, labels = digits(80)
-    fn, y = kernel.kernel_fn("fc", "nngp"), data.one_hot(labels)
-    K = np.asarray(fn(x), np.float64)
-    figure = Figure()
-    choose.draw(figure.add_subplot(), choose.Spectrum(K[:60, :60]), y[:60], 0.1, K[60:, :60], y[60:])
-    left, right = figure.axes
-    f = K[60:, :60] @ np.linalg.solve(K[:60, :60] + 10 * np.diag(K[:60, :60]).mean() * np.eye(60), y[:60])
-    assert len(left.lines) == 3 and len(right.lines) == 1
-    assert abs(left.lines[1].get_ydata()[0] - np.sqrt(np.mean((f - y[60:]) ** 2))) < 1e-6
 
 
 
@@ -1358,10 +1332,9 @@ def test_train_evidence(tmp_path, capsys):
     assert result["read_bytes_per_second"] > 0 and result["product_bytes_per_second"] > 0
     train_cifar.main([*flags, "--tol", "1e-11"])
     assert "note: rounding K to float32 alone makes a residual of about" in capsys.readouterr().out
-    more = train(tmp_path, *flags[:-2], "--variance", "--plot", str(tmp_path / "p.png"))
+    more = train(tmp_path, *flags[:-2], "--variance")
     assert abs(more["test_mse"] / result["test_mse"] - 1) < 1e-6
     assert 0 < more["test_nll"] < np.log(10) and 0 < more["test_ece"] < 0.3
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_train_ridge_comes_from_validation(tmp_path):
@@ -1546,6 +1519,24 @@ def test_train_sizes_equal_runs_alone(tmp_path):
         assert together[n]["ridge"] == alone["ridge"]
         assert {**together[n]["config"], "tile": 0} == {**alone["config"], "tile": 0}
         assert abs(together[n]["test_mse"] / alone["test_mse"] - 1) < 1e-6
+
+
+def test_train_more_than_ten_classes(tmp_path, monkeypatch):
+    """A data set of 14 classes, added as README says, is a dense solve with 14 outputs."""
+    rng, load = np.random.default_rng(0), data.load
+    y = np.arange(112) % 14
+    means = rng.integers(40, 215, (14, 8, 8, 1))
+    x = (means[y] + rng.integers(-40, 40, (112, 8, 8, 1))).astype(np.uint8)
+    monkeypatch.setitem(data.DATASETS, "mine", ((8, 8, 1), 84, 28, 14))
+    monkeypatch.setattr(data, "load", lambda name, *rest, **more: (
+        (x[:84], y[:84], x[84:], y[84:]) if name == "mine" else load(name, *rest, **more)))
+    result = train(tmp_path, "--dataset", "mine", "--ridge", "0.01", "--variance")
+    z = whitened(x, "zca", x[:84], 100.0)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp")(z.astype(float)))
+    A = K[:84, :84] + 0.01 * np.diag(K)[:84].mean() * np.eye(84)
+    f = K[84:, :84] @ np.linalg.solve(A, np.eye(14)[y[:84]] - 1 / 14)
+    assert result["test_accuracy"] == np.mean(f.argmax(axis=1) == y[84:]) and result["config"]["classes"] == 14
+    assert abs(result["test_mse"] / np.mean((f - np.eye(14)[y[84:]] + 1 / 14) ** 2) - 1) < 1e-4
 
 
 def script(tmp_path, *flags, before=(), **env):

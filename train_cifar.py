@@ -29,7 +29,6 @@ import choose
 import data
 import experiment
 import kernel
-import pcg
 import regression
 import tiles
 
@@ -67,9 +66,11 @@ def main(argv=None):
         view, view_test = views(args, len(x_train), len(x_test), x_train.shape[1] // 8)
         if len(labels) > 1 and (labels == labels[0]).all():
             raise ValueError(f"all {len(labels)} training images are of class {labels[0]}: there is nothing to learn")
-        y = data.one_hot(labels)[view.original]
+        y = data.one_hot(labels, args.classes)[view.original]
     derive(args, x_train.shape, len(test_labels), len(y))
-    experiment.agree(team, args, x_train, labels, x_test, test_labels)
+    if team.count > 1:
+        from large import processes
+        processes.agree(team, args, x_train, labels, x_test, test_labels)
     if args.verbose:
         print(experiment.described(args))
     with regression.phase("choose", seconds):
@@ -109,7 +110,10 @@ def main(argv=None):
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
             results[kind][n] = result
         if args.plot:
-            draw(args, kind, K, K_test, prior, y, ridge, data.one_hot(test_labels))
+            from results import plot
+            path = args.plot if args.kind != "both" else f"-{kind}".join(os.path.splitext(args.plot))
+            plot.draw(path, f"{args.dataset} {args.kernel} {kind}, {K.shape[0]:,} rows", K, K_test, prior, y, ridge,
+                      data.one_hot(test_labels, args.classes), view.copies, tol=args.tol, **solver_options(args))
     if args.save and team.index == 0:
         about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
         regression.save(args.save, regression.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
@@ -130,7 +134,7 @@ def plan(args):
     """--plan: what this run would take, measured and printed by large/plan.py."""
     from large import plan as planned
     experiment.compare(args, None)
-    shape, n_train, n_test = data.DATASETS[args.dataset]
+    shape, n_train, n_test, args.classes = data.DATASETS[args.dataset]
     n_train, n_test = args.n_train or n_train, args.n_test or n_test
     rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
     derive(args, (n_train, *shape), n_test, rows)
@@ -141,7 +145,7 @@ def plan(args):
 
 def load(args):
     """(x_train, labels, x_test, test_labels), images as bytes, and {protocol: zca_eps -> the whitening fitted so}."""
-    n_fit = args.fit_on or FIT_ON
+    n_fit, args.classes = args.fit_on or FIT_ON, data.DATASETS[args.dataset][-1]
     x, labels, x_test, test_labels = data.load(args.dataset, args.data, args.n_train, args.n_test, args.seed,
                                                n_fit=n_fit)
     n = args.n_train or len(x)
@@ -237,7 +241,7 @@ def scores(args, f, test_labels):
     their mean over the copies of an image."""
     f = f.reshape(len(test_labels), -1, f.shape[1])
     out = {"test_accuracy": float(np.mean(f[:, 0].argmax(axis=1) == test_labels)),
-           "test_mse": float(np.mean((f[:, 0] - data.one_hot(test_labels)) ** 2))}
+           "test_mse": float(np.mean((f[:, 0] - data.one_hot(test_labels, args.classes)) ** 2))}
     if args.average:
         out["test_accuracy_averaged"] = float(np.mean(f.mean(axis=1).argmax(axis=1) == test_labels))
     return out
@@ -250,7 +254,7 @@ def uncertainty(args, kernel_fn, solver, K_test, x_test, y, alpha, f, ridge, tes
     likeliest = regression.scale(y, alpha)
     variance = likeliest * regression.variance(solver, K_test, k_test, ridge)
     return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
-            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels))}
+            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels, args.classes))}
 
 
 def checkpoint(args, team, kind, n, states, ridge, tol, y):
@@ -280,31 +284,6 @@ def predict(args):
     print(f"{len(x)} images, classes {' '.join(map(str, classes[:10]))}{' ...' if len(x) > 10 else ''}; "
           f"their scores {scores.shape} are in {path}")
     return {"scores": scores, "path": path}
-
-
-def draw(args, kind, K, K_test, prior, y, ridge, y_test):
-    """--plot: the error against the ridge, where K is small, and the same system by every preconditioner."""
-    from matplotlib.figure import Figure  # no window, no global state
-    infos, rows = {}, K.shape[0]
-    for name in regression.PRECONDITIONERS:
-        options = {**solver_options(args), "name": name, "verbose": False}
-        solver = regression.Solver(K, ridges=ridge, tol=args.tol, c=y.shape[1], prior=prior, **options)
-        infos[name] = solver(y, ridge, args.tol)[1]
-    small = rows <= choose.DENSE
-    figure = Figure(figsize=(11 if small else 6, 4), layout="constrained")
-    axes = figure.subplots(1, 1 + small, squeeze=False)[0]
-    if small:
-        spectrum = choose.Spectrum(K.columns(np.arange(rows)), prior.mean())
-        copies = K_test.shape[0] // len(y_test)  # of test images
-        K_plain = K_test.columns(np.arange(rows))[::copies]
-        choose.draw(axes[0], spectrum, y, ridge, K_plain, y_test, rows // args.n_train)
-    pcg.draw(axes[-1], infos)
-    if K.team.index == 0:
-        path = args.plot if args.kind != "both" else f"-{kind}".join(os.path.splitext(args.plot))
-        figure.suptitle(f"{args.dataset} {args.kernel} {kind}, {rows:,} rows")
-        for one in figure.axes:
-            one.spines["top"].set_visible(False)
-        figure.savefig(path, dpi=150)
 
 
 def config(args, kind, n):

@@ -118,7 +118,7 @@ def main(args, kernel_fn, shape, n, m):
     read, write = disk_rates(args.store) if kept == "on disk" else (None, None)
     out = estimate(n, m, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
                    product, read, write, int(np.prod(shape)), args.n_train, ridges,
-                   2 if args.kind == "both" else 1, kept=kept)
+                   2 if args.kind == "both" else 1, args.classes, kept)
     out.update(entries_per_second=measured, product_bytes_per_second=product,
                read_bytes_per_second=read, write_bytes_per_second=write)
     total = out["kernel_seconds"] + out["solve_seconds"]

@@ -15,7 +15,10 @@ Proved by: large/test_large.py
 """
 
 import glob
+import hashlib
+import json
 import os
+import pathlib
 import socket
 import time
 from contextlib import suppress
@@ -28,6 +31,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import tiles
 
 PROXIES = "grpc_proxy", "https_proxy", "http_proxy"
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OWN = ("process", "devices", "coordinator", "data", "store", "out", "quiet", "verbose", "wait")  # of each process
 TIMEOUT = 60  # seconds until a silent process counts as dead
 
 
@@ -133,6 +138,22 @@ def all_reduce(array):
                 f"process {jax.process_index()} of {jax.process_count()}: another process is gone. "
                 "Start all of them again: what is in --store is kept. "
                 f"({str(error).splitlines()[0]})") from error
+
+
+def agree(team, args, *arrays):
+    """Raises ValueError in every process unless all run the same code with the same flags on the same data."""
+    flags = {flag: value for flag, value in vars(args).items() if flag not in OWN}
+    code = [path.read_bytes() for path in sorted(pathlib.Path(HERE).rglob("*.py")) if ".venv" not in path.parts]
+    parts = {"flags": json.dumps(flags, default=str).encode(), "code": b"".join(code),
+             "data": b"".join(hashlib.blake2b(np.ascontiguousarray(array)).digest() for array in arrays)}
+    digests = np.zeros((team.count, len(parts)))  # 48 bits are exact in float64
+    digests[team.index] = [int.from_bytes(hashlib.blake2b(part, digest_size=6).digest()) for part in parts.values()]
+    digests = team.all_reduce(digests)
+    differ = {name: np.flatnonzero(column != column[0]) for name, column in zip(parts, digests.T)}
+    if any(map(len, differ.values())):
+        raise ValueError("the processes do not do the same: " + "; ".join(
+            f"process {', '.join(map(str, those))} has other {name} than process 0" for name, those in differ.items()
+            if len(those)) + ". Give all of them the same flags, but for --process, and the same files")
 
 
 @lru_cache

@@ -261,6 +261,119 @@ def test_molecules_fingerprints(name):
     assert np.allclose(np.linalg.norm(both, axis=1), x.any(axis=1)) and x[-1].any() == (name != "torsions")
 
 
+def refined(names, A, steps=4):
+    """The nodes of a graph, each with what it sees in so many steps, sorted: the same for every numbering."""
+    names = [hash(name) for name in names]
+    for _ in range(steps):
+        names = [hash((name, *sorted((round(float(row[j]), 4), names[j]) for j in np.flatnonzero(row))))
+                 for name, row in zip(names, A)]
+    return sorted(names)
+
+
+def graph_by_rdkit(mol, order):
+    """(names of atoms, A) of a molecule, from RDKit alone."""
+    names, A = [], np.eye(mol.GetNumAtoms())
+    for atom in mol.GetAtoms():
+        names.append((atom.GetSymbol() if atom.GetSymbol() in files.ELEMENTS else "other", min(atom.GetDegree(), 6),
+                      min(max(atom.GetFormalCharge(), -2), 2), min(atom.GetTotalNumHs(), 4),
+                      2 if atom.GetIsAromatic() else int(atom.IsInRing()), atom.GetPropsAsDict(True, True).get("_CIPCode")))
+    for bond in mol.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        A[i, j] = A[j, i] = max(bond.GetBondTypeAsDouble(), 1) if order else 1
+    return names, A / np.sqrt(np.outer(A.sum(axis=1), A.sum(axis=1)))
+
+
+def graph_by_us(mol, order):
+    """The same, read back from the array of `graphs`."""
+    x, start, columns = files.graphs([mol], "order" if order else "normal"), 0, []
+    for words in ((*files.ELEMENTS, "other"), range(7), range(-2, 3), range(5), range(3), (None, "R", "S")):
+        part = x.atoms[:, start:start + len(words)]
+        assert (part.sum(axis=1) == 1).all()
+        columns.append([words[k] for k in part.argmax(axis=1)])
+        start += len(words)
+    A = np.zeros((len(x.atoms),) * 2)
+    for row, atom in zip(A, x.atoms[:, start:]):
+        np.add.at(row, atom[:x.degree].astype(int), atom[x.degree:])
+    return list(zip(*columns)), A
+
+
+def notations(mol):
+    """SMILES of a molecule: in random orders of atoms, with hydrogens as atoms, kekulized, with every bond written."""
+    from rdkit import Chem
+    single = Chem.Mol(mol)
+    Chem.Kekulize(single, clearAromaticFlags=True)
+    for k, one in enumerate((mol, Chem.AddHs(mol), single, Chem.AddHs(single))):
+        yield from Chem.MolToRandomSmilesVect(one, 1, randomSeed=k, kekuleSmiles=k > 1, allBondsExplicit=k % 2 == 0)
+        yield from Chem.MolToRandomSmilesVect(one, 1, randomSeed=k, kekuleSmiles=k > 1, allHsExplicit=True)
+
+
+STEREO = ("OC[C@H]1OC(O)[C@H](O)[C@@H](O)[C@@H]1O", "C[C@H]1CC[C@@H](C)CC1", "C[C@H](O)[C@@H](O)[C@@H](C)O", "F[C@H](Cl)Br",
+          "O[C@H]1[C@H](O)[C@@H](O)[C@H](O)[C@@H](O)[C@@H]1O", "C[S@](=O)c1ccccc1", "C/C=C\\[C@H](O)/C=C/C", "[2H][C@H](O)C",
+          "C[C@]12CC[C@H]3[C@@H](CC[C@@H]4C[C@@H](O)CC[C@]34C)[C@@H]1CC[C@@H]2O", "[H]/N=C/C", "F/C=C/F", "[13CH4]", "[2H]C")
+
+
+@needs_rdkit
+def test_molecules_written_in_any_way():
+    """Every notation of a molecule has the graph, but for its numbering, and the fingerprints, that RDKit alone makes of
+    its own reading: random orders, hydrogens as atoms, kekulized, every bond written; 500 molecules of NCI, and sugars, a
+    steroid, isotopes, stereo at rings and double bonds."""
+    from rdkit import Chem, RDConfig
+    from rdkit.Chem import rdFingerprintGenerator
+    lines = open(os.path.join(RDConfig.RDDataDir, "NCI", "first_5K.smi")).read().splitlines()
+    make, seen = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048), 0
+    for number, smiles in enumerate([*(line.split()[0] for line in lines[::10]), *STEREO]):
+        mol = Chem.MolFromSmiles(smiles)
+        if mol is None:
+            continue
+        order = number % 2 == 0
+        wanted = refined(*graph_by_rdkit(mol, order))
+        counts, seen = np.log1p(make.GetCountFingerprintAsNumPy(mol), dtype=np.float32), seen + 1
+        written = {smiles, *notations(mol)}
+        mols = [files.read(one) for one in written]
+        for one, other in zip(written, mols):
+            assert refined(*graph_by_us(other, order)) == wanted, (smiles, one)
+        assert (files.fingerprints(mols) == counts).all(), smiles
+    assert seen > 500
+
+
+@needs_rdkit
+def test_molecules_hydrogens_and_marks():
+    """Hydrogens that are written, stereo marks where there is no stereocentre, and valences that RDKit refuses, change
+    nothing: the same graph and fingerprint as without. Molecules of hydrogen alone have a graph, and a mirror image another
+    one than its image."""
+    def same(one, other):
+        mols = [files.read(one), files.read(other)]
+        x, y = (refined(*graph_by_us(mol, True)) for mol in mols)
+        return x == y and (np.ptp(files.fingerprints(mols, files.FINGERPRINTS), axis=0) == 0).all()
+    for one, other, atoms in [
+            ("[H]C([H])([H])[H]", "C", 1), ("[H]OCC", "CCO", 3), ("[H]O[H]", "O", 1), ("C[C@H](C)O", "CC(C)O", 4),
+            ("C[C@@H](C)[C@](C)(C)C", "CC(C)C(C)(C)C", 7), ("C/C=C", "CC=C", 3), ("[H]n1cccc1", "c1cc[nH]c1", 5),
+            ("[H]N(C)(C)(C)C", "C[NH](C)(C)C", 5), ("[H]F(C)C.[H]OC", "C[FH]C.CO", 5), ("C[C@H](C)F(C)C", "CC(C)F(C)C", 6),
+            ("[H][H]", "[H][H]", 2), ("[H+]", "[H+]", 1), ("[H]", "[H]", 1), ("[2H][H]", "[H][2H]", 2),
+            ("[H-].[Na+]", "[Na+].[H-]", 2)]:
+        assert same(one, other) and files.read(one).GetNumAtoms() == atoms, one
+        assert files.graphs([one])[:1].shape[1] == atoms and np.isfinite(files.fingerprints([one])).all()
+    assert files.read("[2H]C").GetNumAtoms() == 2 and not same("[2H]C", "C")
+    assert not same("C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O") and same("C[C@H](N)C(=O)O", "OC(=O)[C@@H](N)C")
+
+
+@needs_rdkit
+@pytest.mark.parametrize("smiles", ["C1CC", "", "nothing", "CC>>CO", None, float("nan")], ids=str)
+def test_molecules_unreadable(smiles):
+    """What RDKit cannot read is named in one sentence, by `read` and by all that take molecules."""
+    with pytest.raises(ValueError, match=re.escape(f"SMILES {smiles!r}: RDKit cannot read it")) as error:
+        files.read(smiles)
+    assert "\n" not in str(error.value)
+    for make in (files.graphs, files.fingerprints):
+        with pytest.raises(ValueError, match="RDKit cannot read it|molecule 1 .* of 2 is (None|nan)"):
+            make(["CCO", smiles])
+        with pytest.raises(ValueError, match="molecule 1 .* of 2 is None; expected"):
+            make([files.read("CCO"), None])
+        with pytest.raises(ValueError, match="got no molecules"):
+            make([])
+        assert (make(["CCO"])[:1] == make([files.read("CCO")])[:1]).all()
+
+
 def write_csv(path, head, lines):
     with (gzip.open if str(path).endswith(".gz") else open)(path, "wt") as file:
         file.write("\n".join([head, *lines]) + "\n")
@@ -302,6 +415,12 @@ def test_molecules_files(molecule_folder):
         train, val, test = files.split(rows, "official", seed=1)
         assert (np.sort(train) == np.arange(20)).all() and (val == np.arange(20, 25)).all() and len(test) == 5
     assert muv.official is None and muv.tasks == ["A", "B"]
+    path = molecule_folder / "pcba" / "split" / "scaffold" / "valid.csv.gz"
+    for content, words in ((b"1\n" + b"9" * 30, "too large"), ("21".encode("utf-16"), "zero bytes"), (b"1.5", "a line")):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(ValueError, match=f"{path}.*{words}") as error:
+            files.load("molpcba", molecule_folder / "pcba")
+        assert str(error.value).count(str(path)) == 1
 
 
 @needs_rdkit
@@ -341,8 +460,18 @@ def test_molecules_bad_rows(molecule_folder, capsys):
 
 @needs_rdkit
 @pytest.mark.parametrize("file, old, new, words", [
-    ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but Compound ID, measured"),
-    ("delaney-processed.csv", "0.286", "soluble", r"row 2 \(from 0, after the header\): .*'soluble'.*a number"),
+    ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but 'Compound ID', 'meas.*', 'structure'$"),
+    *(("delaney-processed.csv", "0.286", to, r"line 4, column 'measured log.*', row 2 \(from 0, after the header\): '"
+       + re.escape(to.strip('"')) + "'; expected a number, finite, with a decimal point, or nothing")
+      for to in ("soluble", "inf", "-Infinity", "nan", "NA", '"0,286"', "1e999", "1_0", "<5")),
+    ("delaney-processed.csv", "x,0.286", "x,0,286", "line 4: 4 fields, and 3 in the header; .*decimals with a point"),
+    ("delaney-processed.csv", ",CCC\n", "\n", "line 8: 2 fields, and 3 in the header; expected as many"),
+    ("delaney-processed.csv", "Compound ID", "smiles", "has 2 columns 'smiles'; expected one"),
+    ("delaney-processed.csv", "Compound ID", "measured log solubility in mols per litre", "has 2 columns 'measured log"),
+    ("delaney-processed.csv", "x,0.286", 'x,"0.286', "line 31: 2 fields, and 3 in the header"),
+    ("delaney-processed.csv", "CCC\n", "C" * 140_000 + "\n", "line 8: field larger than field limit"),
+    ("HIV.csv", ",CI,1", ",CI,inf", "line 3, column 'HIV_active', row 1 .*: 'inf'; expected a number"),
+    ("HIV.csv", "smiles", "Smiles", "has no column 'smiles', but 'Smiles', 'activity', 'HIV_active'$"),
     ("HIV.csv", ",CI,1", ",CI,0", "HIV_active has the same value in every row"),
     ("ogbg-molhiv_scaffold_split.npz", None, None, "not a complete .npz archive without pickle"),
 ])
@@ -366,6 +495,100 @@ def test_molecules_damaged_archives(molecule_folder, damage):
         path.write_bytes(damage(path.read_bytes()))
         with pytest.raises(ValueError, match=f"{file} is truncated or not packed by gzip"):
             files.load(name, folder)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("encoding, words", [
+    ("utf-8", None), ("utf-8-sig", None), ("utf-16", "has zero bytes, as UTF-16"), ("utf-16-le", "has zero bytes, as UTF-16"),
+    ("latin-1", "line 6: byte 0xe9 is not UTF-8; save it")])
+def test_molecules_encodings(molecule_folder, encoding, words):
+    """UTF-8 is read, with a byte order mark and without; of another encoding one sentence says which file and line."""
+    path = molecule_folder / "delaney-processed.csv"
+    head, *lines = [line.split(",") for line in path.read_text().splitlines()]
+    lines[4][0] = "\u00e9"
+    path.write_bytes("\r\n".join(",".join(line[::-1]) for line in [head, *lines]).encode(encoding))  # smiles comes first
+    if words is None:
+        assert np.allclose(files.load("esol", molecule_folder).y[:, 0], np.round(np.arange(30) / 7, 3))
+        return
+    with pytest.raises(ValueError, match=words) as error:
+        files.load("esol", molecule_folder)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("low, high, said", [
+    ("0", "1", ""), ("0.0", "1", ""), ("1", "2", "2 is the positive class, 1 the other, of A, B"), ("-1", "1", "1 is the pos"),
+    ("inactive", "yes", "'yes' is the positive class, 'inactive' the other"), ("False", "True", "'True' is the positive")])
+def test_molecules_two_classes(molecule_folder, capsys, low, high, said):
+    """Two numbers or two words are two classes, the larger or the later in the alphabet positive, and where they are not 0
+    and 1 one line says so; missing labels stay missing."""
+    want = files.load("muv", molecule_folder).y
+    capsys.readouterr()
+    path = molecule_folder / "muv.csv.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    lines[1:] = [",".join({"0": low, "1": high}.get(one, one) for one in line.split(",")) for line in lines[1:]]
+    write_csv(path, lines[0], lines[1:])
+    assert np.array_equal(files.load("muv", molecule_folder).y, want, equal_nan=True)
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == bool(said)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("column, words", [
+    (["0", "1", "2"], "column 'A': 3 different values, 0, 1, 2; expected two classes"),
+    (["CA", "CI", "CM"], "column 'A': 3 different values, 'CA', 'CI', 'CM'; expected two"),
+    ([f"{i / 7:.2f}" for i in range(30)], r"column 'A': 30 different values, 0, 0.14, 0.29, 0.43, 0.57 \.\.\.; expected two"),
+    (["1", "active"], "line 3, column 'A', row 1 .*: 'active'; expected a number"),
+    (["0,5", "1,5"], "line 2, column 'A', row 0 .*: '0,5'; expected a number")], ids=str)
+def test_molecules_more_than_two_classes(molecule_folder, column, words):
+    """More than two values where classes are expected, as in a column of measured numbers: one sentence before any work."""
+    write_csv(molecule_folder / "muv.csv.gz", "A,mol_id,smiles", [
+        f'"{column[i % len(column)]}",id{i},{"C" * (i + 1)}' for i in range(30)])
+    with pytest.raises(ValueError, match="muv.csv.gz.* " + words) as error:
+        files.load("muv", molecule_folder)
+    assert "\n" not in str(error.value)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("part, rows, words", [
+    ("test", [25, 3], "row 3 is in test and, by .*, in train"), ("val", [20, 19], "row 19 is in val and, by .*, in train"),
+    ("test", [24, 25], "row 24 is in test and, by .*, in val"), ("val", [], "val is empty; expected numbers of rows"),
+    ("train", [0, 30], "train has row 30, and the table has 0 to 29"), ("train", [-1, 3], "train has row -1, and the table"),
+    ("train", [0, 1, 2, 1], "row 1 is in train 2 times; expected once")], ids=str)
+def test_molecules_splits_that_leak(molecule_folder, part, rows, words):
+    """An official split whose parts share a row, have one that the table lacks, have one twice, or are empty, is refused in
+    one sentence with the file, the row and both parts: in the .npz and in OGB's own files."""
+    split = {"train": np.arange(20), "val": np.arange(20, 25), "test": np.arange(25, 30), part: np.array(rows, int)}
+    np.savez(molecule_folder / "ogbg-molhiv_scaffold_split.npz", **split)
+    for name, numbers in split.items():
+        (molecule_folder / "pcba" / "split" / "scaffold" / f"{name.replace('val', 'valid')}.csv.gz").write_bytes(
+            gzip.compress("\n".join(map(str, numbers)).encode()))
+    for name, folder, file in (("molhiv", molecule_folder, "ogbg-molhiv_scaffold_split.npz"),
+                               ("molpcba", molecule_folder / "pcba", f"{part.replace('val', 'valid')}.csv.gz")):
+        with pytest.raises(ValueError, match=words) as error:
+            files.load(name, folder)
+        assert file in str(error.value) and "\n" not in str(error.value)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("rows", [np.arange(20) % 2 == 0, np.arange(20) / 2, np.arange(20)[None]],
+                         ids=["mask", "float", "2-D"])
+def test_molecules_splits_of_other_kinds(molecule_folder, rows):
+    """Masks, fractions and arrays of another shape are no numbers of rows."""
+    np.savez(molecule_folder / "ogbg-molhiv_scaffold_split.npz", train=rows, val=np.arange(20, 25), test=np.arange(25, 30))
+    with pytest.raises(ValueError, match="scaffold_split.npz: train holds .*; expected numbers of rows, whole"):
+        files.load("molhiv", molecule_folder)
+
+
+@needs_rdkit
+def test_molecules_splits_without_readable_rows(molecule_folder):
+    """A part of the split of which RDKit can read nothing is refused in one sentence."""
+    path = molecule_folder / "HIV.csv"
+    lines = path.read_text().splitlines()
+    lines[21:26] = [f"C1CC,CI,{i % 2}" for i in range(5)]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="split.npz, of what RDKit can read: val is empty"):
+        files.load("molhiv", molecule_folder)
 
 
 @needs_rdkit
@@ -575,6 +798,161 @@ def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
 
 
 @needs_rdkit
+@pytest.mark.parametrize("flags", [
+    ["--kernel", "gcn", "--depth", "1"], ["--kernel", "sum", "--depth", "1", "--kind", "both"],
+    ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1"],
+    ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1", "--select", "loo"]], ids=" ".join)
+def test_molecules_sizes_are_runs_alone(tmp_path, monkeypatch, flags):
+    """A size in a row of sizes has the result of a run of that size alone, with every kernel, ridge and network chosen as
+    there; also where the sizes choose different networks."""
+    monkeypatch.setattr(train_molecule, "FEW", 100)
+    flags += ["--ridge", "1,0.01,1e-4"]
+    row = train_molecules(tmp_path, *flags, "--sizes", "20,80")
+    for n in (20, 80):
+        alone = train_molecules(tmp_path, *flags, "--n_train", str(n))
+        for one, other in [(row[kind][n], alone[kind]) for kind in kernel.KINDS] if "both" in flags else [(row[n], alone)]:
+            assert {**one["config"], "tile": 0} == {**other["config"], "tile": 0} and one["ridge"] == other["ridge"]
+            for key in ("test_rmse", "loo_mse", "loo_score", "search", "compared"):
+                numbers = [json.loads(re.sub(r'"\w+": ', "", json.dumps(of[key])).replace("{", "[").replace("}", "]").replace(
+                    "null", "0")) for of in (one, other)]
+                assert np.allclose(*map(flat, numbers), rtol=1e-3), key
+    if "1,3" in flags and "loo" not in flags:
+        assert row[20]["config"]["depth"] != row[80]["config"]["depth"]
+        with pytest.raises(ValueError, match=r"one network, and --sizes \[20, 80\] choose 2: \[20\] depth=1 .*; give one"):
+            train_molecules(tmp_path, *flags, "--sizes", "20,80", "--store", str(tmp_path / "K"))
+
+
+def flat(numbers):
+    return np.concatenate([flat(one) for one in numbers]) if isinstance(numbers, list) and numbers else np.atleast_1d(numbers)
+
+
+@needs_rdkit
+def test_molecules_stores_grow(tmp_path, molecule_folder, monkeypatch):
+    """A larger n_train in the same store, whose molecules have more atoms and more neighbours, computes the new entries only
+    and has the result of a fresh run."""
+    order, padding, make = np.random.default_rng(0).permutation(80), [], files.graphs
+    smiles = {row: "C" * (1 + row % 9) + "NOCF"[row % 4] for row in range(80)}
+    smiles[order[40]] = "CC(C)(C)CCCCCCCCCCCCCCCCCC"
+    write_csv(molecule_folder / "delaney-processed.csv", "measured log solubility in mols per litre,smiles",
+              [f"{np.sin(row):.3f},{smiles[row]}" for row in range(80)])
+    monkeypatch.setattr(files, "graphs", lambda *args: padding.append(make(*args)) or padding[-1])
+    flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "sum", "--depth", "1", "--ridge", "0.01,1e-3"]
+    small, large = (train_molecules(tmp_path, *flags, "--store", str(tmp_path / "K"), "--n_train", n, *tile)
+                    for n, tile in (("30", ["--tile", "10"]), ("50", [])))
+    fresh = train_molecules(tmp_path, *flags, "--n_train", "50")
+    assert [(x.degree, x.nodes) for x in padding[:2]] == [(3, 10), (5, 22)]
+    assert small["entries_computed"] == 2 * ((30 * 30 + 30 * 10) // 2 + 2 * 8 * 30)
+    assert large["entries_computed"] == 2 * ((50 * 50 + 50 * 10) // 2 + 2 * 8 * 50) - small["entries_computed"]
+    assert large["config"]["tile"] == 10 and large["ridge"] == fresh["ridge"]
+    assert np.allclose([large[key] for key in ("test_rmse", "loo_mse")], [fresh[key] for key in ("test_rmse", "loo_mse")],
+                       rtol=1e-4)
+    again = train_molecules(tmp_path, *flags, "--store", str(tmp_path / "K"), "--n_train", "30")
+    assert again["entries_computed"] == 0 and abs(again["test_rmse"] / small["test_rmse"] - 1) < 1e-6
+
+
+@needs_rdkit
+def test_molecules_digests_without_padding():
+    """What a store knows a graph by depends on the graph alone: not on padding, degree, or the others in the array; two
+    graphs that differ in an atom, a bond or a weight have different ones."""
+    from large import store
+    some = ["CCO", "CCN", "CC=O", "C1CC1", "CCC", "C"]
+    alone = [store.digests(files.graphs([one], "order"))[0] for one in some]
+    assert len(set(alone)) == len(some)
+    together = files.graphs([*some, "CC(C)(C)C" + "C" * 20], "order", least=50)
+    for block in (2, 1024):
+        assert (store.digests(together, block)[:len(some)] == alone).all()
+    assert (store.digests(together.take([2, 0])) == [alone[2], alone[0]]).all()
+    assert store.digests(files.graphs(["CC=O"], "normal"))[0] != alone[2]
+
+
+def made_assays(folder, values=("0", "1"), n=100):
+    """A table in MUV's format: does a molecule have nitrogen, with a few wrong labels. Rows, and labels 0 or 1."""
+    rng = np.random.default_rng(0)
+    smiles = [f"{'C' * (1 + i // 10)}{'NOSF'[i % 4]}{'C' * (1 + i % 10)}".replace("F", "C(F)") for i in range(n)]
+    label = [int(("N" in one) ^ (rng.random() < 0.1)) for one in smiles]
+    write_csv(folder / "muv.csv.gz", "A,mol_id,smiles", [f"{values[k]},id,{one}" for k, one in zip(label, smiles)])
+    return smiles, np.array(label)
+
+
+@needs_rdkit
+@pytest.mark.parametrize("values", [("0", "1"), ("1", "2"), ("inactive", "yes")], ids=" ".join)
+def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
+    """Average precision of a table in MUV's format with labels 1 and 2, or words, is scikit-learn's of the dense solution,
+    the larger label, or later word, being the positive one."""
+    _, y = made_assays(molecule_folder, values)
+    result = train_molecules(tmp_path, "--dataset", "muv", "--data", str(molecule_folder), "--kernel", "fingerprint",
+                             "--depth", "1", "--ridge", "0.1")
+    rows = files.load("muv", str(molecule_folder))
+    train, _, test = files.split(rows)
+    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(files.fingerprints(rows.mols).astype(np.float64)))
+    A = K[np.ix_(train, train)] + 0.1 * np.diag(K)[train].mean() * np.eye(len(train))
+    f = K[np.ix_(test, train)] @ np.linalg.solve(A, y[train] - y[train].mean())
+    assert abs(result["test_ap"] - average_precision_score(y[test], f)) < 1e-6
+    assert abs(result["test_ap"] - average_precision_score(1 - y[test], f)) > 0.05
+
+
+@needs_rdkit
+@pytest.mark.parametrize("part, flags, words", [
+    ("train", [], "n_train=20: the first 20 training molecules of molhiv have labels of one class only of HIV_active: they"),
+    ("train", ["--ridge", "1", "--sizes", "5,20"], "n_train=5: the first 5 training molecules"),
+    ("train", ["--select", "loo"], "n_train=20: the first 20"),
+    ("val", [], "split 'official': the 5 val molecules .* one class only .*; use --select loo, one --ridge, another --split"),
+    ("val", ["--ridge", "1", "--depth", "1,2"], "the 5 val molecules .* one class only"),
+    ("test", ["--ridge", "1"], "the 5 test molecules .* one class only .*auc is not defined; take another --split")], ids=str)
+def test_molecules_one_class_only(tmp_path, molecule_folder, monkeypatch, part, flags, words):
+    """Training rows of one class, which make an AUC of 0.5 whatever the kernel, validation rows that cannot choose, test rows
+    that cannot measure: refused in one sentence, before any kernel is computed."""
+    lines = [f"{'C' * (1 + i)},CI,{i % 2}" for i in range(30)]
+    for i in {"train": range(20), "val": range(20, 25), "test": range(25, 30)}[part]:
+        lines[i] = lines[i][:-1] + "0"
+    write_csv(molecule_folder / "HIV.csv", "smiles,activity,HIV_active", lines)
+    monkeypatch.setattr(train_molecule, "kernels", None)
+    with pytest.raises(ValueError, match=words) as error:
+        train_molecules(tmp_path, "--dataset", "molhiv", "--data", str(molecule_folder), *flags)
+    assert "\n" not in str(error.value)
+
+
+@needs_rdkit
+def test_molecules_too_few_to_split(tmp_path, molecule_folder):
+    """Where a random split leaves no validation row one sentence says so, and leave-one-out needs none."""
+    path = molecule_folder / "delaney-processed.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:6]) + "\n")
+    flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "fingerprint", "--depth", "1", "--ridge", "0.1"]
+    with pytest.raises(ValueError, match="split 'random': the 0 val molecules .*; use --select loo, another --split"):
+        train_molecules(tmp_path, *flags)
+    assert train_molecules(tmp_path, *flags, "--select", "loo")["rows"] == 4
+
+
+@needs_rdkit
+def test_molecules_one_class_where_nothing_is_chosen(tmp_path, molecule_folder):
+    """Validation rows of one class are no hindrance with one ridge, or where the training rows choose."""
+    lines = [f"{'C' * (1 + i)},CI,{i % 2 if not 20 <= i < 25 else 1}" for i in range(30)]
+    write_csv(molecule_folder / "HIV.csv", "smiles,activity,HIV_active", lines)
+    for flags in (["--ridge", "1"], ["--select", "loo"]):
+        result = train_molecules(tmp_path, "--dataset", "molhiv", "--data", str(molecule_folder), "--kernel", "fingerprint",
+                                 "--depth", "1", *flags)
+        assert 0 <= result["test_auc"] <= 1
+
+
+@needs_rdkit
+def test_molecules_tasks_of_one_class_are_left_out(tmp_path, molecule_folder, capsys):
+    """A task with one class only in the training rows is named and left out, at the sizes that have one only: the score is
+    that of the other task, alone."""
+    folder, official = molecule_folder / "pcba", np.random.default_rng(0).permutation(20)  # as `split` has it for seed 0
+    label = np.stack([np.arange(30) % 2, np.isin(np.arange(30), [*official[12:], 21, 28])]).astype(int)
+    table = folder / "mapping" / "mol.csv.gz"
+    flags = ["--dataset", "molpcba", "--kernel", "fingerprint", "--depth", "1", "--ridge", "0.01", "--data", str(folder)]
+    write_csv(table, "A,B,smiles,mol_id", [f"{a},{b},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, (a, b) in enumerate(label.T)])
+    result = train_molecules(tmp_path, *flags, "--sizes", "12,20")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == ("note: n_train=12: 1 of 2 tasks have labels of one class only among the training molecules, and are "
+                       "left out: B") and result[12]["tasks"] == 1 and result[20]["tasks"] == 2
+    write_csv(table, "A,smiles,mol_id", [f"{a},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, a in enumerate(label[0])])
+    alone = train_molecules(tmp_path, *flags, "--n_train", "12")
+    assert abs(alone["test_ap"] - result[12]["test_ap"]) < 1e-9
+
+
+@needs_rdkit
 def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
     """Leave-one-out and GCV with missing labels, and GCV of classes, are refused in one sentence that says what to use;
     the commands of README and docstring are understood."""
@@ -635,6 +1013,18 @@ def test_molecules_train_error_without_traceback(tmp_path):
     assert done.returncode and done.stderr.splitlines()[-1].startswith("ValueError: esol needs --data FOLDER")
     assert "Traceback" not in done.stderr
 
+
+
+@needs_rdkit
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "x"], "--data changes nothing here: the molecules of --dataset nci come with RDKit"),
+    (["--kernel", "fingerprint", "--jump"], "--jump changes nothing here: --kernel fingerprint has no graphs"),
+    (["--fingerprints", "morgan"], "--fingerprints changes nothing here: --kernel gcn has none")])
+def test_molecules_flags_without_effect(flags, words, capsys):
+    """A flag that changes nothing in a run is an error of one line that says why."""
+    with pytest.raises(SystemExit):
+        train_molecule.parse(flags)
+    assert words in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------- benchmark

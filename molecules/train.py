@@ -4,8 +4,9 @@
 
 k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts, or others), or the
 sum of the two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the
-training rows; where labels are missing every task is solved on its own rows, all together (missing.py). The rare class
-has no extra weight, because the score, area under the ROC curve or average precision, depends on the order only.
+training rows; where labels are missing every task is solved on its own rows, all together (missing.py), and a task that
+has one class only in the training rows is left out, which is said. The rare class has no extra weight, because the score,
+area under the ROC curve or average precision, depends on the order only.
 Ridges, and whatever flag of the network is given several values, are compared by that score, or by squared error where
 numbers are predicted (comparing classes by squared error chose ten times the ridge on all of molhiv, fingerprints: a
 validation AUC of 0.807 instead of 0.823). They are compared on the validation rows, which are never fitted, or with
@@ -19,8 +20,10 @@ validation AUC of 0.807 instead of 0.823). They are compared on the validation r
 """
 
 import argparse
+import itertools
+import os
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -50,9 +53,8 @@ OGB's archive, as unpacked: snap.stanford.edu/ogb/data/graphproppred/csv_mol_dow
 
 def flags():
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = experiment.Parser(
+        description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES)
     rows = parser.add_argument_group("molecules")
     rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS)
     rows.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
@@ -73,9 +75,10 @@ def flags():
                          help="A of gcn: D^-1/2 (A + I) D^-1/2, A + I, or the first with the orders of bonds")
     network.add_argument("--fingerprints", default="morgan", metavar="NAME,...", help="what is counted: "
                          f"{', '.join(smiles.FINGERPRINTS)}, or several; see smiles.fingerprints")
-    network.add_argument("--tile", type=int, help="side of a tile of K; None: from kernel and n_train")
-    network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there; None: in "
-                         "memory")
+    network.add_argument("--tile", type=int, help="side of a tile of K; None: that of the store, or from kernel and "
+                         "n_train")
+    network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there, also with a "
+                         "larger n_train; None: in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
                         "commas, or auto (10 down to 1e-6): chosen by the score, or by squared error for numbers")
@@ -105,6 +108,13 @@ def parse(argv):
                      f"{smiles.DATASETS[args.dataset]}; use --select loo or validation")
     if args.store == "none":
         parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
+    of_gcn = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} has no graphs"
+    idle = {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit",
+            "pool": of_gcn, "jump": of_gcn, "weights": of_gcn,
+            "fingerprints": args.kernel == "gcn" and "--kernel gcn has none"}
+    for flag in experiment.given(parser, argv):
+        if idle.get(flag):
+            parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
     return args
 
 
@@ -112,6 +122,7 @@ def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
     kind, with --sizes by size."""
     args = parse(argv)
+    experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     with regression.phase("data", seconds):
@@ -127,31 +138,33 @@ def main(argv=None):
             if np.isnan(y[where["train"]]).any():
                 raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has a "
                                  "matrix of its own, of its labelled rows; use --select validation")
+        for n in args.sizes:
+            check_labels(args, rows.tasks, where, y, n)
         inputs = {part: smiles.graphs(mols, args.weights, args.quiet) if part == "gcn" else
                   smiles.fingerprints(mols, args.fingerprints, quiet=args.quiet) for part in PARTS[args.kernel]}
     if not args.quiet:
         print(experiment.described(args))
     with regression.phase("choose", seconds):
-        compared = experiment.compare(args, partial(criterion, args, kinds[0], inputs, where, y), by(args))
-    with regression.phase("kernel", seconds):
-        matrices = kernels(args, kinds, inputs, where)
+        networks = chosen(args, kinds[0], inputs, where, y)
     results = {kind: {} for kind in kinds}
-    for kind, of_parts in zip(kinds, matrices):
-        for n in args.sizes:
-            blocks = dict(zip(where, summed(of_parts, n)))
-            labels = {name: y[numbers[:n] if name == "train" else numbers] for name, numbers in where.items()}
-            result = {**one_size(args, blocks, labels), "compared": compared,
-                      "entries": sum(block.entries for block in blocks.values())}
-            result["entries_computed"] = (sum(K.entries - K.found for of in of_parts for K in of)
-                                          if n == args.n_train else 0)
-            result["seconds"] = {name: round(s, 3) for name, s in {**seconds, **result["seconds"]}.items()}
-            experiment.record(args.out, config(args, kind, n), result, run)
-            print(describe(result), flush=True)
-            results[kind][n] = result
+    for one, compared in networks:
+        spent, most = dict(seconds), max(compared)
+        with regression.phase("kernel", spent):
+            matrices = kernels(one, kinds, inputs, {**where, "train": where["train"][:most]})
+        for kind, of_parts in zip(kinds, matrices):
+            for n in compared:
+                blocks = dict(zip(where, summed(of_parts, n)))
+                result = {**one_size(one, blocks, labels(args, where, y, n)), "compared": compared[n],
+                          "entries": sum(block.entries for block in blocks.values())}
+                result["entries_computed"] = sum(K.entries - K.found for of in of_parts for K in of) if n == most else 0
+                result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
+                experiment.record(args.out, config(one, kind, n), result, run, describe)
+                results[kind][n] = result
+        del matrices, of_parts, blocks  # before those of the next network
     if args.dataset == "nci" and not args.quiet:
         print("Here a network learns a formula. For something measured: --dataset esol --data DIR; --help says what "
               "DIR must hold")
-    results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
+    results = {kind: {n: of[n] for n in args.sizes} if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
     return results if args.kind == "both" else results[args.kind]
 
 
@@ -163,6 +176,11 @@ def derive(args, parts):
                          "train on")
     args.n_train, args.n_test = args.n_train or have, len(parts[2])
     args.sizes = args.sizes or [args.n_train]
+    for part, kind in itertools.product(PARTS[args.kernel], kernel.KINDS if args.tile is None and args.store else ()):
+        from large import store
+        known = store.manifest(os.path.join(args.store, f"train-{part}-{kind}"))
+        if known and args.kind in (kind, "both"):
+            args.tile = known["tile"]
     if args.tile is None:
         sides = (1024, 8192) if args.kernel == "fingerprint" else (1024, 4096)
         args.tile = experiment.tile_side(*sides, args.n_train)
@@ -176,6 +194,42 @@ def selected(args):
 def by(args):
     """What is compared, as `choose.best` takes it: the squared error where numbers are predicted, else the score."""
     return "mse" if smiles.DATASETS[args.dataset] == "rmse" else "score"
+
+
+def taught(args, y):
+    """Which tasks have in y (rows, tasks) two classes, or where numbers are predicted one label: (tasks,) bool."""
+    least = 1 if smiles.DATASETS[args.dataset] == "rmse" else 2
+    return np.array([len(np.unique(of[~np.isnan(of)])) >= least for of in y.T])
+
+
+def labels(args, where, y, n):
+    """{name: (rows, tasks)} of the first n training rows and of the others, for the tasks that those n teach."""
+    found = {name: y[numbers[:n] if name == "train" else numbers] for name, numbers in where.items()}
+    tasks = taught(args, found["train"])
+    return {name: of[:, tasks] for name, of in found.items()}
+
+
+def check_labels(args, tasks, where, y, n):
+    """Says which tasks n training rows cannot teach.  ValueError: they teach none; or other rows cannot measure any of
+    them, or cannot choose by them where there is something to choose."""
+    score, found = smiles.DATASETS[args.dataset], taught(args, y[where["train"][:n]])
+    short = "no number" if score == "rmse" else "labels of one class only"
+    choose_by = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
+    if not found.any():
+        raise ValueError(f"n_train={n}: the first {n} training molecules of {args.dataset} have {short} of "
+                         f"{', '.join(tasks[:5])}: they teach nothing, and {score} is not defined; raise --n_train, or take "
+                         "another --seed")
+    for name, cure in (("val", "use --select loo, "), ("test", "take ")):
+        rows = where.get(name)
+        if rows is not None and (not len(rows) or (name == "test" or choose_by) and not (found & taught(args, y[rows])).any()):
+            raise ValueError(f"split {args.split!r}: the {len(rows)} {name} molecules of {args.dataset} have "
+                             f"{short if len(rows) else 'no label'} of what {n} training molecules teach, so that {score} is "
+                             f"not defined; {cure}{'one --ridge, ' * (name == 'val' and len(rows) > 0)}another --split or "
+                             "another --seed")
+    left = [task for task, there in zip(tasks, found) if not there]
+    if left:
+        print(f"note: n_train={n}: {len(left)} of {len(tasks)} tasks have {short} among the training molecules, and are left "
+              f"out: {', '.join(left[:5])}" + " ..." * (len(left) > 5))
 
 
 def network(args, part, x):
@@ -194,32 +248,53 @@ def kernels(args, kinds, inputs, where):
     for part, x in inputs.items():
         engine, layers = network(args, part, x)
         rows = {f"{name}-{part}": x.take(of) if part == "gcn" else x[of] for name, of in where.items()}
+        about = [layer[:1] if layer[0] == "aggregate" else layer for layer in layers]  # its degree is that of the padding
         of_parts.append(experiment.matrices(
-            partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": layers}, args.tile,
+            partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": about}, args.tile,
             devices=experiment.devices(args.devices), quiet=args.quiet))
     return list(zip(*of_parts))
 
 
 def summed(of_parts, n):
-    """[K, ...] for the first n training rows: the sum over parts, each divided by the mean diagonal of its K; of one
-    part as it is.  Tiles of the same keys, in memory."""
-    scales = [np.float32(1 / of[0].diagonal().mean()) for of in of_parts]
+    """[K, ...] for the first n training rows: the sum over parts, each divided by the mean diagonal of its K of these
+    rows; of one part as it is.  Tiles of the same keys, in memory."""
     blocks = [[block.leading(n).merged() for block in of] for of in of_parts]
     if len(blocks) == 1:
         return blocks[0]
+    scales = [np.float32(1 / of[0].diagonal().mean()) for of in blocks]
     return [replace(same[0], tiles={key: sum(scale * block.tiles[key] for scale, block in zip(scales, same))
                                     for key in same[0].keys()}) for same in zip(*blocks)]
 
 
-def criterion(args, kind, inputs, where, y, setting):
-    """[choose.Row, ...] of one setting of the flags that were given several values, for a kind, on the first training
-    molecules: those of the smallest size, choose.DENSE at most."""
-    n = min(args.sizes[0], choose.DENSE)
+def chosen(args, kind, inputs, where, y):
+    """[(args, {n: compared}), ...]: of the flags that were given several values the ones that each size chooses, as it
+    would alone; sizes that choose the same share a network.  compared: of `experiment.compare`."""
+    found, table = {}, cache(lambda setting: criteria(args, kind, inputs, where, y, dict(setting)))
+    for n in args.sizes:
+        one = argparse.Namespace(**vars(args))
+        if len(args.sizes) > 1 and len(experiment.settings(args)) > 1 and not args.quiet:
+            print(f"n_train={n}:")
+        compared = experiment.compare(one, lambda setting: table(tuple(setting.items()))[n], by(args))
+        name = " ".join(f"{flag}={getattr(one, flag)}" for flag in experiment.SETTINGS if hasattr(one, flag))
+        found.setdefault(name, (one, {}))[1][n] = compared
+    if len(found) > 1 and args.store:
+        raise ValueError(f"--store {args.store}: it holds one network, and --sizes {args.sizes} choose {len(found)}: "
+                         f"{'; '.join(f'{list(sizes)} {name}' for name, (_, sizes) in found.items())}; give one value of each "
+                         "flag, or every size a run and a store of its own")
+    return list(found.values())
+
+
+def criteria(args, kind, inputs, where, y, setting):
+    """{n: [choose.Row, ...]} of one setting of the flags that were given several values, for a kind: for every size on its
+    first choose.DENSE training molecules, at most."""
+    few = {n: min(n, choose.DENSE) for n in args.sizes}
     one = argparse.Namespace(**{**vars(args), **setting, "store": None})
-    where = {name: rows[:n] if name == "train" else rows for name, rows in where.items() if name != "test"}
-    blocks = dict(zip(where, summed(kernels(one, (kind,), inputs, where)[0], n)))
-    K, targets, _, options = problem(one, blocks, {name: y[rows] for name, rows in where.items()})
-    return regression.search(K, targets, args.ridge, **{**options, "quiet": True})
+    where = {name: rows[:max(few.values())] if name == "train" else rows for name, rows in where.items() if name != "test"}
+    matrices, found = kernels(one, (kind,), inputs, where)[0], {}
+    for n, m in few.items():
+        K, targets, _, options = problem(one, dict(zip(where, summed(matrices, m))), labels(args, where, y, m))
+        found[n] = regression.search(K, targets, args.ridge, **{**options, "quiet": True})
+    return found
 
 
 def problem(args, blocks, y):

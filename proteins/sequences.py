@@ -140,23 +140,26 @@ def _columns(name, folder, quiet, target, *others):
 
     Letters are taken as upper case. Rows whose sequence has other letters than RESIDUES, or none, are left out and counted.
     """
-    sequences, columns, odd, rows, line = [], [], Counter(), 0, 1
+    sequences, columns, odd = [], [], Counter()
     content, path = _table(name, folder)
     if not quiet:
         data.compare(content, SHA256[name], path)
-    for line, row in data.rows(content, path, ("sequence", target, *others)):
-        rows, sequence = rows + 1, row["sequence"].strip()
+    names, lines = data.lines(path, content)
+    places = data.columns(path, names, ("sequence", target, *others))
+    for line, fields in lines:
+        sequence, value, *words = (fields[place].strip() for place in places)
         sequence = sequence.upper() if sequence.isascii() else sequence  # upper() makes two letters S of some others
         unknown = set(sequence) - set(RESIDUES)
         if unknown or not sequence:
             odd.update(unknown or {""})
             continue
         sequences.append(sequence)
-        columns.append([_number(row[target], target, path, line),
-                        *(_word(row[other], other, path, line) for other in others)])
-    if len(sequences) < rows:
+        columns.append([_number(value, target, path, line),
+                        *(_word(word, other, path, line) for word, other in zip(words, others))])
+    left = len(lines) - len(sequences)
+    if left:
         found = ", ".join(f"{repr(letter) if letter else 'no letter'} in {count}" for letter, count in odd.most_common(20))
-        left_out = f"{path}: {rows - len(sequences)} of {rows} rows left out, whose sequence is not of {RESIDUES}: {found}"
+        left_out = f"{path}: {left} of {len(lines)} rows left out, whose sequence is not of {RESIDUES}: {found}"
         if not sequences:
             raise ValueError(f"{left_out}; no row is left. Correct the column sequence")
         print(left_out)
@@ -164,7 +167,7 @@ def _columns(name, folder, quiet, target, *others):
         raise ValueError(f"{path} has no row below its header")
     targets, *rest = map(np.array, zip(*columns))
     if np.ptp(targets) == 0:
-        raise ValueError(f"{path}, lines 2 to {line}: every {target} is {targets[0]:g}; there is nothing to learn")
+        raise ValueError(f"{path}, lines 2 to {lines[-1][0]}: every {target} is {targets[0]:g}; there is nothing to learn")
     return sequences, targets, *rest
 
 
@@ -181,7 +184,7 @@ def _number(text, column, path, line):
 
 def _word(text, column, path, line):
     """What a word in the column set or validation means, of WORDS."""
-    word, expected = text.strip().lower(), "train or test" if column == "set" else "True, yes, 1 or False, no, 0, nothing"
+    word, expected = text.lower(), "train or test" if column == "set" else "True, yes, 1 or False, no, 0, nothing"
     if word not in WORDS[column]:
         raise ValueError(f"{path}, line {line}: {column} {text!r}; expected {expected}. Correct the line or take it out")
     return WORDS[column][word]

@@ -6,7 +6,8 @@
   tables.py            runs to tables
   report.py            the command that writes them: python -m results.report
   pictures.py          the pictures of the front page
+  plot.py              the picture of one run (--plot)
   compare_solvers.py   the solver beside others
 
-Nothing else needs this folder.
+Only --plot needs this folder.
 """

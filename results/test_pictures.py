@@ -2,11 +2,15 @@
 
 import re
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from test_all import data, kernel, tiles  # isort: skip  (sets JAX up)
+from test_all import Dense, data, digits, kernel, spectrum, tiles, train  # isort: skip  (sets JAX up)
 
-from results import pictures
+import choose
+import pcg
+from results import pictures, plot
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +53,37 @@ def test_pictures_curves_are_at_most_eight(drawn):
     """At most eight curves, each rising with n."""
     points = drawn[1]["draw_curves"]
     assert 4 <= len(points) <= 8 and all(len(of) >= 3 for of in points.values())
+
+
+def test_plot_of_residuals():
+    """The figure shows the histories it was given, under their names."""
+    K, y = spectrum(50, 1e4), np.random.default_rng(0).normal(size=(50, 2))
+    infos = {name: pcg.solve(lambda v: K @ v, y, 1e-4, P)[1]
+             for name, P in (("none", None), ("half", pcg.low_rank(Dense(K), 25)(1e-4)))}
+    axes = Figure().add_subplot()
+    plot.residuals(axes, infos)
+    for line, (name, info) in zip(axes.lines, infos.items(), strict=True):
+        assert list(line.get_ydata()) == info.history and line.get_label().startswith(f"{name}: ")
+
+
+def test_plot_of_errors(tmp_path):
+    """The picture of error against ridge has leave-one-out, test error and effective dimension in it."""
+    x, labels = digits(80)
+    fn, y = kernel.kernel_fn("fc", "nngp"), data.one_hot(labels)
+    K = np.asarray(fn(x), np.float64)
+    figure = Figure()
+    plot.errors(figure.add_subplot(), choose.Spectrum(K[:60, :60]), y[:60], 0.1, K[60:, :60], y[60:])
+    left, right = figure.axes
+    f = K[60:, :60] @ np.linalg.solve(K[:60, :60] + 10 * np.diag(K[:60, :60]).mean() * np.eye(60), y[:60])
+    assert len(left.lines) == 3 and len(right.lines) == 1
+    assert abs(left.lines[1].get_ydata()[0] - np.sqrt(np.mean((f - y[60:]) ** 2))) < 1e-6
+
+
+@pytest.mark.parametrize("more, names", [(["--kind", "both", "--crops", "2"], ["p-nngp.png", "p-ntk.png"]), ([], ["p.png"])])
+def test_plot_of_a_run(tmp_path, more, names):
+    """--plot draws both pictures for each kind, beside an unchanged run."""
+    flags = ["--n_train", "40", "--n_test", "20", "--ridge", "0.1", *more]
+    run, plain = train(tmp_path, *flags, "--plot", str(tmp_path / "p.png")), train(tmp_path, *flags)
+    assert [(tmp_path / name).stat().st_size > 10_000 for name in names] == [True] * len(names)
+    run, plain = (result.get("ntk", result) for result in (run, plain))
+    assert run["test_mse"] == plain["test_mse"]

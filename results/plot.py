@@ -1,0 +1,63 @@
+"""The picture of one run (--plot): the error against the ridge, and the residual against the step.
+
+    python train_cifar.py --n_train 600 --plot ridge.png
+
+Left, up to choose.DENSE rows: leave-one-out error, test error and effective dimension for every ridge, and the one that was
+chosen. Right: the same system solved with every preconditioner.   Proved by: results/test_pictures.py
+"""
+
+import numpy as np
+from matplotlib.figure import Figure  # no window, no global state
+
+import choose
+import regression
+
+
+def draw(path, title, K, K_test, prior, y, ridge, y_test, copies=1, tol=1e-6, **options):
+    """Write the picture to `path`.
+
+    copies: rows of K for each training image.   options: of regression.Solver; every preconditioner is tried.
+    """
+    infos, rows = {}, K.shape[0]
+    for name in regression.PRECONDITIONERS:
+        solver = regression.Solver(K, ridges=ridge, tol=tol, c=y.shape[1], prior=prior,
+                                   **{**options, "name": name, "verbose": False})
+        infos[name] = solver(y, ridge, tol)[1]
+    small = rows <= choose.DENSE
+    figure = Figure(figsize=(11 if small else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 1 + small, squeeze=False)[0]
+    if small:
+        spectrum = choose.Spectrum(K.columns(np.arange(rows)), prior.mean())
+        K_plain = K_test.columns(np.arange(rows))[::K_test.shape[0] // len(y_test)]  # without the crops of test images
+        errors(axes[0], spectrum, y, ridge, K_plain, y_test, copies)
+    residuals(axes[-1], infos)
+    if K.team.index == 0:
+        figure.suptitle(title)
+        for one in figure.axes:
+            one.spines["top"].set_visible(False)
+        figure.savefig(path, dpi=150)
+
+
+def errors(axes, spectrum, y, ridge, K_test=None, y_test=None, copies=1):
+    """Leave-one-out error, and with K_test (m, n) and y_test (m, c) the test error, against the ridge, as the root of
+    the mean square; on the right axis the effective dimension; a line at the ridge that was chosen."""
+    ridges = [r for r in np.geomspace(10, 1e-7, 65) if r * spectrum.scale > 4 * spectrum.noise]
+    table = choose.leave_one_out(spectrum, y, ridges, copies=copies)
+    axes.plot(ridges, np.sqrt([row.mse for row in table]), label="leave-one-out error")
+    if K_test is not None:
+        errors = [np.sqrt(np.mean((f - y_test) ** 2)) for f in spectrum.predictions(K_test, y, ridges)]
+        axes.plot(ridges, errors, linestyle="--", label="test error, for comparison only")
+    axes.axvline(ridge, color="grey", linewidth=0.8, label=f"chosen: {ridge:.2g}")
+    axes.set(xscale="log", xlabel="ridge", ylabel="root mean squared error")
+    right = axes.twinx()
+    right.plot(ridges, [row.dimension for row in table], color="C2", linewidth=0.8, linestyle=":")
+    right.set_ylabel(f"effective dimension, of {len(y):,} (dotted)", color="C2")
+    axes.legend(frameon=False)
+
+
+def residuals(axes, infos):
+    """Residual against step, a line for each of {name: Info}."""
+    for name, info in infos.items():
+        axes.plot(info.history, label=f"{name}: {info.iterations} steps, {info.seconds:.2g} s")
+    axes.set(xlabel="steps (products with K)", yscale="log", ylabel="largest |y - A x| / |y| over columns")
+    axes.legend(frameon=False)
