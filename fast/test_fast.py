@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from test_all import (  # isort: skip
-    HERE, both_kinds, cifar, every_network, fastest, images, needs_cifar, reference, relative_error,
+    HERE, POOLED, both_kinds, cifar, every_network, fastest, images, needs_cifar, network_id, reference, relative_error,
     time_it,
 )
 import jax
@@ -23,13 +23,13 @@ from fast import fused, gpu
 
 # ----------------------------------------------------------------------------------------- kernel
 
-@pytest.mark.parametrize("name, head", [("fc", "cosine"), ("fc", "relu"), ("fc", "exp"), ("cnn_gap", "cosine"),
-                                        ("cnn_gap", "relu"), ("cnn_gap", "exp"), ("cnn_vec", "relu"), ("myrtle5", "exp")])
+@pytest.mark.parametrize("name, head", [("fc", "cosine"), ("fc", "relu"), ("fc", "exp"), ("cnn_gap", "exp"),
+                                        ("cnn_vec", "relu")])
 def test_kernel_heads_are_neural_tangents(name, head):
     """Normalized readouts, of kernel.py and of fused.py, with and without mirror images: NNGP and NTK are those of
     stax.LayerNorm, Relu and ExpNormalized to 1e-10, between different images; k(x, x) is the same for all x."""
-    x, options = images(np.random.default_rng(0), 5, (4, 4, 2)), {"head": head, "gamma": 1.7, "w_std": 1.3, "b_std": 0.2}
-    options.update({} if name == "myrtle5" else {"depth": 2})
+    x = images(np.random.default_rng(0), 5, (4, 4, 2))
+    options = {"head": head, "gamma": 1.7, "w_std": 1.3, "b_std": 0.2, "depth": 2}
     a, b = x[:2], x[2:]
     found = kernel.kernel_fn(name, kernel.KINDS, **options)
     for got, fast, want in zip(found(a, b), fused.kernel_fn(name, kernel.KINDS, **options)(a, b),
@@ -55,7 +55,7 @@ def both_engines(name, x1, x2=None, **options):
 
 @pytest.mark.parametrize("name, shape, options", [
     ("fc", (5, 3, 2), {}), ("cnn_vec", (5, 3, 2), {"w_std": 1.2, "b_std": 0.3}),
-    ("cnn_gap", (8, 8, 1), {"w_std": 1.2, "b_std": 0.3, "depth": 3}), ("myrtle5", (8, 8, 1), {}),
+    ("cnn_gap", (8, 8, 1), {"w_std": 1.2, "b_std": 0.3, "depth": 3}),
     ("myrtle10", (12, 8, 11), {"b_std": 0.3})], ids=str)
 def test_fused_is_kernel(name, shape, options):
     """fused.py is kernel.py to 1e-5 in float32 and 1e-12 in float64: any shape, number of channels and
@@ -64,7 +64,7 @@ def test_fused_is_kernel(name, shape, options):
     x[4], x[5] = x[3], x[3][:, ::-1]
     both = both_engines(name, x, x[2:], **options)
     assert all(relative_error(fast, exact) < 1e-5 for fast, exact in both)
-    if name in ("fc", "cnn_vec", "myrtle5"):  # the others are the same code
+    if name in ("fc", "cnn_vec"):  # the others are the same code
         double = fused.kernel_fn(name, kernel.KINDS, **options)(x.astype(float), x[2:].astype(float))
         assert all(relative_error(fast, exact) < 1e-12 for fast, (_, exact) in zip(double, both))
 
@@ -81,7 +81,7 @@ def test_fused_black_images(name):
 
 
 @needs_cifar
-@pytest.mark.parametrize("name, n", [("cnn_vec", 20), ("cnn_gap", 2), ("myrtle10", 2)])
+@pytest.mark.parametrize("name, n", [("cnn_vec", 20), ("myrtle10", 2)])
 def test_fused_on_cifar(name, n):
     """The same on CIFAR-10, images with themselves and with a mirror image too."""
     x = cifar(20)[0][:n]
@@ -98,7 +98,7 @@ def test_fused_on_64_by_64():
 
 
 @pytest.mark.parametrize("name, sizes, options", [("fc", (1, 1300), {}), ("cnn_vec", (1, 19), {"depth": 3}),
-                                                  ("myrtle5", (19,), {})])
+                                                  (POOLED, (19,), {})], ids=network_id)
 def test_fused_symmetry_and_blocks(name, sizes, options, monkeypatch):
     """fn(x) is symmetric to the last bit and fn(x, x) up to rounding, diagonal included, whatever the
     block of columns and however many rows."""
@@ -126,31 +126,29 @@ def test_fused_both_kinds_in_one_pass(name):
 
 
 @pytest.mark.parametrize("name, shape", [("fc", (4, 3, 2)), ("cnn_vec", (5, 3, 2)), ("cnn_gap", (4, 6, 1)),
-                                         ("myrtle5", (8, 8, 1))])
+                                         (POOLED, (4, 4, 1))], ids=network_id)
 def test_fused_flips(name, shape, monkeypatch):
     """flips=True is augment.symmetric of kernel.py, to 1e-5 in float32 and 1e-12 in float64: of two sets and
     of one, in which it is symmetric to the last bit; also where images fill several blocks of columns, and
     with a relu after the ending, which is not linear."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 4 images and their mirror images
     x = images(np.random.default_rng(0), 11, shape)
-    named = kernel.network(name, **({} if name == "myrtle5" else {"depth": 2}), b_std=0.2)
-    for layers in ([named] if name in ("cnn_vec", "myrtle5") else [named, [*named, ("relu",), ("dense", 1.1, 0.3)]]):
+    named = kernel.network(name, depth=2, b_std=0.2) if isinstance(name, str) else name
+    for layers in ([named] if name != "fc" else [named, [*named, ("relu",), ("dense", 1.1, 0.3)]]):
         exact = augment.symmetric(kernel.kernel_fn(layers, kernel.KINDS))
         fast = fused.kernel_fn(layers, kernel.KINDS, flips=True)
-        for x2 in (x[3:], None):
-            for K, single, K_exact in zip(fast(x, x2), fast(*(z if z is None else z.astype(np.float32)
-                                                              for z in (x, x2))), exact(x, x2)):
-                assert relative_error(K, np.asarray(K_exact)) < 1e-12 and K.shape == K_exact.shape
-                assert relative_error(single, np.asarray(K_exact)) < 1e-5
-        assert np.array_equal(K, K.T)
+        for x2, dtype, tolerance in ((x[3:], float, 1e-12), (None, float, 1e-12), (None, np.float32, 1e-5)):
+            for K, K_exact in zip(fast(x.astype(dtype), x2), exact(x, x2)):
+                assert relative_error(K, np.asarray(K_exact)) < tolerance and K.shape == K_exact.shape
+            assert x2 is not None or np.array_equal(K, K.T)
 
 
-@pytest.mark.parametrize("name, flips", [("cnn_vec", False), ("cnn_gap", True), ("myrtle5", False)])
+@pytest.mark.parametrize("name, flips", [("cnn_vec", False), ("cnn_gap", True), (POOLED, False)], ids=network_id)
 def test_fused_on_a_gpu(name, flips, monkeypatch):
     """gpu.py, run by Pallas' interpreter: kernel.py to 1e-5 in float32 and 1e-12 in float64; images that are not
     square, with bias, several blocks of columns."""
-    x = images(np.random.default_rng(0), 9, (8, 8, 2) if name == "myrtle5" else (4, 6, 2))
-    layers = kernel.network(name, b_std=0.3, **({} if name == "myrtle5" else {"depth": 2}))
+    x = images(np.random.default_rng(0), 9, (4, 6, 2))
+    layers = kernel.network(name, b_std=0.3, depth=2) if isinstance(name, str) else name
     exact = kernel.kernel_fn(layers, kernel.KINDS)
     exact = (augment.symmetric(exact) if flips else exact)(x, x[2:])
     monkeypatch.setattr(fused, "on_gpu", lambda: True)
@@ -226,7 +224,7 @@ def test_train_is_fused(tmp_path):
 BLOCK = {"fc": {"fused": 4000, "kernel": 4000, "neural_tangents": (1000, 4000)},
          "cnn_vec": {"fused": 1024, "kernel": 128, "neural_tangents": (64, 128, 256)}}
 
-POOLED = {"fused": 64, "kernel": 2, "neural_tangents": (1, 2, 4)}
+OTHERS = {"fused": 64, "kernel": 2, "neural_tangents": (1, 2, 4)}
 
 @every_network
 @both_kinds
@@ -239,7 +237,7 @@ def test_benchmark(benchmark, name, kind, engine):
     if benchmark.disabled and name != "fc":
         pytest.skip("one network shows that it runs; --benchmark-only times them all")
     benchmark.group = f"{name} {kind}"
-    n = 3 if benchmark.disabled else BLOCK.get(name, POOLED)[engine]
+    n = 3 if benchmark.disabled else BLOCK.get(name, OTHERS)[engine]
     make = {"fused": fused.kernel_fn, "kernel": kernel.kernel_fn, "neural_tangents": kernel.reference_fn}
     fn, side = make[engine](name, kind), 8 if benchmark.disabled else 32
     devices = jax.local_devices()[:os.cpu_count()]

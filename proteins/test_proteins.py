@@ -557,7 +557,7 @@ def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
 def test_proteins_networks_are_compared(tmp_path):
     """Each flag of the network takes several values: the run is that with the chosen values alone, which are recorded;
     each has its row of the table; linear has no such flag."""
-    flags = ["--n_train", "60", "--encoding", "onehot", "--target", "raw", "--kernel", "seq_cnn"]
+    flags = ["--n_train", "60", "--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc"]
     several = protein(tmp_path, *flags, "--w_std", "1,2", "--b_std", "0.5", "--head", "linear,exp", "--gamma", "1,2")
     assert [row[0] for row in several["compared"]] == [{"w_std": w_std, "head": head, "gamma": gamma} for w_std in (
         1.0, 2.0) for head, gamma in (("linear", None), ("exp", 1.0), ("exp", 2.0))]
