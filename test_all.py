@@ -1715,6 +1715,17 @@ def test_docs_eight_lines():
     assert f"{float(done.stdout):.2f}" == re.search(r"K_test.matvec.*: ([0-9.]+) correct", block)[1]
 
 
+def test_docs_output(tmp_path, capsys):
+    """What README shows of a first run is what it prints: the same words, numbers within 1 %."""
+    shown = re.search(r"^fitted .*?(?=\n```)", readme(), re.M | re.S)[0]
+    train(tmp_path)
+    printed = "\n".join(capsys.readouterr().out.splitlines()[-7:][:len(shown.splitlines())])
+    number = r"[\d.,]*\d"
+    assert re.sub(number, "0", printed) == re.sub(number, "0", shown)
+    numbers = [[float(one.replace(",", "")) for one in re.findall(number, text)] for text in (printed, shown)]
+    assert np.allclose(*numbers, rtol=0.01)
+
+
 def test_docs_forks(monkeypatch):
     """What README shows of forking does what it says: a frozen layer adds nothing to the NTK, so that of a
     network with one layer trained is its NNGP, and it has a name on the command line; the Gaussian kernel's solution is

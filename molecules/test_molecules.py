@@ -98,8 +98,8 @@ def test_graphs_are_neural_tangents(options):
     (32, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}), (16, {"jump": True})], ids=str)
 def test_graphs_are_the_formula(side, options, monkeypatch):
     """graphs.py, in bins of 32 nodes and 3 graphs, is the dense formula in NumPy, and kernel.py is where all rounds
-    are pooled: to 1e-10 in float64, with the default network to 1e-5 in float32. side: in blocks of a bin, as on a CPU, and whole, as on a
-    GPU."""
+    are pooled: to 1e-10 in float64, and with the default network to 1e-5 in float32.
+    side: in blocks of a bin, as on a CPU, and whole, as on a GPU."""
     for what, number in (("OWN", 32), ("SIDE", side), ("STRIPE", side)):
         monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     monkeypatch.setattr(graphs, "NODES", 32)
