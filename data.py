@@ -15,10 +15,8 @@ the test file (CIFAR-5m: large/cifar5m.py). Pickled files are refused.
 `whitening` is fitted on training images; it needs no labels.   Proved by: test_all.py, section data
 """
 
-import csv
 import errno
 import hashlib
-import io
 import os
 import secrets
 import tarfile
@@ -212,48 +210,6 @@ def _download(folder="data"):
     return target
 
 
-def text(path, content):
-    """The text of these bytes of a file.  ValueError: they are not UTF-8."""
-    if b"\0" in content:
-        raise ValueError(f"{path} has zero bytes, as UTF-16 does; expected UTF-8: save it in that encoding")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: byte 0x{content[error.start]:02x} is not "
-                         "UTF-8; save it in that encoding") from error
-
-
-def lines(path, content, limit=None):
-    """(names of columns, [(line number, fields), ...]) of a CSV file, given its bytes; the first `limit` rows.
-
-    ValueError: not UTF-8, a line with more or fewer fields than the header.
-    """
-    reader, found = csv.reader(io.StringIO(text(path, content), newline="")), []
-    try:
-        columns = [name.strip() for name in next(reader, [])]
-        for line in reader:
-            if len(found) == limit:
-                break
-            if line and len(line) != len(columns):  # an empty line is no row
-                raise ValueError(f"{len(line)} fields, and {len(columns)} in the header; expected as many: quote a field that "
-                                 "holds a comma, write decimals with a point")
-            if line:
-                found.append((reader.line_num, line))
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-    return columns, found
-
-
-def columns(path, names, wanted):
-    """[position of each of the `wanted` columns].  ValueError: one that is not there, or there twice."""
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"{path} has no column {name!r}, but {', '.join(map(repr, names)) or 'is empty'}")
-        if names.count(name) > 1:
-            raise ValueError(f"{path} has {names.count(name)} columns {name!r}; expected one: rename or remove the others")
-    return [names.index(name) for name in wanted]
-
-
 @contextmanager
 def said(path):
     """Turns a failure to write `path` into one sentence that says what to do."""
@@ -281,15 +237,6 @@ def replacing(path):
             if os.path.exists(temporary):
                 os.remove(temporary)
             raise
-
-
-def images(path, shape):
-    """The images of an .npy file, checked: uint8 (m, *shape)."""
-    x = array(path, hint="--predict takes an .npy file of uint8 images, (m, h, w, channels)")
-    if x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):
-        raise ValueError(f"{path} holds {x.dtype} {x.shape}; the model was trained on images uint8 (m, "
-                         f"{', '.join(map(str, shape))})")
-    return x
 
 
 def one_hot(y, classes=CLASSES):

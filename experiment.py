@@ -31,7 +31,7 @@ import tiles
 
 SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOMS = ("fast", "large", "proteins", "molecules", "results")
+ROOMS = ("fast", "large", "own", "proteins", "molecules", "results")
 HEADS = ("linear", "cosine", "relu", "exp")
 
 

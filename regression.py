@@ -1,4 +1,4 @@
-"""From a kernel matrix to predictions: the ridge, a solver, predictions and their uncertainty, a model in a file.
+"""From a kernel matrix to predictions: the ridge, a solver, predictions and their uncertainty.
 
   f(x) = k(x, X) alpha,     alpha = A^-1 Y,     A = K + lambda I,     lambda = ridge * mean(diag K)
 
@@ -20,22 +20,16 @@ from the solution before.
 Proved by: test_all.py, section regression
 """
 
-import json
 import time
-import zipfile
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr
 from tqdm import tqdm
 
-import augment
 import choose
-import data
 import pcg
 
-FORMAT = 2  # of a model's file
 TINY = 1e-100  # an sd of 0 counts as this
 COLUMNS = 256  # right-hand sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
@@ -239,41 +233,3 @@ def calibration(f, sd, labels, y, bins=15):
     gaussian = np.log(2 * np.pi * sd**2)[:, None] / 2 + (f - y) ** 2 / (2 * sd**2)[:, None]
     return {"test_nll": float(-np.log(np.maximum(p[np.arange(len(f)), labels], 1e-300)).mean()),
             "test_ece": float(np.abs(gaps).sum() / len(f)), "test_gaussian_nll": float(gaussian.mean())}
-
-
-class Model(NamedTuple):
-    """A fitted model, as a file holds it."""
-    alpha: np.ndarray  # (rows, c) float64
-    support: np.ndarray  # (n, h, w, channels) uint8, as they were read
-    view: augment.View  # rows of alpha -> images
-    whiten: data.Whitening
-    about: dict  # layers, kind, flips, tile, and the record of the run
-
-
-def save(path, model):
-    """Write a Model to a file, completely or not at all.  OSError: it cannot be written."""
-    arrays = {"alpha": model.alpha, "support": model.support,
-              **{f"view_{name}": value for name, value in model.view._asdict().items()},
-              **{f"whiten_{name}": value for name, value in model.whiten._asdict().items()}}
-    with data.replacing(path) as file:
-        np.savez(file, format=FORMAT, about=json.dumps(model.about), **arrays)
-
-
-def load(path):
-    """The Model in a file.  ValueError: not a model, or damaged.  FileNotFoundError."""
-    try:
-        with np.load(data.existing(path, "--load takes a file that --save has written"), allow_pickle=False) as file:
-            arrays = dict(file)
-        if int(arrays["format"]) != FORMAT:
-            raise ValueError(f"format {arrays['format']}, and this program reads {FORMAT}")
-        view = {name: arrays[f"view_{name}"] for name in augment.View._fields}
-        view.update(pad=int(view["pad"]), copies=int(view["copies"]))
-        whiten = data.Whitening(*(arrays[f"whiten_{name}"] for name in data.Whitening._fields))
-        model = Model(arrays["alpha"], arrays["support"], augment.View(**view), whiten,
-                      json.loads(str(arrays["about"])))
-        if (len(model.alpha) != len(model.view.original) or model.support.dtype != np.uint8
-                or not np.isfinite(model.alpha).all()):
-            raise ValueError("its arrays do not fit each other")
-        return model
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a model that --save has written, or damaged: {error!r}") from error

@@ -835,40 +835,6 @@ def test_choose_ridges_that_are_too_small(capsys):
     assert -lowest < error.value.cure < -4 * lowest and solver(y, error.value.cure)[1].converged
 
 
-
-def test_model_predicts(tmp_path, capsys):
-    """A saved model, loaded where the training set is not, gives the scores of the run that saved it."""
-    flags = ["--n_train", "60", "--n_test", "50", "--kernel", "cnn_vec", "--depth", "2", "--kind", "ntk", "--flips",
-             "--crops", "2", "--ridge", "0.1", "--whiten", "zca", "--tol", "1e-9"]
-    result = train(tmp_path, *flags, "--save", str(tmp_path / "m.npz"))
-    x_test, labels = data.load("digits", n_train=60, n_test=50)[2:]
-    np.save(tmp_path / "x.npy", x_test)
-    done = train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
-    scores = np.load(tmp_path / "predictions.npy")
-    assert (done["scores"] == scores).all() and f"classes {scores[0].argmax()} " in capsys.readouterr().out
-    assert abs(np.mean((scores - data.one_hot(labels)) ** 2) / result["test_mse"] - 1) < 1e-6
-
-
-@pytest.mark.parametrize("spoil, words", [
-    (lambda m, x: flip(m), "m.npz is not a model that --save has written, or damaged"),
-    (lambda m, x: m.write_bytes(m.read_bytes()[:900]), "m.npz is not a model"),
-    (lambda m, x: np.savez(m, alpha=np.ones(3)), "m.npz is not a model .*format"),
-    (lambda m, x: np.save(x, np.zeros((2, 8, 8, 1))), r"holds float64 \(2, 8, 8, 1\); .* uint8 \(m, 8, 8, 1\)"),
-    (lambda m, x: np.save(x, np.zeros((2, 9, 8, 1), np.uint8)), r"holds uint8 \(2, 9, 8, 1\)"),
-    (lambda m, x: x.unlink(), "x.npy is not there; --predict takes an .npy file of uint8 images"),
-    (lambda m, x: np.save(x, np.array([{}])), "x.npy is not a complete .npy array without pickle"),
-    (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "it holds the arrays a"),
-    (lambda m, x: (x.unlink(), x.mkdir()), "x.npy is a folder; --predict takes an .npy file"),
-])
-def test_model_damaged(tmp_path, spoil, words):
-    """A model or a file of images that is damaged, pickled or of another shape: one sentence."""
-    train(tmp_path, "--n_train", "30", "--n_test", "5", "--ridge", "1", "--save", str(tmp_path / "m.npz"))
-    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 1), np.uint8))
-    spoil(tmp_path / "m.npz", tmp_path / "x.npy")
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
-
-
 # ---------------------------------------------------------------------------------------- augment
 
 @pytest.mark.parametrize("flips, crops", [(False, 1), (True, 1), (False, 3), (True, 4)])
@@ -1695,15 +1661,14 @@ def run_small(command):
 
 
 def test_docs_commands_run(tmp_path, monkeypatch):
-    """Every command with train_cifar.py that README and its docstring show runs, made small. Those with --store, --plan or
-    several processes are parsed only: large/test_large.py runs them."""
+    """Every command with train_cifar.py that README and its docstring show runs, made small. Those with --store, --plan,
+    several processes, --save or --load are parsed only: the tests of large/ and own/ run them."""
     monkeypatch.chdir(tmp_path)
-    np.save("images.npy", data.load("digits", None, 10, 10)[2])
     shown = commands("train_cifar.py", train_cifar.__doc__)
     assert len(shown) > 10
     for command in shown:
         train_cifar.parse(command)
-        if not {"--store", "--plan", "--process"} & {*command}:
+        if not {"--store", "--plan", "--process", "--save", "--load"} & {*command}:
             run_small(command)
 
 

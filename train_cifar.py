@@ -49,10 +49,11 @@ WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "proce
 
 def main(argv=None):
     """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by kind, with
-    --sizes by size; with --load, what `predict` returns; with --plan, the plan."""
+    --sizes by size; with --load, what own/model.py returns; with --plan, the plan."""
     args = parse(argv)
     if args.load:
-        return predict(args)
+        from own import model
+        return model.predict(args, network_kernel)
     if args.plan:
         return plan(args)
     team = experiment.team(args.coordinator, args.processes, args.process, args.devices, args.wait)
@@ -115,8 +116,9 @@ def main(argv=None):
             plot.draw(path, f"{args.dataset} {args.kernel} {kind}, {K.shape[0]:,} rows", K, K_test, prior, y, ridge,
                       data.one_hot(test_labels, args.classes), view.copies, tol=args.tol, **solver_options(args))
     if args.save and team.index == 0:
+        from own import model
         about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
-        regression.save(args.save, regression.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
+        model.save(args.save, model.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
     for state in states:
         state.remove()
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
@@ -267,23 +269,6 @@ def checkpoint(args, team, kind, n, states, ridge, tol, y):
     name = zlib.crc32(json.dumps(about).encode())
     states.append(store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team))
     return states[-1]
-
-
-def predict(args):
-    """Scores of the images in a file by the model in another: {"scores": (m, classes), "path": where}."""
-    fitted = regression.load(args.load)
-    about, x = fitted.about, data.images(args.predict, fitted.support.shape[1:])
-    kernel_fn = network_kernel(args.engine, [tuple(layer) for layer in about["layers"]], about["flips"], about["kind"])
-    K = tiles.cross(kernel_fn, augment.expand(len(x)).of(x, fitted.whiten),
-                    fitted.view.of(fitted.support, fitted.whiten), about["tile"], quiet=args.quiet)
-    scores, path = K.matvec(fitted.alpha), os.path.join(args.out, "predictions.npy")
-    os.makedirs(args.out, exist_ok=True)
-    with data.replacing(path) as file:
-        np.save(file, scores)
-    classes = scores.argmax(axis=1)
-    print(f"{len(x)} images, classes {' '.join(map(str, classes[:10]))}{' ...' if len(x) > 10 else ''}; "
-          f"their scores {scores.shape} are in {path}")
-    return {"scores": scores, "path": path}
 
 
 def config(args, kind, n):

@@ -30,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+from own import tables
 
 DATASETS = {"nci": "rmse", "esol": "rmse", "molhiv": "auc", "muv": "ap", "molpcba": "ap"}  # and their score
 SHA256 = {  # of the tables, unpacked, that README's figures were made from
@@ -195,9 +196,9 @@ def table(path, tasks=None, limit=None, sha256=None, classes=False):
     content = _content(path)
     if sha256:
         data.compare(content, sha256, path)
-    columns, lines = data.lines(path, content, limit)
+    columns, lines = tables.lines(path, content, limit)
     tasks = list(tasks or [name for name in columns if name not in ("smiles", "mol_id")])
-    data.columns(path, columns, ["smiles", *tasks])
+    tables.columns(path, columns, ["smiles", *tasks])
     y, pairs = np.empty((len(lines), len(tasks))), {}
     for k, task in enumerate(tasks):
         texts = [line[columns.index(task)].strip() for _, line in lines]
@@ -324,7 +325,7 @@ def _content(path):
 
 def _numbers(path):
     """A row number a line."""
-    lines = data.text(path, _content(path)).split()
+    lines = tables.text(path, _content(path)).split()
     try:
         return np.array([int(line) for line in lines], np.int64)
     except (ValueError, OverflowError) as error:

@@ -40,6 +40,7 @@ import numpy as np
 from scipy.stats import norm, rankdata
 
 import data
+from own import tables
 
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
 FLIP = ("one_vs_rest", "two_vs_rest", "three_vs_rest", "low_vs_high", "sampled")
@@ -144,8 +145,8 @@ def _columns(name, folder, quiet, target, *others):
     content, path = _table(name, folder)
     if not quiet:
         data.compare(content, SHA256[name], path)
-    names, lines = data.lines(path, content)
-    places = data.columns(path, names, ("sequence", target, *others))
+    names, lines = tables.lines(path, content)
+    places = tables.columns(path, names, ("sequence", target, *others))
     for line, fields in lines:
         sequence, value, *words = (fields[place].strip() for place in places)
         sequence = sequence.upper() if sequence.isascii() else sequence  # upper() makes two letters S of some others

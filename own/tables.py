@@ -1,0 +1,51 @@
+"""CSV files as people have them: bytes -> names of columns and lines, or one sentence that says what is wrong and where.
+
+    names, lines = tables.lines(path, content);   smiles, = tables.columns(path, names, ["smiles"])
+
+Proved by: proteins/test_proteins.py and molecules/test_molecules.py
+"""
+
+import csv
+import io
+
+
+def text(path, content):
+    """The text of these bytes of a file.  ValueError: they are not UTF-8."""
+    if b"\0" in content:
+        raise ValueError(f"{path} has zero bytes, as UTF-16 does; expected UTF-8: save it in that encoding")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {content[:error.start].count(10) + 1}: byte 0x{content[error.start]:02x} is not "
+                         "UTF-8; save it in that encoding") from error
+
+
+def lines(path, content, limit=None):
+    """(names of columns, [(line number, fields), ...]) of a CSV file, given its bytes; the first `limit` rows.
+
+    ValueError: not UTF-8, a line with more or fewer fields than the header.
+    """
+    reader, found = csv.reader(io.StringIO(text(path, content), newline="")), []
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        for line in reader:
+            if len(found) == limit:
+                break
+            if line and len(line) != len(columns):  # an empty line is no row
+                raise ValueError(f"{len(line)} fields, and {len(columns)} in the header; expected as many: quote a field that "
+                                 "holds a comma, write decimals with a point")
+            if line:
+                found.append((reader.line_num, line))
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    return columns, found
+
+
+def columns(path, names, wanted):
+    """[position of each of the `wanted` columns].  ValueError: one that is not there, or there twice."""
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{path} has no column {name!r}, but {', '.join(map(repr, names)) or 'is empty'}")
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has {names.count(name)} columns {name!r}; expected one: rename or remove the others")
+    return [names.index(name) for name in wanted]
