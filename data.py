@@ -4,7 +4,9 @@
   cifar10     the binary version: a folder with data_batch_1.bin ... 5, test_batch.bin, or downloaded
   cifar10.1   train on cifar10, test on cifar10.1_v6_data.npy, cifar10.1_v6_labels.npy in the folder
   cifar10.2   train on cifar10, test on cifar102_test.npz in the folder
+  cifar100    the binary version: a folder with train.bin and test.bin; its 100 fine labels
   cifar5m     part0.npz ... part4.npz to train, part5.npz to test, 1,000,448 images each
+  a path      your own images: an .npz file, or a folder with a folder for each class (own/images.py)
 
 Training rows are shuffled by `seed`, and the classes are dealt out in turn: for every k the first k rows are a balanced
 training set, and a larger n_train begins with the smaller one. Test rows are the same for every seed: the first n_test of
@@ -34,6 +36,7 @@ from tqdm import tqdm
 DATASETS = {  # shape of an image, training images, test images, classes
     "digits": ((8, 8, 1), 1437, 360, 10), "cifar10": ((32, 32, 3), 50_000, 10_000, 10),
     "cifar10.1": ((32, 32, 3), 50_000, 2_000, 10), "cifar10.2": ((32, 32, 3), 50_000, 2_000, 10),
+    "cifar100": ((32, 32, 3), 50_000, 10_000, 100),
     "cifar5m": ((32, 32, 3), 5 * 1_000_448, 1_000_448, 10)}
 CLASSES = 10  # where nothing else is said
 WHITENING = ("none", "channel", "zca", "zca_unit")
@@ -43,7 +46,16 @@ HINT = "give --data the folder that holds it"
 BATCH = 10_000  # records in a file of CIFAR-10
 
 
-def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
+def about(name, seed=0, resize=None):
+    """(shape of an image, training images, test images, classes) of a data set; arguments as of `load`."""
+    if name in DATASETS:
+        return DATASETS[name]
+    from own import images
+    own = images.read(name, seed, resize)
+    return own.x_train.shape[1:], len(own.y_train), len(own.y_test), len(own.names)
+
+
+def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0, resize=None):
     """x_train, y_train, x_test, y_test of a data set named above.
 
     folder: where its files are; without one, cifar10 is looked for and downloaded in ./data.
@@ -52,13 +64,21 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
     balanced: deal the classes out in turn until they run out; else shuffle only.
     Raises ValueError: unknown name, more rows than there are, a damaged file, wrong labels.   FileNotFoundError.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
+    if name not in DATASETS and not os.path.exists(name):
+        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}, or give the path of an .npz file "
+                         "or of a folder with a folder of images for each class")
     if name == "cifar5m":
         from large import cifar5m
         return cifar5m.load(folder or "data", n_train, n_test, seed, balanced, n_fit)
-    if name == "digits":
+    if name not in DATASETS:
+        from own import images
+        own = images.read(name, seed, resize)
+        train, test = own[:2], own[2:4]
+    elif name == "digits":
         train, test = _digits()
+    elif name == "cifar100":
+        train, test = (_records(os.path.join(folder or "data", f"{part}.bin"), number, 2, 100)
+                       for part, number in (("train", 50_000), ("test", 10_000)))
     else:
         folder = folder or _download()
         train, test = _cifar10(folder)
@@ -109,19 +129,21 @@ def _digits():
 
 
 def _cifar10(folder):
-    """The binary version: each record is a label byte, then the planes R, G and B of 1,024 bytes each."""
-    def batch(file):
-        path = existing(os.path.join(folder, file))
-        size, want = os.path.getsize(path), BATCH * 3073
-        if size != want:
-            raise ValueError(f"{path} has {size} bytes; a CIFAR-10 batch has {want}. The file is "
-                             "truncated or not of the binary version: fetch it again")
-        records = np.fromfile(path, np.uint8).reshape(-1, 3073)
-        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return checked(images, records[:, 0], path)
+    """Five files to train, and one to test."""
+    x, y = zip(*[_records(os.path.join(folder, f"data_batch_{i}.bin"), BATCH) for i in range(1, 6)])
+    return (np.concatenate(x), np.concatenate(y)), _records(os.path.join(folder, "test_batch.bin"), BATCH)
 
-    x, y = zip(*[batch(f"data_batch_{i}.bin") for i in range(1, 6)])
-    return (np.concatenate(x), np.concatenate(y)), batch("test_batch.bin")
+
+def _records(path, number, label_bytes=1, classes=CLASSES):
+    """Images and labels of a binary file of CIFAR: each record is one or two label bytes, the last of which counts, then the
+    planes R, G and B of 1,024 bytes each."""
+    size, want = os.path.getsize(existing(path)), number * (label_bytes + 3072)
+    if size != want:
+        raise ValueError(f"{path} has {size} bytes; {number:,} records of CIFAR have {want}. The file is truncated or not of "
+                         "the binary version: fetch it again")
+    records = np.fromfile(path, np.uint8).reshape(number, -1)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return checked(images, records[:, label_bytes - 1], path, classes=classes)
 
 
 def compare(content, sha256, path):
@@ -158,9 +180,9 @@ def labels(y, path, classes=CLASSES):
     return y.astype(np.int64)
 
 
-def checked(x, y, path, labels_path=None):
+def checked(x, y, path, labels_path=None, classes=CLASSES):
     """Images uint8 (n, 32, 32, 3) and labels (n,) of a file, or of two.  ValueError: a sentence about what is wrong."""
-    y = labels(y, labels_path or path)
+    y = labels(y, labels_path or path, classes)
     if x.dtype != np.uint8 or x.shape != (len(y), 32, 32, 3):
         raise ValueError(f"{path} holds images {x.dtype} {x.shape} and {len(y)} labels; expected uint8 (n, 32, 32, 3) and n "
                          "labels")
@@ -254,7 +276,7 @@ class Whitening(NamedTuple):
     sd: np.ndarray
     W: np.ndarray  # (d, d), symmetric, d = h w channels, or (0, 0) for none
     unit: np.ndarray  # bool, ()
-    colour: np.ndarray  # (channels,) uint8, the mean colour of what it was fitted on, for the padding of crops
+    colour: np.ndarray  # (channels,) of the images' dtype, the mean colour of what it was fitted on, for the padding of crops
 
     def __call__(self, x):
         return _whitened(self, x)
@@ -292,7 +314,7 @@ def whitening(protocol, x, flips=False, quiet=True):
         raise ValueError(f"whitening {protocol!r} is unknown; choose one of {', '.join(WHITENING)}")
     unit, no_W = np.array(protocol == "zca_unit"), np.zeros((0, 0), np.float32)
     channels = x.mean(axis=(0, 1, 2), dtype=np.float64)
-    colour = np.rint(channels).astype(np.uint8)
+    colour = np.rint(channels).astype(np.uint8) if x.dtype == np.uint8 else channels.astype(np.float32)
     if protocol == "none":
         return lambda zca_eps=None: Whitening(np.zeros(1, np.float32), np.full(1, 255, np.float32), no_W, unit, colour)
     if protocol == "channel":

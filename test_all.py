@@ -989,7 +989,7 @@ def test_data_cifar10_is_the_real_one():
 
 @pytest.mark.parametrize("damage, words", [
     (lambda d: (d / "data_batch_3.bin").unlink(), "data_batch_3.bin is not there; give --data"),
-    (lambda d: (d / "test_batch.bin").write_bytes(b"x" * 100), "has 100 bytes; a CIFAR-10 batch has"),
+    (lambda d: (d / "test_batch.bin").write_bytes(b"x" * 100), "has 100 bytes; 10,000 records of CIFAR have"),
     (lambda d: (d / "data_batch_1.bin").write_bytes(b"\x0b" * 20 * 3073), "label 11 at row 0; expected"),
     (lambda d: np.save(d / "cifar10.1_v6_data.npy", np.ones((7, 3, 3, 3))), "float64.*expected uint8"),
     (lambda d: np.save(d / "cifar10.1_v6_data.npy", np.array([{}] * 7)), "without pickle"),

@@ -136,7 +136,7 @@ def plan(args):
     """--plan: what this run would take, measured and printed by large/plan.py."""
     from large import plan as planned
     experiment.compare(args, None)
-    shape, n_train, n_test, args.classes = data.DATASETS[args.dataset]
+    shape, n_train, n_test, args.classes = data.about(args.dataset, args.seed, args.resize)
     n_train, n_test = args.n_train or n_train, args.n_test or n_test
     rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
     derive(args, (n_train, *shape), n_test, rows)
@@ -147,9 +147,9 @@ def plan(args):
 
 def load(args):
     """(x_train, labels, x_test, test_labels), images as bytes, and {protocol: zca_eps -> the whitening fitted so}."""
-    n_fit, args.classes = args.fit_on or FIT_ON, data.DATASETS[args.dataset][-1]
+    n_fit, args.classes = args.fit_on or FIT_ON, data.about(args.dataset, args.seed, args.resize)[-1]
     x, labels, x_test, test_labels = data.load(args.dataset, args.data, args.n_train, args.n_test, args.seed,
-                                               n_fit=n_fit)
+                                               n_fit=n_fit, resize=args.resize)
     n = args.n_train or len(x)
     if (args.fit_on or 0) > len(x):
         raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x)} training images")
@@ -333,7 +333,7 @@ def parse(argv):
     parser = flags()
     args = parser.parse_args(argv)
     given = experiment.given(parser, argv)
-    experiment.check(parser, args, "devices", "hosts", "fit_on", "rank", "max_iters", "average")
+    experiment.check(parser, args, "devices", "hosts", "resize", "fit_on", "rank", "max_iters", "average")
     protocol, zca_eps = WHITENING[args.kernel]
     args.whiten = [value or protocol for value in args.whiten]
     args.zca_eps = [zca_eps if args.whiten == [protocol] else 0.1] if args.zca_eps == [None] else args.zca_eps
@@ -342,6 +342,9 @@ def parse(argv):
         parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
     if (args.plan or args.load) and len(experiment.settings(args)) > 1:
         parser.error("--plan and --load take one network: one value for each of its flags")
+    if args.dataset not in data.DATASETS and not os.path.exists(args.dataset):
+        parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or of "
+                     "a folder of images")
     effective(parser, args, given)
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
@@ -362,7 +365,10 @@ def effective(parser, args, given):
     """The parser's error where one of the flags that were given changes nothing in this run."""
     several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
     several_processes = args.coordinator or "SLURM_STEP_NODELIST" in os.environ
-    idle = {"data": args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read",
+    named = args.dataset in data.DATASETS
+    idle = {"data": (args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read"
+                     or not named and "--dataset is a path"),
+            "resize": named and f"the images of {args.dataset} are of one size",
             "zca_eps": not {"zca", "zca_unit"} & set(args.whiten) and f"--whiten {','.join(args.whiten)} has no such number",
             "gamma": "exp" not in args.head and "it belongs to --head exp",
             "rank": args.precondition != "lowrank" and f"--precondition {args.precondition} has no rank",
@@ -382,7 +388,10 @@ def flags():
     """The command line."""
     parser = experiment.Parser(description="Exact kernel regression with infinitely wide networks on images.")
     images = parser.add_argument_group("images")
-    images.add_argument("--dataset", default="digits", choices=data.DATASETS)
+    images.add_argument("--dataset", default="digits", help=f"{', '.join(data.DATASETS)}; or your own: the path of an .npz "
+                        "file (x, y, or x_train, y_train, x_test, y_test) or of a folder with a folder of PNG or JPEG files "
+                        "for each class")
+    images.add_argument("--resize", type=int, metavar="H", help="bring the files of such a folder to H x H pixels")
     images.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
     images.add_argument("--n_train", type=int, help="training images; None is all")
     images.add_argument("--sizes", metavar="N,N,...", help="solve for these many training images too, the "

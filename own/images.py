@@ -1,0 +1,173 @@
+"""Images of your own: an .npz file, or a folder that holds a folder of PNG or JPEG files for each class.
+
+  an .npz   arrays x and y, or x_train, y_train, x_test and y_test. x: (n, h, w) or (n, h, w, channels), bytes or other
+            numbers; or (n, d), which is one pixel with d channels. y: (n,), (n, 1) or one-hot (n, classes): whole numbers,
+            words or yes and no.
+  a folder  DIR/CLASS/*.png or *.jpg, or DIR/train/CLASS/... and DIR/test/CLASS/...; all grey, or all made RGB
+
+Classes are the different labels of the training images, sorted. Where there is no test set, a fifth of each class is one.
+
+    own = images.read("flowers", seed=0);   own.x_train, own.y_train, own.names[own.y_train[0]]
+
+Proved by: own/test_own.py
+"""
+
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+import data
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+HINT = "expected x and y, or x_train, y_train, x_test and y_test"
+
+
+class Own(NamedTuple):
+    """A data set of one's own."""
+    x_train: np.ndarray  # (n, h, w, channels), uint8 or float32
+    y_train: np.ndarray  # (n,) int64, numbers of `names`
+    x_test: np.ndarray
+    y_test: np.ndarray
+    names: tuple  # of the classes
+
+
+@lru_cache(maxsize=1)
+def read(path, seed=0, resize=None, quiet=True):
+    """The Own data set in a file or folder.
+
+    seed: of the test set, where one is drawn.   resize: height and width to bring the files of a folder to.
+    ValueError: nothing to read, arrays that do not fit, images of several sizes, one class.   FileNotFoundError.
+    """
+    train, test = (folder if os.path.isdir(path) else archive)(path, resize, quiet)
+    names = tuple(np.unique(train[1]).tolist())
+    if len(names) < 2:
+        raise ValueError(f"{path}: all {len(train[1])} training images are of class {names[0]!r}; expected two classes or more")
+    if test is None:
+        held_out = fifth(train[1], seed)
+        test = train[0][held_out], train[1][held_out]
+        train = train[0][~held_out], train[1][~held_out]
+        print(f"note: {path} has no test set: {len(test[1])} of its {len(held_out)} images, a fifth of each class drawn with "
+              f"seed {seed}, are kept for testing")
+    unknown = set(np.unique(test[1]).tolist()) - set(names)
+    if unknown:
+        raise ValueError(f"{path}: the test set has class {sorted(unknown)[0]!r}, which no training image has")
+    if train[0].shape[1:] != test[0].shape[1:] or train[0].dtype != test[0].dtype:
+        raise ValueError(f"{path}: training images are {train[0].dtype} {train[0].shape[1:]}, test images {test[0].dtype} "
+                         f"{test[0].shape[1:]}; expected the same")
+    y_train, y_test = (np.searchsorted(np.array(names), y).astype(np.int64) for y in (train[1], test[1]))
+    return Own(train[0], y_train, test[0], y_test, names)
+
+
+def fifth(y, seed):
+    """Which rows are the test set, (n,) bool: a fifth of each class, rounded, but never all of it."""
+    rng, out = np.random.default_rng(seed), np.zeros(len(y), bool)
+    for name in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == name))
+        out[rows[:min(max(1, round(len(rows) / 5)), len(rows) - 1)]] = True
+    if not out.any():
+        raise ValueError(f"each of the {len(y)} images has a class of its own: there is nothing to test on")
+    return out
+
+
+def archive(path, resize=None, quiet=True):
+    """((x, y) to train, (x, y) to test or None) of an .npz."""
+    if resize:
+        raise ValueError(f"--resize {resize} is for a folder of image files; {path} is an array")
+    try:
+        with np.load(data.existing(path, HINT), allow_pickle=False) as file:
+            keys = set(file)
+    except (ValueError, EOFError, OSError, AttributeError, TypeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a complete .npz archive without pickle") from error
+    wanted = ("x", "y") if "x" in keys else ("x_train", "y_train", "x_test", "y_test")
+    wanted = wanted[:2] if not {"x_test", "y_test"} & keys else wanted
+    if set(wanted) - keys:
+        raise ValueError(f"{path} holds {', '.join(sorted(keys)) or 'nothing'}; {HINT}")
+    parts = [data.array(path, key) for key in wanted]
+    pairs = []
+    for x, y, key in zip(parts[::2], parts[1::2], wanted[::2]):
+        pairs.append((pictures(x, f"{path}, {key}"), words(y, f"{path}, y{key[1:]}")))
+        if len(pairs[-1][0]) != len(pairs[-1][1]):
+            raise ValueError(f"{path}: {len(x)} images in {key} and {len(pairs[-1][1])} labels; expected as many")
+    return pairs[0], pairs[1] if len(pairs) > 1 else None
+
+
+def pictures(x, where):
+    """(n, h, w, channels), uint8 where the numbers are those of bytes, else float32.  ValueError."""
+    if x.dtype.kind not in "biuf" or x.ndim not in (2, 3, 4) or 0 in x.shape:
+        raise ValueError(f"{where} is {x.dtype} {x.shape}; expected numbers (n, h, w), (n, h, w, channels) or (n, d)")
+    x = x[:, None, None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
+    if x.dtype.kind != "f" and x.min() >= 0 and x.max() <= 255:
+        return x.astype(np.uint8)
+    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
+    if len(bad):
+        raise ValueError(f"{where}: {len(bad)} images hold numbers that are not finite, first image {bad[0]}: remove them")
+    return x.astype(np.float32)
+
+
+def words(y, where):
+    """Labels (n,), as they are: whole numbers, words, or True and False.  ValueError."""
+    got = f"{where} is {y.dtype} {y.shape}"
+    if y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind in "biuf" and np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all():
+        y = y.argmax(axis=1)
+    y = y[:, 0] if y.shape[1:] == (1,) else y
+    if y.ndim != 1 or y.dtype.kind not in "biufUS":
+        raise ValueError(f"{got}; expected a label for each image: (n,), (n, 1), or one-hot rows")
+    if y.dtype.kind == "f":
+        bad = np.flatnonzero(y != np.floor(y))  # NaN, too
+        if len(bad):
+            raise ValueError(f"{where} has {y[bad[0]]} at row {bad[0]}; expected classes: whole numbers or words")
+        y = y.astype(np.int64)
+    return y
+
+
+def folder(path, resize=None, quiet=True):
+    """((x, y) to train, (x, y) to test or None) of a folder."""
+    inside = subfolders(path)
+    parts = [os.path.join(path, part) for part in ("train", "test")] if {"train", "test"} == set(inside) else [path]
+    found = [(file, name) for part in parts for name in subfolders(part) for file in files(os.path.join(part, name))]
+    if not found:
+        raise ValueError(f"{path} has no folder with {', '.join(SUFFIXES)} files in it; expected a folder for each class")
+    counts = [sum(file.startswith(part + os.sep) for file, _ in found) for part in parts]
+    if not all(counts):
+        raise ValueError(f"{parts[counts.index(0)]} holds no images; expected a folder for each class")
+    x = opened([file for file, _ in found], resize, quiet)
+    y = np.array([name for _, name in found])
+    pairs = [(x[:counts[0]], y[:counts[0]]), (x[counts[0]:], y[counts[0]:])]
+    return pairs[0], pairs[1] if len(parts) > 1 else None
+
+
+def subfolders(path):
+    return sorted(one for one in os.listdir(path) if os.path.isdir(os.path.join(path, one)) and not one.startswith("."))
+
+
+def files(path):
+    """The image files directly in a folder, in the order of their names."""
+    return [os.path.join(path, one) for one in sorted(os.listdir(path)) if one.lower().endswith(SUFFIXES)]
+
+
+def opened(paths, resize=None, quiet=True):
+    """The images in these files, uint8 (n, h, w, 1 or 3): grey if all of them are, else RGB."""
+    out = []
+    for path in tqdm(paths, unit=" images", desc="reading", disable=quiet or None, leave=False):
+        try:
+            with Image.open(path) as image:
+                if image.mode not in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):
+                    raise ValueError(f"{path} has pixels of mode {image.mode}; expected 8 bits a channel: convert it")
+                image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+                image = image.resize((resize, resize), Image.Resampling.BOX) if resize else image
+                out.append(np.asarray(image))
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as an image: remove or replace it") from error
+        if out[-1].shape[:2] != out[0].shape[:2]:
+            raise ValueError(f"{path} has {' x '.join(map(str, out[-1].shape[:2]))} pixels and {paths[0]} has "
+                             f"{' x '.join(map(str, out[0].shape[:2]))}: bring all to one size with --resize H")
+    if any(one.ndim == 3 for one in out):
+        out = [one if one.ndim == 3 else np.repeat(one[..., None], 3, axis=2) for one in out]
+    x = np.stack(out)
+    return x if x.ndim == 4 else x[..., None]
