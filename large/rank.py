@@ -1,6 +1,6 @@
 """Chooses the rank of the low-rank preconditioner that saves most time: `Worth` decides while F grows.
 
-Without this file regression.py uses a simple and safe rank, which is a little slower.
+Without the folder large/, regression.py uses a simple and safe rank, which is a little slower.
 
     pcg.low_rank(K, worth=rank.Worth(n, [(ridge, tol)], product))
 

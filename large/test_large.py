@@ -47,7 +47,7 @@ def cifar5m_folder(tmp_path, monkeypatch):
 
 
 def test_cifar5m(cifar5m_folder):
-    """Parts 0-4 are for training, part 5 for testing; images keep their labels; subsets are balanced, nested, and mix parts."""
+    """Parts 0-4 are for training, part 5 for testing; images keep their labels; subsets are balanced, nested and mix parts."""
     x, y, x_test, y_test = data.load("cifar5m", cifar5m_folder)
     assert len(x) == 2500 and len(x_test) == 500
     assert (x[:, 0, 0, 0] == y).all() and (x_test[:, 0, 0, 0] == y_test).all()
@@ -357,7 +357,7 @@ def test_on_the_fly_says_where_nan_is():
     x[2, 1] = np.nan
     bad = on_the_fly.matrix(kernel.kernel_fn("fc", "nngp"), x, quiet=True)
     for wrong in (lambda: bad.columns([2]), lambda: bad.rows(2, 3), lambda: bad.matvec(np.eye(4))):
-        with pytest.raises(ValueError, match="of the kernel's tiles are not finite: look for NaN"):
+        with pytest.raises(ValueError, match="from the kernel's tiles are not finite: look for NaN"):
             wrong()
     with pytest.raises(ValueError, match="not finite: look for NaN"):
         bad.diagonal()
