@@ -1,7 +1,7 @@
-"""The same kernels as kernel.py, about a hundred times faster.
+"""The same kernels as kernel.py, about a hundred times faster. Read this room last.
 
-  fused.py   K[p, q] cut into sheets: read its docstring with the README's picture beside it
-  gpu.py     one layer of that in one pass of a GPU, in Pallas
+  fused.py   K[p, q] cut into sheets: read its docstring with the README's picture of the sheets at hand
+  gpu.py     one conv and one relu of fused.py in a single pass on a GPU, in Pallas
 
-Either file, or the whole folder, may be deleted: kernel.py computes the same, slowly. Read last.
+gpu.py alone, or the whole folder, may be deleted: kernel.py computes the same, slowly.
 """

@@ -1,7 +1,7 @@
-"""The kernels of kernel.py a hundred times faster: K[p, q] cut into sheets.
+"""The kernels of kernel.py, a hundred times faster: K[p, q] is cut into sheets.
 
-For two images of 32 x 32 pixels K[p, q] has 1024 x 1024 elements, p = (r, c), q = (r', c'). Fix how
-far apart the two *rows* are, r' = r + a modulo height + 1. All such elements are one sheet:
+For two images of 32 x 32 pixels K[p, q] has 1024 x 1024 elements, p = (r, c) in the first and q = (r', c') in the second.
+Fix the row offset a = r' - r modulo height + 1. All elements with the same a form one sheet:
 
          r'=0  1  2  3  -         sheet:  a=0  a=1  a=2  a=3  a=4
      r=0   A   B  C  D  .           r=0    A    B    C    D    .
@@ -10,26 +10,35 @@ far apart the two *rows* are, r' = r + a modulo height + 1. All such elements ar
        3   M   N  O  P  .             3    P    .    M    N    O       rows outside the image
        -   .   .  .  .  .             -    .    .    .    .    .
 
-  conv     The window moves in both images together: F and its neighbours A and K stand one below
-           the other in one sheet, and c, c' move down the diagonal of their matrices. So sheets
-           never meet, whatever the depth, and a window is nine shifted reads of one array. At the
-           edge of either image it reads the zeros.
-  relu     acts on each element, in the same pass: one read, one write. It multiplies by sqrt(v v'),
-           zero outside the images, so that zeros stay zeros and nothing needs a mask.
-  pool     Columns: 2 x 2 blocks of each letter. Rows: the pooled letter (0, 0) is the mean of A, B,
-           E, F, from sheets 0, 1, 4; a table tells each row of each pooled sheet its four rows.
-  gap      the sum over all sheets.
-  flatten  needs p = q only: where nothing pools, the diagonals of the letters in sheet 0 suffice.
+Many second images lie side by side in the last axis of a sheet, at c' * pairs + pair, so that a processor's vectors are full
+and every shift is aligned. The letters of this file:
 
-Many second images lie side by side in the last axis, c' * pairs + pair, so that a processor's
-vectors are full and every shift is aligned. A fully connected network is a matrix product and a pass.
-Sequences are images one position wide: a letter is a number, a window three reads; a position that does not
-exist is one more place where sqrt(v) is zero.
+  h, w    height and width of an image at the current resolution (a pool halves them); a sequence has w = 1
+  n       rows of a sheet: h + 1, the last one zero          a   number of a sheet, 0 ... n - 1
+  pairs   second images that are computed together, each with the same first image
+  step    distance from c' to c' + 1 in the last axis: pairs, or 0 where only c = c' is kept
+  m       length of the last axis: w * pairs, or pairs if step = 0. A sheet is an array (n, w, m).
+  stages  for each resolution s the list of its convs, [(w_std, b_std), ...]; a pool starts the next
+  states  1 for K alone, 2 for K and T
 
-    python -c "import fused, numpy; print(fused.kernel_fn('cnn_gap', 'ntk')(numpy.ones((2, 8, 8, 3))))"
+  conv     The window moves in both images together: F and its neighbours A and K stand one below the other in one sheet, and
+           c and c' move down the diagonal of their matrices. So a conv never mixes two sheets, whatever the depth, and a
+           window is nine shifted reads of one array. At the edge of either image it reads the zeros.
+  relu     acts on each element, in the same pass: one read, one write. It multiplies by sqrt(v v'), which is zero outside
+           the images: zeros stay zeros, and no mask is needed.
+  pool     Columns: the mean over 2 x 2 blocks of each letter. Rows: the pooled letter (0, 0) is the mean of A, B, E and F,
+           which lie in sheets 0, 1 and 4. A precomputed index table lists, for every row of every pooled sheet, the four
+           rows that it averages.
+  gap      is the sum over all elements of all sheets, divided by (h w)^2.
+  flatten  needs p = q only. If no layer pools, the diagonals (c = c') of the letters in sheet 0 suffice.
 
-Cost of an entry: one kappa1 (NTK: and kappa0) per element and relu, 3.35 million for Myrtle-10 on
-32 x 32, and 6 % more for the rows of zeros.          Proved by: fast/test_fast.py
+A fully connected network is one matrix product and one pass over its result.
+Sequences are images one position wide: a letter is a number, and a window is three reads. At padding, too, sqrt(v) is zero.
+
+    python -c "from fast import fused; import numpy; print(fused.kernel_fn('cnn_gap', 'ntk')(numpy.ones((2, 8, 8, 3))))"
+
+Cost of an entry: one kappa1 (NTK: and one kappa0) per element and relu, 3.35 million for Myrtle-10 on 32 x 32, and 6 % more
+for the rows of zeros.          Proved by: fast/test_fast.py
 """
 
 import jax
@@ -42,65 +51,63 @@ import kernel
 
 try:
     from fast import gpu
-except ImportError:  # gpu.py was deleted, or this JAX has no Triton backend: XLA computes on GPUs, too
+except ImportError:  # gpu.py was deleted, or this JAX has no Triton backend: then XLA compiles for GPUs too
     gpu = None
 
 ELEMENTWISE = ("relu", "normalize", "exp")
-SHEET = {"cpu": 2**18, "gpu": 2**25}  # elements of a sheet, all pairs: 1 MB stays in cache; 128 MB
+SHEET = {"cpu": 2**18, "gpu": 2**25}  # elements of a sheet, all pairs: 1 MB stays in a CPU's cache; 128 MB on a GPU
 
 
 def on_gpu():
-    """Whether gpu.py takes the place of `conv_relu`."""
+    """Whether gpu.py replaces `conv_relu`."""
     return gpu is not None and jax.default_backend() == "gpu"
 
 
 def parse(layers):
-    """(stages, ending, tail): the (w_std, b_std) of each (conv, relu) at each resolution; "gap" or
-    "flatten"; the layers after it. Raises ValueError where the list has another form."""
+    """A list of layers as (stages, ending, tail): the (w_std, b_std) of each (conv, relu), in one list for each resolution;
+    "gap" or "flatten"; the layers after it.  Raises ValueError: the list has another form."""
     stages, rest = [[]], [layer for layer in layers if layer != ("mask",)]
     while rest and rest[0][0] in ("conv", "conv1d", "pool"):
         if rest[0][0] == "pool":
             stages.append([])
             rest = rest[1:]
         elif rest[1:2] == [("relu",)]:
-            name, w_std, b_std = rest[0]  # of a 3 x 3 window of a sequence 6 are zeros, and 9 its mean divides by
+            name, w_std, b_std = rest[0]  # w_std^2 is divided by 9 later, but a window of a sequence has 3 positions
             stages[-1].append((w_std * 3**0.5 if name == "conv1d" else w_std, b_std))
             rest = rest[2:]
         else:
             break
     names = [layer[0].removeprefix("seq_") for layer in rest]
     if names[:1] not in (["gap"], ["flatten"]) or set(names[1:]) - {"dense", *ELEMENTWISE}:
-        raise ValueError("fused.py takes (conv or conv1d, relu) and pool in any number, then gap or flatten, "
-                         f"then dense, relu, normalize and exp; this network continues with {names}: "
-                         "take kernel.kernel_fn")
+        raise ValueError("fused.py takes any number of (conv or conv1d, relu) and pool, then gap or flatten, then any of "
+                         f"dense, relu, normalize and exp; this network continues with {names}: use kernel.kernel_fn instead")
     return stages, names[0], rest[1:]
 
 
-def conv_relu(source, target, first, second, w2, b2, step, tangent):
-    """One conv and one relu: reads the sheets in `source`, writes those in `target`, returns that.
+def conv_relu(source, target, stds1, stds2, w2, b2, step, has_T):
+    """One conv and one relu: reads the sheets in `source`, writes those in `target`, returns `target`.
 
-    Both are (1, n + 2, w + 2, m + 2 step), K alone, or (2, ...), K and T, with a border of zeros;
-    step is how far one column of the second image lies from the next in the last axis, 0 where c = c'.
-    first, second: (std, 1 / std) of the two images' rows, broadcasting to (n, w, m), std times
-    sqrt(1/2) and both zero outside the image.   tangent: whether the source has a T; else it is 0.
+    Both are (states, n + 2, w + 2, m + 2 step) with a border of zeros: K, or K and T.
+    stds1, stds2: (std, 1 / std) of the first image and of the second images, broadcasting to (n, w, m), zero outside the
+    image. std is multiplied by sqrt(1/2), which makes the 1/2 of a relu.   has_T: whether `source` holds a T; otherwise T = 0.
     """
-    (std1, inverse1), (std2, inverse2) = first, second
+    (std1, inverse1), (std2, inverse2) = stds1, stds2
 
     def window(x):
         n, w, m = x.shape[0] - 2, x.shape[1] - 2, x.shape[2] - 2 * step
         return sum(x[i:i + n, j:j + w, j * step:j * step + m]
-                   for i in range(3) for j in (range(3) if w > 1 else [1]))  # beside a sequence are zeros
+                   for i in range(3) for j in (range(3) if w > 1 else [1]))  # left and right of a sequence are zeros
     K = w2 * window(source[0]) + b2
     kappa0, kappa1 = kernel.kappas(K * (inverse1 * inverse2))
     scale = std1 * std2
     if len(target) == 2:
-        T = K + w2 * window(source[1]) if tangent else K
+        T = K + w2 * window(source[1]) if has_T else K
         target = write(target, 1, jnp.where(scale > 0, kappa0 * T / 2, jnp.zeros_like(T)), step)
     return write(target, 0, scale * kappa1, step)
 
 
 def write(sheets, k, value, step):
-    """`value` (n, w, m) inside the border of sheet k, in place."""
+    """Writes `value` (n, w, m) inside the border of sheets[k]; XLA does it in place."""
     return lax.dynamic_update_slice(sheets, value[None], (k, 1, 1, step))
 
 
@@ -109,80 +116,81 @@ def coefficients(convs, dtype):
     return jnp.asarray(np.reshape([[w * w / 9, b * b] for w, b in convs], (-1, 2)), dtype)
 
 
-def run_sheets(convs, rows, first, second, buffers, step, offsets, finish):
+def run_sheets(convs, initial_sheet, stds1, stds2, buffers, step, offsets, finish):
     """All convs and relus of one resolution, sheet by sheet: (stack of finish(sheet), buffers).
 
-    rows(a): sheet a before the first conv, (K,) or (K, T).   first: (std, 1 / std), each
-    (convs, n, w, 1 or m); second: the same twice over in the rows: sheet a is rows a ... a + n.
-    buffers: two arrays of sheets as `conv_relu` has them, written in turn.
-    offsets: (start, count), the sheets start, start + 1, ... modulo n.
+    initial_sheet(a): sheet a before the first conv, (K,) or (K, T).   stds1: (std, 1 / std), each (convs, n, w, 1 or m).
+    stds2: likewise, each (convs, 2n, 1 or w, m): the rows appear twice, so that sheet a needs rows a ... a + n - 1.
+    buffers: two arrays of sheets as in `conv_relu`, written in turn.
+    offsets: (start, count), for the sheets start, start + 1, ... modulo n.
     """
-    n, (start, count) = first[0].shape[1], offsets
-    w2_b2 = coefficients(convs, first[0].dtype)
+    n, (start, count) = stds1[0].shape[1], offsets
+    w2_b2 = coefficients(convs, stds1[0].dtype)
 
-    def layer(k, a, source, target, tangent=True):
-        if on_gpu() and first[0].shape[3] == 1:  # else an image with itself, in `prepare`: little to do
-            return gpu.conv_relu(source, target, first, second, w2_b2, k, a, step, tangent)
-        return conv_relu(source, target, [x[k] for x in first],
-                         [lax.dynamic_slice_in_dim(x[k], a, n) for x in second],
-                         w2_b2[k, 0], w2_b2[k, 1], step, tangent)
+    def layer(k, a, source, target, has_T=True):
+        if on_gpu() and stds1[0].shape[3] == 1:  # otherwise `prepare` pairs images with themselves, which is little work
+            return gpu.conv_relu(source, target, stds1, stds2, w2_b2, k, a, step, has_T)
+        return conv_relu(source, target, [x[k] for x in stds1],
+                         [lax.dynamic_slice_in_dim(x[k], a, n) for x in stds2],
+                         w2_b2[k, 0], w2_b2[k, 1], step, has_T)
 
-    def sheet(carry, _):
-        i, (here, there) = carry
+    def run_sheet(carry, _):
+        i, (even, odd) = carry  # the buffers after an even and after an odd number of convs
         a = (i + start) % n if start else i
-        new = rows(a)
-        for k, value in enumerate(new):
-            here = write(here, k, value, step)
+        initial = initial_sheet(a)
+        for k, value in enumerate(initial):
+            even = write(even, k, value, step)
         if convs:
-            there = layer(0, a, here, there, tangent=len(new) == 2)
+            odd = layer(0, a, even, odd, has_T=len(initial) == 2)
 
-            def two(k, buffers):
-                here = layer(2 * k + 1, a, buffers[1], buffers[0])
-                return here, layer(2 * k + 2, a, here, buffers[1])
-            here, there = lax.fori_loop(0, (len(convs) - 1) // 2, two, (here, there))
+            def two_layers(k, buffers):
+                even = layer(2 * k + 1, a, buffers[1], buffers[0])
+                return even, layer(2 * k + 2, a, even, buffers[1])
+            even, odd = lax.fori_loop(0, (len(convs) - 1) // 2, two_layers, (even, odd))
             if len(convs) % 2 == 0:
-                here = layer(len(convs) - 1, a, there, here)
-        last = there if len(convs) % 2 else here
-        return (i + 1, (here, there)), tuple(
+                even = layer(len(convs) - 1, a, odd, even)
+        last = odd if len(convs) % 2 else even
+        return (i + 1, (even, odd)), tuple(
             finish(x[1:-1, 1:-1, step:x.shape[2] - step]) for x in last)
-    (_, buffers), out = lax.scan(sheet, (jnp.int32(0), buffers), length=count)
+    (_, buffers), out = lax.scan(run_sheet, (jnp.int32(0), buffers), length=count)
     return out, buffers
 
 
-def input_rows(x1, x2):
-    """rows(a) of the input layer: the mean over channels of x1 x2; x1 (channels, n, w, 1 or m)."""
+def input_sheets(x1, x2):
+    """`initial_sheet` of the input layer: mean over channels of x1 x2.  x1: (channels, n, w, 1 or m), x2: of `as_second`."""
     channels, n = x1.shape[:2]
-    group = next(size for size in range(min(channels, 8), 0, -1) if channels % size == 0)
+    group = next(size for size in range(min(channels, 8), 0, -1) if channels % size == 0)  # channels added in one pass
 
-    def rows(a):
+    def initial_sheet(a):
         def add(g, total):
             return total + sum(x1[g * group + k] * lax.dynamic_slice_in_dim(x2[g * group + k], a, n)
                                for k in range(group))
         shape = jax.eval_shape(lambda: x1[0] * x2[0, :n])
         return (lax.fori_loop(0, channels // group, add, jnp.zeros_like(shape)) / channels,)
-    return rows
+    return initial_sheet
 
 
-def pooled_rows(stacks, offsets):
-    """rows(a) after a pool, from the stacks (sheets, n, ...) that `pool_columns` left: the mean of
-    the rows (2r, 2r'), (2r, 2r'+1), (2r+1, 2r'), (2r+1, 2r'+1), wherever their sheet is."""
+def pooled_sheets(stacks, offsets):
+    """The `initial_sheet` after a pool, from the stacks (sheets, n, ...) that `pool_columns` returned: the mean of the rows
+    (2r, 2r'), (2r, 2r'+1), (2r+1, 2r'), (2r+1, 2r'+1), whichever sheet they are in."""
     n, (start, count) = stacks[0].shape[1], offsets
-    place = np.zeros(n, int)
-    place[(start + np.arange(count)) % n] = np.arange(count)
+    position = np.zeros(n, int)  # of each sheet in a stack
+    position[(start + np.arange(count)) % n] = np.arange(count)
     a, r = np.ogrid[:n // 2 + 1, :n // 2 + 1]
-    r2 = (r + a) % (n // 2 + 1)
-    table = np.stack([place[(2 * r2 + j - 2 * r - i) % n] * n + 2 * r + i
+    r2 = (r + a) % (n // 2 + 1)  # r'
+    table = np.stack([position[(2 * r2 + j - 2 * r - i) % n] * n + 2 * r + i
                       for i in (0, 1) for j in (0, 1)], axis=-1)
     table = np.where((np.maximum(r, r2) == n // 2)[..., None], n - 1, table)  # row n - 1 is zero
 
-    def rows(a):
-        four = lax.dynamic_index_in_dim(jnp.asarray(table), a, keepdims=False)
-        return tuple(sum(x.reshape((-1,) + x.shape[2:])[four[:, k]] for k in range(4)) / 4
+    def initial_sheet(a):
+        four_rows = lax.dynamic_index_in_dim(jnp.asarray(table), a, keepdims=False)
+        return tuple(sum(x.reshape((-1,) + x.shape[2:])[four_rows[:, k]] for k in range(4)) / 4
                      for x in stacks)
-    return rows
+    return initial_sheet
 
 
 def pool_columns(pairs):
+    """A `finish` for `run_sheets`: the mean over 2 x 2 columns (c, c'), (n, w, w * pairs) -> (n, w/2, w/2 * pairs)."""
     def finish(x):
         n, w, _ = x.shape
         x = x.reshape(n, w, w, pairs)
@@ -192,22 +200,23 @@ def pool_columns(pairs):
 
 
 def as_second(x, step):
-    """(..., n, w, pairs) of second images in the layout of a sheet's last axis, rows twice over."""
+    """Numbers of second images, (..., n, w, pairs), laid out as in a sheet: (..., 2n, 1 or w, m), the rows twice."""
     if step:
         x = x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1])
     return jnp.concatenate([x, x], axis=-3)
 
 
 def diagonal(x, step):
-    """c = c' of a sheet (n, w, m): (n, w, pairs)."""
+    """The elements c = c' of a sheet: (n, w, m) -> (n, w, pairs)."""
     n, w, m = x.shape
     return x.reshape(n, w, w, m // w)[:, np.arange(w), np.arange(w)] if step else x
 
 
 def deviations(convs, v, sequences):
-    """(std, 1 / std) before each relu, (convs, n, w, pairs), zero outside the image and std times
-    sqrt(1/2), from the input's variance v (n, w, pairs): v <- w_std^2 mean(v) + b_std^2, v / 2.
-    sequences: whether positions of no variance do not exist."""
+    """(std, 1 / std) before each relu, each (convs, n, w, pairs): std times sqrt(1/2), both zero outside the image.
+
+    v: variances before the first conv, (n, w, pairs); conv: v <- w_std^2 mean(v) + b_std^2; relu: v <- v / 2.
+    sequences: whether positions with zero variance are padding."""
     n, w = v.shape[0] - 1, v.shape[1]
     outside = v[:-1] == 0 if sequences else jnp.zeros_like(v[:-1], bool)
 
@@ -220,124 +229,125 @@ def deviations(convs, v, sequences):
     return stds * 0.5**0.5, jnp.where(stds > 0, 1 / jnp.where(stds > 0, stds, 1), 0)
 
 
-def walk(stages, ending, rows, stds, buffers, step, reach=None):
-    """From `input_rows` to the ending: (K,) or (K, T), each (pairs,), and the buffers.
+def run_network(stages, ending, initial_sheet, stds_at, buffers, step, max_offset=None):
+    """From `input_sheets` to gap or flatten: (K,) or (K, T), each (pairs,), and the buffers.
 
-    stds(s, rows): `first` and `second` of `run_sheets` at resolution s.
-    reach: how many sheets on either side of sheet 0 are wanted at each resolution, by default all.
+    stds_at(s, initial_sheet): stds1 and stds2 of `run_sheets` at resolution s.
+    max_offset: at resolution s only the sheets at most max_offset[s] from sheet 0, on either side; by default all.
     """
     buffers = list(buffers)
     for s, convs in enumerate(stages):
-        first, second = stds(s, rows)
-        n, w = first[0].shape[1:3]
+        stds1, stds2 = stds_at(s, initial_sheet)
+        n, w = stds1[0].shape[1:3]
         last = s == len(stages) - 1
-        one_sheet = last and ending == "flatten"
-        r = n if reach is None else reach[s]
-        offsets = (0, 1) if one_sheet else (0, n) if 2 * r + 1 >= n else (n - r, 2 * r + 1)
-        pairs = second[0].shape[-1] // (w if step else 1)
+        only_sheet_0 = last and ending == "flatten"
+        most = n if max_offset is None else max_offset[s]
+        offsets = (0, 1) if only_sheet_0 else (0, n) if 2 * most + 1 >= n else (n - most, 2 * most + 1)
+        pairs = stds2[0].shape[-1] // (w if step else 1)
 
         def total(x):
-            return (diagonal(x, step) if one_sheet else x).reshape(-1, pairs).sum(axis=0)
-        out, buffers[s] = run_sheets(convs, rows, first, second, buffers[s], step, offsets,
+            return (diagonal(x, step) if only_sheet_0 else x).reshape(-1, pairs).sum(axis=0)
+        out, buffers[s] = run_sheets(convs, initial_sheet, stds1, stds2, buffers[s], step, offsets,
                                      total if last else pool_columns(pairs))
-        rows = None if last else pooled_rows(out, offsets)
-    size = (n - 1) * w if one_sheet else ((n - 1) * w)**2
+        initial_sheet = None if last else pooled_sheets(out, offsets)
+    size = (n - 1) * w if only_sheet_0 else ((n - 1) * w)**2
     return tuple(x.sum(axis=0) / size for x in out), buffers
 
 
 def prepare(stages, ending, full, sequences, step, x):
-    """What a block of images x (pairs, h, w, channels) brings to every pair: x as (channels, n, w,
-    pairs), its `deviations` at each resolution, and if `full` K of each image with itself (pairs,).
+    """What every entry with one of the images x (pairs, h, w, channels) needs, computed once: x as (channels, n, w, pairs),
+    its `deviations` at each resolution, and if `full` K of each image with itself, (pairs,).
 
-    The variances after a pool are K[p, p] of an image with itself, for which the 2^pools - 1 sheets
-    on either side of sheet 0 suffice.
+    The variances after a pool are K[p, p] of an image with itself. They need only the 2^pools - 1 sheets on either side of
+    sheet 0.
     """
     pairs, h, w, _ = x.shape
-    x, found = jnp.pad(x.transpose(3, 1, 2, 0), ((0, 0), (0, 1), (0, 0), (0, 0))), []
+    x, stds = jnp.pad(x.transpose(3, 1, 2, 0), ((0, 0), (0, 1), (0, 0), (0, 0))), []
 
-    def stds(s, rows):
-        found.append(deviations(stages[s], diagonal(rows(0)[0], step), sequences))
-        return [[jnp.tile(y, (w >> s) if step else 1) for y in found[-1]],
-                [as_second(y, step) for y in found[-1]]]
-    reach = None if full else [2**k - 1 for k in reversed(range(len(stages)))]
-    rows = input_rows(jnp.tile(x, w if step else 1), as_second(x, step))
+    def stds_at(s, initial_sheet):
+        stds.append(deviations(stages[s], diagonal(initial_sheet(0)[0], step), sequences))
+        return [[jnp.tile(y, (w >> s) if step else 1) for y in stds[-1]],
+                [as_second(y, step) for y in stds[-1]]]
+    max_offset = None if full else [2**k - 1 for k in reversed(range(len(stages)))]
+    initial_sheet = input_sheets(jnp.tile(x, w if step else 1), as_second(x, step))
     buffers = empty(stages, h, w, step, pairs, 1, x.dtype)
-    (K,), _ = walk(stages, ending, rows, stds, buffers, step, reach)
-    return x, found, K
+    (K,), _ = run_network(stages, ending, initial_sheet, stds_at, buffers, step, max_offset)
+    return x, stds, K
 
 
 def empty(stages, h, w, step, pairs, states, dtype):
-    """Per resolution two arrays of `states` sheets with their borders, all zero."""
+    """The buffers of each resolution, all zero: two arrays of `states` sheets with their borders."""
     shapes = [(states, (h >> s) + 3, (w >> s) + 2, ((w >> s) + 2) * step or pairs)
               for s in range(len(stages))]
     return [(jnp.zeros(shape, dtype),) * 2 for shape in shapes]
 
 
-def even(n, most):
-    """The side, a multiple of 8, of the fewest and most equal blocks of n columns; most: a multiple of 8."""
+def block_side(n, most):
+    """The side of the fewest equal blocks that cover n columns, a multiple of 8.   most: the largest, a multiple of 8."""
     side = -(-n // -(-n // most))
     return side + -side % 8
 
 
 def images(stages, ending, full, states, mirrors, sequences, x1, x2):
-    """K or (K, T) at the ending, (n1, mirrors n2), and if `full` k(x, x) of the rows and of the columns.
-    Where x2 is None: of x1 with itself, right on and above the diagonal. mirrors: 1, or 2 for the mirror
-    images of x2 as n2 more columns: what is prepared for them is that of x2, mirrored.
+    """K or (K, T) after gap or flatten, (n1, mirrors n2), and if `full` k(x, x) of the rows and of the columns.
 
-    Column blocks of `pairs` images, every row against them, one after the other; rows beyond n1 are dropped.
+    If x2 is None: of x1 with itself; only entries on and above the diagonal are right.   mirrors: 1, or 2 for the mirror
+    images of x2 as n2 more columns; what is prepared for x2 is mirrored, not computed again.
+    Columns are computed in blocks of `pairs` images, one block after the other, and in a block row by row.
     """
     symmetric, x2 = x2 is None, x1 if x2 is None else x2
     (n1, h, w, _), n2 = x1.shape, len(x2)
-    one_column = w == 1 or len(stages) == 1 and ending == "flatten"  # c = c': stds are as large as a sheet
-    fit = max(kernel.on(SHEET) // (h * w * (8 if one_column else w)) // 8 * 8, 8)
-    pairs = even(n2 * mirrors, fit)
-    wide = pairs // mirrors  # images of x2 in a block
+    only_diagonal = w == 1 or len(stages) == 1 and ending == "flatten"  # c = c': then stds are as large as a sheet
+    most = max(kernel.on(SHEET) // (h * w * (8 if only_diagonal else w)) // 8 * 8, 8)
+    pairs = block_side(n2 * mirrors, most)
+    per_block = pairs // mirrors  # images of x2
 
     def prepared(x):
-        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % wide, *x.shape[1:]))])
-        return lax.map(lambda block: prepare(stages, ending, full, sequences, 0 if one_column else wide, block),
-                       x.reshape(-1, wide, *x.shape[1:]))
-    step, blocks = 0 if one_column else pairs, prepared(x2)
-    by_image = jax.tree.map(  # (blocks, ..., wide) -> (images, ..., 1)
-        lambda y: jnp.moveaxis(y, -1, 1).reshape(len(y) * wide, *y.shape[1:-1], 1),
+        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % per_block, *x.shape[1:]))])
+        return lax.map(lambda block: prepare(stages, ending, full, sequences, 0 if only_diagonal else per_block, block),
+                       x.reshape(-1, per_block, *x.shape[1:]))
+    step, blocks = 0 if only_diagonal else pairs, prepared(x2)
+    by_image = jax.tree.map(  # (blocks, ..., per_block) -> (images, ..., 1)
+        lambda y: jnp.moveaxis(y, -1, 1).reshape(len(y) * per_block, *y.shape[1:-1], 1),
         blocks if symmetric else prepared(x1))
 
-    def columns(job):
-        block, (x2, stds2, _) = job
+    def column_block(numbered):
+        block, (x2, stds2, _) = numbered
         x2, stds2 = jax.tree.map(lambda y: as_second(jnp.concatenate([y, y[..., ::-1, :]][:mirrors], axis=-1),
                                                      step), (x2, stds2))
 
-        def row(i, rows, carry):
+        def one_row(i, initial_sheet, carry):
             out, buffers = carry
             stds1 = jax.tree.map(lambda y: y[i], by_image[1])
-            new, buffers = walk(stages, ending, rows, lambda s, _: (stds1[s], stds2[s]), buffers, step)
+            new, buffers = run_network(stages, ending, initial_sheet, lambda s, _: (stds1[s], stds2[s]), buffers, step)
             return tuple(o.at[i].set(k) for o, k in zip(out, new)), buffers
 
-        by_position = x2[:, :h + 1, 0].swapaxes(0, 1)  # here, for in a loop it is a copy each time
+        by_position = x2[:, :h + 1, 0].swapaxes(0, 1)  # outside the loop: inside, XLA would copy it in every iteration
 
-        def eight(i, carry):  # rows of sequences, whose sheet 0 before the first conv is a product at each position
+        def eight_rows(i, carry):  # of sequences: one matrix product at each position gives sheet 0 before the first conv
             x1 = lax.dynamic_slice_in_dim(by_image[0], 8 * i, 8)[..., 0, 0]
             K = jnp.einsum("icp,pcm->pim", x1, by_position, precision="highest") / x1.shape[1]
-            return lax.fori_loop(0, 8, lambda k, carry: row(8 * i + k, lambda a: (K[:, k, None],), carry), carry)
-        start = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
+            return lax.fori_loop(0, 8, lambda k, carry: one_row(8 * i + k, lambda a: (K[:, k, None],), carry), carry)
+        zeros = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
                  empty(stages, h, w, step, pairs, states, x1.dtype))
-        end = jnp.minimum((block + 1) * wide, n1) if symmetric else n1
-        if w == 1 and ending == "flatten":
-            return lax.fori_loop(0, -(-end // 8), eight, start)[0]
-        return lax.fori_loop(0, end, lambda i, carry: row(i, input_rows(by_image[0][i], x2), carry), start)[0]
-    out = lax.map(columns, (jnp.arange(len(blocks[2])), blocks))  # (blocks, n1, pairs)
-    out = tuple(y.reshape(-1, n1, mirrors, wide).transpose(1, 2, 0, 3).reshape(n1, mirrors, -1)[:, :, :n2]
+        rows = jnp.minimum((block + 1) * per_block, n1) if symmetric else n1
+        if w == 1 and ending == "flatten":  # the last eight may reach beyond n1: those rows are dropped
+            return lax.fori_loop(0, -(-rows // 8), eight_rows, zeros)[0]
+        return lax.fori_loop(0, rows, lambda i, carry: one_row(i, input_sheets(by_image[0][i], x2), carry), zeros)[0]
+    out = lax.map(column_block, (jnp.arange(len(blocks[2])), blocks))  # (blocks, n1, pairs)
+    out = tuple(y.reshape(-1, n1, mirrors, per_block).transpose(1, 2, 0, 3).reshape(n1, mirrors, -1)[:, :, :n2]
                 .reshape(n1, -1) for y in out)
     return out, by_image[2][:n1, 0], jnp.tile(blocks[2].reshape(-1)[:n2], mirrors)
 
 
 def vectors(x1, x2, mirror):
-    """K (n1, mirrors n2) of vectors, one position with d channels, and k(x, x) as `images` returns them.
-    mirror: the mirror images of x2, where x2 is None of x1, as vectors; None for none of them."""
+    """K (n1, mirrors n2) of vectors, one position with d channels each, and k(x, x) as `images` returns them.
+
+    mirror: the mirror images of x2 (of x1 if x2 is None) as vectors; None: no mirror images."""
     def product(a, b):
         return jnp.matmul(a, b.T, precision="highest") / a.shape[1]
 
-    def gram(x, y):  # k(x_i, y_j) = k(x_j, y_i): halves of halves, little more than half of the products
+    def gram(x, y):  # symmetric: k(x_i, y_j) = k(x_j, y_i). Halving again and again saves nearly half of the products
         if len(x) <= 512:
             return product(x, y)
         half = len(x) // 2
@@ -351,14 +361,15 @@ def vectors(x1, x2, mirror):
 
 
 def own_lengths(ending, x1, x2, out, v1, v2):
-    """Means over all positions of sequences, made the sums over those that exist divided as in kernel.py."""
+    """Means over all positions of padded sequences, turned into those of proteins/layers.py: the sum is divided by l l' (gap)
+    or sqrt(l l') (flatten), where l and l' count the positions that are not padding."""
     share1, share2 = ((x != 0).any(axis=-1).mean(axis=(1, 2), dtype=x.dtype) ** (0.5 if ending == "flatten" else 1)
                       for x in (x1, x1 if x2 is None else x2))
     return [K / (share1[:, None] * share2[None]) for K in out], v1 / share1**2, v2 / share2**2
 
 
 def scalars(layers, K, T, v1, v2):
-    """K and T after the layers that follow; v1, v2: k(x, x) of rows and columns."""
+    """K and T after the layers that follow gap or flatten.  v1, v2: k(x, x) of rows and of columns."""
     for layer in layers:
         if layer[0] in ELEMENTWISE:
             K, T = kernel.after(layer, K, T, jnp.sqrt(v1), jnp.sqrt(v2))
@@ -372,9 +383,9 @@ def scalars(layers, K, T, v1, v2):
 def kernel_fn(name, kind, flips=False, **options):
     """`kernel.kernel_fn`, fast: same arguments, same results, same errors.
 
-    flips: k(x, x') + k(x, f x') in place of k(x, x'), f x' being the mirror image of x' (augment.py).
-    Raises ValueError also for a list of layers of another form than (conv, relu) and pool in any
-    number, gap or flatten, then dense, relu, normalize and exp. Runs on one device, `tiles.gram` on all of them.
+    flips: k(x, x') + k(x, f x') in place of k(x, x'), where f x' is the mirror image of x' (augment.py).
+    Raises ValueError also if a list of layers is not (conv, relu) and pool in any number, then gap or flatten, then any of
+    dense, relu, normalize and exp.   Runs on one device; `tiles.gram` uses all of them.
     """
     layers = kernel.network(name, **options)
     stages, ending, tail = parse(layers)

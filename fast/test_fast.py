@@ -1,6 +1,6 @@
-"""The kernels of fast/ are those of kernel.py.
+"""The kernels of fast/ equal those of kernel.py.
 
-Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
+Each test states its claim in its first line. test_all.py sets up JAX, so it is imported first.
 """
 
 import os
@@ -26,8 +26,8 @@ from fast import fused, gpu
 @pytest.mark.parametrize("name, head", [("fc", "cosine"), ("fc", "relu"), ("fc", "exp"), ("cnn_gap", "exp"),
                                         ("cnn_vec", "relu")])
 def test_kernel_heads_are_neural_tangents(name, head):
-    """Normalized readouts, of kernel.py and of fused.py, with and without mirror images: NNGP and NTK are those of
-    stax.LayerNorm, Relu and ExpNormalized to 1e-10, between different images; k(x, x) is the same for all x."""
+    """The heads cosine, relu and exp, in kernel.py and in fused.py, with and without mirror images: between different images
+    NNGP and NTK equal those of stax.LayerNorm, Relu and ExpNormalized to 1e-10; k(x, x) is the same for all x."""
     x = images(np.random.default_rng(0), 5, (4, 4, 2))
     options = {"head": head, "gamma": 1.7, "w_std": 1.3, "b_std": 0.2, "depth": 2}
     a, b = x[:2], x[2:]
@@ -58,8 +58,8 @@ def both_engines(name, x1, x2=None, **options):
     ("cnn_gap", (8, 8, 1), {"w_std": 1.2, "b_std": 0.3, "depth": 3}),
     ("myrtle10", (12, 8, 11), {"b_std": 0.3})], ids=str)
 def test_fused_is_kernel(name, shape, options):
-    """fused.py is kernel.py to 1e-5 in float32 and 1e-12 in float64: any shape, number of channels and
-    sigma; opposite, nearly black, identical and flipped images."""
+    """fused.py equals kernel.py, to 1e-5 in float32 and 1e-12 in float64, for any image shape, number of channels, w_std and
+    b_std, also for opposite, nearly black, identical and flipped images."""
     x = images(np.random.default_rng(0), 9, shape).astype(np.float32)
     x[4], x[5] = x[3], x[3][:, ::-1]
     both = both_engines(name, x, x[2:], **options)
@@ -71,7 +71,7 @@ def test_fused_is_kernel(name, shape, options):
 
 @pytest.mark.parametrize("name", ["fc", "cnn_gap"])
 def test_fused_black_images(name):
-    """An image without variance: zero without biases, kernel.py with them; nothing is not a number."""
+    """Every entry of a black image is finite: zero without biases, equal to kernel.py with biases."""
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 1))
     x[1] = 0
     for fast, exact in both_engines(name, x, b_std=0.5, depth=2):
@@ -83,14 +83,14 @@ def test_fused_black_images(name):
 @needs_cifar
 @pytest.mark.parametrize("name, n", [("cnn_vec", 20), ("myrtle10", 2)])
 def test_fused_on_cifar(name, n):
-    """The same on CIFAR-10, images with themselves and with a mirror image too."""
+    """fused.py equals kernel.py to 1e-5 on CIFAR-10, also for an image with itself and with its mirror image."""
     x = cifar(20)[0][:n]
     for fast, exact in both_engines(name, x, np.concatenate([x, x[:1, :, ::-1]])):
         assert relative_error(fast, exact) < 1e-5
 
 
 def test_fused_on_64_by_64():
-    """Images of 64 x 64, 16.8 million pairs of pixels."""
+    """fused.py equals kernel.py to 1e-5 on images of 64 x 64, which have 16.8 million pairs of pixels."""
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
     conv = [("conv", 2**0.5, 0.0), ("relu",)]
     for fast, exact in both_engines([*conv, ("pool",), *conv, ("gap",), ("dense", 1.0, 0.0)], x[:1], x[1:]):
@@ -100,8 +100,8 @@ def test_fused_on_64_by_64():
 @pytest.mark.parametrize("name, sizes, options", [("fc", (1, 1300), {}), ("cnn_vec", (1, 19), {"depth": 3}),
                                                   (POOLED, (19,), {})], ids=network_id)
 def test_fused_symmetry_and_blocks(name, sizes, options, monkeypatch):
-    """fn(x) is symmetric to the last bit and fn(x, x) up to rounding, diagonal included, whatever the
-    block of columns and however many rows."""
+    """fn(x) is symmetric to the last bit and equals fn(x, x) up to rounding, diagonal included, also where the columns
+    fill several blocks, for any number of rows."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
     fn = fused.kernel_fn(name, "ntk", **options)
     for n in sizes:
@@ -114,7 +114,7 @@ def test_fused_symmetry_and_blocks(name, sizes, options, monkeypatch):
 
 @pytest.mark.parametrize("name", ["fc", "cnn_vec"])
 def test_fused_both_kinds_in_one_pass(name):
-    """A tuple of kinds gives a tuple of matrices, each as if asked for alone, in the order asked for."""
+    """A tuple of kinds gives a tuple of matrices in the same order, each equal to that kind computed alone."""
     x = np.random.default_rng(0).normal(size=(5, 4, 4, 3))
     alone = {kind: np.asarray(kernel.kernel_fn(name, kind, depth=2)(x, x[:2])) for kind in kernel.KINDS}
     for engine in (fused, kernel):
@@ -128,9 +128,9 @@ def test_fused_both_kinds_in_one_pass(name):
 @pytest.mark.parametrize("name, shape", [("fc", (4, 3, 2)), ("cnn_vec", (5, 3, 2)), ("cnn_gap", (4, 6, 1)),
                                          (POOLED, (4, 4, 1))], ids=network_id)
 def test_fused_flips(name, shape, monkeypatch):
-    """flips=True is augment.symmetric of kernel.py, to 1e-5 in float32 and 1e-12 in float64: of two sets and
-    of one, in which it is symmetric to the last bit; also where images fill several blocks of columns, and
-    with a relu after the ending, which is not linear."""
+    """flips=True equals augment.symmetric of kernel.py, to 1e-5 in float32 and 1e-12 in float64, for two sets of images and
+    for one set, whose matrix is symmetric to the last bit. It also holds where images fill several blocks of columns, and
+    with a relu after gap or flatten, which is not linear."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 4 images and their mirror images
     x = images(np.random.default_rng(0), 11, shape)
     named = kernel.network(name, depth=2, b_std=0.2) if isinstance(name, str) else name
@@ -145,8 +145,8 @@ def test_fused_flips(name, shape, monkeypatch):
 
 @pytest.mark.parametrize("name, flips", [("cnn_vec", False), ("cnn_gap", True), (POOLED, False)], ids=network_id)
 def test_fused_on_a_gpu(name, flips, monkeypatch):
-    """gpu.py, run by Pallas' interpreter: kernel.py to 1e-5 in float32 and 1e-12 in float64; images that are not
-    square, with bias, several blocks of columns."""
+    """gpu.py in Pallas' interpreter equals kernel.py, to 1e-5 in float32 and 1e-12 in float64, with biases, for images that
+    are not square and fill several blocks of columns."""
     x = images(np.random.default_rng(0), 9, (4, 6, 2))
     layers = kernel.network(name, b_std=0.3, depth=2) if isinstance(name, str) else name
     exact = kernel.kernel_fn(layers, kernel.KINDS)
@@ -163,10 +163,10 @@ def test_fused_on_a_gpu(name, flips, monkeypatch):
 
 
 def in_prepare_only(conv_relu):
-    """`fused.conv_relu`, which refuses what gpu.py should have done: a pair of different images."""
-    def checked(source, target, first, *rest):
-        assert first[0].shape[2] > 1
-        return conv_relu(source, target, first, *rest)
+    """`fused.conv_relu`, but it fails on pairs of different images: gpu.py should have computed those."""
+    def checked(source, target, stds1, *rest):
+        assert stds1[0].shape[2] > 1
+        return conv_relu(source, target, stds1, *rest)
     return checked
 
 
@@ -176,8 +176,8 @@ def in_prepare_only(conv_relu):
     [("conv", 0.9, 0.0), ("relu",), ("flatten",), ("dense", 1.2, 0.1), ("relu",)],
 ], ids=lambda tail: "-".join(layer[0] for layer in tail))
 def test_fused_takes_lists_of_layers(tail):
-    """Other networks than the named ones: flatten after a pool, two pools running, relus at the end,
-    another sigma in each layer."""
+    """Lists of layers that no name stands for work too: flatten after a pool, two pools in a row, relus at the end, a
+    different w_std and b_std in each layer."""
     layers = [("conv", 1.1, 0.2), ("relu",), *tail]
     x = np.random.default_rng(0).normal(size=(3, 8, 4, 2))
     for fast, exact in both_engines(layers, x):
@@ -187,8 +187,8 @@ def test_fused_takes_lists_of_layers(tail):
 @pytest.mark.parametrize("layers", [[("dense", 1.0, 0.0), ("gap",)], [("conv", 1.0, 0.0), ("gap",)],
                                     [("gap",), ("pool",)]])
 def test_fused_refuses(layers):
-    """A list of another form is refused at once, and the sentence names what does take it."""
-    with pytest.raises(ValueError, match="this network continues with .* take kernel.kernel_fn"):
+    """A list of another form is refused at once, and the message says which function to use instead."""
+    with pytest.raises(ValueError, match="this network continues with .* use kernel.kernel_fn instead"):
         fused.kernel_fn(layers, "nngp")
     with pytest.raises(ValueError, match="kind 'mean' is unknown"):
         fused.kernel_fn("cnn_gap", "mean")
@@ -197,7 +197,7 @@ def test_fused_refuses(layers):
 
 
 def test_fused_compiles_loops():
-    """The program does not grow with depth: 8 convolutions take the code of 4."""
+    """The program that JAX compiles does not grow with depth: it is as long for 8 convolutions as for 4."""
     x = np.ones((2, 8, 8, 3), np.float32)
     size = {depth: len(fused.kernel_fn("cnn_gap", "ntk", depth=depth).lower(x).as_text().splitlines())
             for depth in (4, 8)}
@@ -206,7 +206,7 @@ def test_fused_compiles_loops():
 
 
 def test_train_is_fused(tmp_path):
-    """Where fast/ is there, it is the engine of train_cifar.py; gpu.py may be deleted."""
+    """If fast/ is present, train_cifar.py computes its kernels with fused.py, also after gpu.py was deleted."""
     for name in os.listdir(HERE):
         if name.endswith(".py"):
             shutil.copy(os.path.join(HERE, name), tmp_path)
@@ -220,7 +220,7 @@ def test_train_is_fused(tmp_path):
 
 # -------------------------------------------------------------------------------------- benchmark
 
-# Rows and columns of the block timed at 32 x 32 x 3; of neural_tangents every size is tried first.
+# Rows and columns of the block that is timed, for images of 32 x 32 x 3; neural_tangents is timed at its fastest size.
 BLOCK = {"fc": {"fused": 4000, "kernel": 4000, "neural_tangents": (1000, 4000)},
          "cnn_vec": {"fused": 1024, "kernel": 128, "neural_tangents": (64, 128, 256)}}
 
@@ -232,8 +232,8 @@ OTHERS = {"fused": 64, "kernel": 2, "neural_tangents": (1, 2, 4)}
 def test_benchmark(benchmark, name, kind, engine):
     """Seconds for a block of n x n entries, float32, two different sets of images.
 
-    fused.py in tiles on one CPU device a core, as train_cifar.py runs it; the others, and fc, on one
-    device with a thread a core."""
+    fused.py runs in tiles, with one CPU device per core, as in train_cifar.py. The others, and fc, run on one device with
+    one thread per core."""
     if benchmark.disabled and name != "fc":
         pytest.skip("one network shows that it runs; --benchmark-only times them all")
     benchmark.group = f"{name} {kind}"
@@ -257,7 +257,7 @@ def test_benchmark(benchmark, name, kind, engine):
 
 @both_kinds
 def test_benchmark_kappas(benchmark, kind):
-    """The floor of the others: kappa1 (ntk: and kappa0) of numbers in cache, on every core."""
+    """The lower bound on the other times: kappa1 (ntk: and kappa0) of numbers in cache, on every core."""
     devices, rounds = jax.local_devices()[:os.cpu_count()], 2 if benchmark.disabled else 5000
     x = np.random.default_rng(0).uniform(-1, 1, size=(len(devices), 2**14)).astype(np.float32)
 

@@ -1,8 +1,8 @@
-"""CIFAR-5m: six million images in six .npz files, read without holding one of them in memory.
+"""CIFAR-5m: six million images in six .npz files, read without holding a whole file in memory.
 
-part0.npz ... part4.npz are for training, part5.npz for testing: X uint8 (1000448, 32, 32, 3), Y the labels. A run reads
-all labels, 40 MB, deals out the rows as data.order says, and then reads only the blocks of BLOCK images in which those
-rows lie: the rows are shuffled block by block, so that few rows need few blocks.
+part0.npz ... part4.npz are for training, part5.npz is for testing: X uint8 (1000448, 32, 32, 3), Y the labels. A run reads all
+labels (40 MB), lets data.order choose the rows, and then keeps only the blocks of BLOCK images that contain these rows. The
+rows are shuffled block by block, so that few rows need few blocks.
 
     x_train, y_train, x_test, y_test = cifar5m.load("DIR", n_train=100_000, n_test=10_000)
 
@@ -18,17 +18,17 @@ from tqdm import tqdm
 import data
 
 BLOCK = 1024  # images read together: 3 MB
-PARTS = 5  # files for training; the next one is for testing
+PARTS = 5  # files for training; the sixth is for testing
 
 
 def load(folder, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
-    """x_train, y_train, x_test, y_test; arguments and errors as of data.load."""
+    """x_train, y_train, x_test, y_test; arguments and errors as in data.load."""
     return (*_read(folder, range(PARTS), n_train, seed, "n_train", balanced, n_fit),
             *_read(folder, [PARTS], n_test, 0, "n_test", balanced))
 
 
 def _read(folder, parts, n, seed, what, balanced, n_fit=0):
-    """n images of some parts and their labels, and training images beyond n up to n_fit."""
+    """n images of these parts (None: all) and their labels, and further training images until there are n_fit."""
     paths = [os.path.join(folder, f"part{part}.npz") for part in parts]
     labels, blocks = [], []
     for path in paths:
@@ -40,22 +40,23 @@ def _read(folder, parts, n, seed, what, balanced, n_fit=0):
     rows = data.order(np.concatenate(labels), seed, balanced, np.concatenate(blocks))[:n and max(n, n_fit)]
     x, y = np.empty((len(rows), 32, 32, 3), np.uint8), np.empty(len(rows), np.int64)
     for path, start, part in zip(paths, starts, labels):
-        mine = np.flatnonzero((start <= rows) & (rows < start + len(part)))
-        if not len(mine):
+        places = np.flatnonzero((start <= rows) & (rows < start + len(part)))  # in x, of the rows that this file holds
+        if not len(places):
             continue
-        local = rows[mine] - start
+        local = rows[places] - start
         wanted = np.unique(local // BLOCK).tolist()
         with _opened(path) as file:
             bar = tqdm(wanted, desc=path, unit=" blocks", disable=None, leave=False)
             for block, images in zip(bar, _rows(file, path, "X", wanted)):
                 images, block_labels = data.checked(images, part[block * BLOCK:(block + 1) * BLOCK], path)
-                here = local // BLOCK == block
-                x[mine[here]] = images[local[here] - block * BLOCK]
-                y[mine[here]] = block_labels[local[here] - block * BLOCK]
+                in_block = local // BLOCK == block
+                x[places[in_block]] = images[local[in_block] - block * BLOCK]
+                y[places[in_block]] = block_labels[local[in_block] - block * BLOCK]
     return x, y
 
 
 def _opened(path):
+    """The archive.  ValueError: it is truncated, or lacks X or Y.  FileNotFoundError."""
     data.existing(path)
     try:
         file = zipfile.ZipFile(path)
@@ -68,10 +69,10 @@ def _opened(path):
 
 
 def _rows(file, path, key, blocks):
-    """Blocks of BLOCK rows of an array of an .npz, those of ascending numbers `blocks`; None: all.
+    """Yields blocks of BLOCK rows of one array of an .npz.   blocks: their numbers, ascending; None: all.
 
-    The array is read as a stream from its start, and what is not wanted is passed over, one block in memory at a time,
-    so that compressed archives work too: 3 GB pass in seconds.
+    The array is read as a stream from its start, one block in memory at a time, and blocks that are not wanted are skipped.
+    So compressed archives work too. Reading through 3 GB takes seconds.
     """
     with file.open(f"{key}.npy") as stream:
         version = np.lib.format.read_magic(stream)

@@ -1,8 +1,8 @@
-"""A kernel matrix that is kept nowhere: every product computes its tiles, uses them, forgets them.
+"""A kernel matrix computed on the fly: every product evaluates its tiles again and stores none.
 
-For kernels cheaper to compute than to read: `fc` on a GPU, whose tiles take less time than their way to
-a disk and back. The same tiles, processes and answers as tiles.py; a product is made in float64 on
-the device that computes the tile, and only vectors travel.
+For kernels that are cheaper to compute than to read, such as `fc` on a GPU: it computes a tile in less time than a disk takes
+to write and read it. Tiles, processes and results are the same as in tiles.py. The device that computes a tile also
+multiplies it, in float64, so that only vectors leave the device.
 
     K = on_the_fly.matrix(kernel_fn, x_train);  K.matvec(v)
 
@@ -34,7 +34,7 @@ def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=AL
 @dataclass(frozen=True)
 class Lazy:
     """What `matrix` makes; methods as in tiles.TiledMatrix."""
-    form: TiledMatrix  # its shape and tiling; it holds no tile
+    form: TiledMatrix  # gives shape, tiling and team; it holds no tile
     kernel_fn: object
     x1: object
     x2: object
@@ -44,18 +44,18 @@ class Lazy:
     shape = property(lambda self: self.form.shape)
     team = property(lambda self: self.form.team)
     entries = property(lambda self: self.form.entries)
-    slowness, reads_all, found = 70, False, None  # as of TiledMatrix: fc on a CPU; rows are computed alone
+    slowness, reads_all, found = 70, False, None  # as in TiledMatrix; 70 is fc on a CPU. A few columns cost only themselves
 
     def leading(self, n):
-        """The first n columns, and where it is symmetric rows."""
+        """The first n columns, and of a symmetric matrix the first n rows."""
         return replace(self, form=self.form.leading(n))
 
     def merged(self):
-        """Itself: the tiles are what the devices like."""
+        """The matrix itself: its tiles already have the size that suits the devices."""
         return self
 
     def read_rate(self):
-        """There is nothing to read."""
+        """None: no tile is read."""
 
     def diagonal(self):
         """K[i, i], (n,) float64, of a symmetric matrix. Cost: n b entries."""
@@ -68,7 +68,7 @@ class Lazy:
         out = np.zeros((self.shape[0], len(indices)))
         keys = [(i, 0) for i in range(team.index, -(-self.shape[0] // side), team.count)]
         inputs = [(0, self.x1), (1, self.x2[np.asarray(indices)])]
-        for (i, _), (part,) in self._walk(self.kernel_fn, inputs, keys, (side, len(indices))):
+        for (i, _), (part,) in self._tiles(self.kernel_fn, inputs, keys, (side, len(indices))):
             rows = slice(i * side, min(self.shape[0], (i + 1) * side))
             out[rows] = part[:rows.stop - rows.start]
         return self._sum(out)
@@ -79,7 +79,7 @@ class Lazy:
         out = np.zeros((stop - start, self.shape[1]))
         keys = [(0, j) for j in range(team.index, -(-self.shape[1] // side), team.count)]
         inputs = [(0, self.x1[np.arange(start, stop)]), (1, self.x2)]
-        for (_, j), (part,) in self._walk(self.kernel_fn, inputs, keys, (stop - start, side)):
+        for (_, j), (part,) in self._tiles(self.kernel_fn, inputs, keys, (stop - start, side)):
             columns = slice(j * side, min(self.shape[1], (j + 1) * side))
             out[:, columns] = part[:, :columns.stop - columns.start]
         return self._sum(out)
@@ -87,33 +87,34 @@ class Lazy:
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64, on every device."""
         check_vectors(v, self.shape)
-        v = np.pad(v, ((0, -len(v) % self.form.sides[1]), (0, 0)))  # rows that do not exist add nothing
+        v = np.pad(v, ((0, -len(v) % self.form.sides[1]), (0, 0)))  # zeros for the padded rows, so that they add nothing
         inputs = [(0, self.x1), (1, self.x2), (1, v)] + [(0, v)] * self.form.symmetric
         y = np.zeros((self.shape[0], v.shape[1]))
         with jax.enable_x64(True):
-            for key, parts in self._walk(_product(self.kernel_fn), inputs, list(self.form.keys())):
-                if self.form.symmetric and key[0] == key[1]:  # both are K_ii v_i, to rounding
+            for key, parts in self._tiles(_product(self.kernel_fn), inputs, list(self.form.keys())):
+                if self.form.symmetric and key[0] == key[1]:  # both parts are K_ii v_i up to rounding
                     parts = [(parts[0] + parts[1]) / 2]
                 for rows, part in zip(self.form.slices(key), parts):
                     y[rows] += part[:rows.stop - rows.start]
         return self._sum(y)
 
     def _sum(self, out):
-        """What all processes have together, checked: no tile is seen whole where that could be done."""
+        """The sum over processes, checked for NaN and infinity here because the tiles stay on the devices."""
         out = self.team.all_reduce(out)
         if not np.isfinite(out).all():
-            raise ValueError(f"{np.sum(~np.isfinite(out))} of {out.size} numbers made of the kernel's tiles are "
+            raise ValueError(f"{np.sum(~np.isfinite(out))} of {out.size} numbers computed from the kernel's tiles are "
                              "not finite: look for NaN or infinity in the inputs")
         return out
 
-    def _walk(self, fn, inputs, keys, sides=None):
+    def _tiles(self, fn, inputs, keys, sides=None):
+        """`tiles.computed` with a progress bar."""
         return tqdm(tiles.computed(fn, inputs, sides or self.form.sides, keys, self.devices), total=len(keys),
                     unit=" tiles", desc="tiles", disable=self.quiet or None, leave=False)
 
 
 @lru_cache(maxsize=8)
 def _product(kernel_fn):
-    """The two products of a tile: K v_j and, where v_i is given too, K^T v_i."""
+    """The function that multiplies one tile K: K v_j, and K^T v_i if v_i is given too."""
     def product(a, b, v_j, v_i=None):
         K = kernel_fn(a, b).astype(jnp.float64)
         return K @ v_j if v_i is None else (K @ v_j, K.T @ v_i)

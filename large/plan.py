@@ -1,10 +1,10 @@
-"""What a run will take, before it is begun: entries, bytes, hours, from a rate measured here.
+"""Predicts the entries, bytes and hours of a run before it starts, from speeds measured on this machine.
 
-The kernel is computed for a moment on random images of the data set's shape, tiles are multiplied in
-memory, and with a store on its disk, in a folder that is removed again; the rest is arithmetic.
+Three things are measured: the kernel for about a second on random images of the data set's shape; products with tiles in
+memory; and with --store products with tiles on its disk, in a folder that is removed afterwards. The rest is arithmetic.
 
   n  rows of K, copies included   m  test rows   b  tile side   c  classes   r  rank
-  P  hosts   D  devices a host; every one is taken to be as fast as those here
+  P  hosts   D  devices of a host; all are assumed to be as fast as those of this machine
 
     python train_cifar.py --plan --dataset cifar5m --n_train 5000000 --kernel fc --hosts 256 --devices 8
 
@@ -22,47 +22,47 @@ import data
 import tiles
 from large import store
 
-STEPS, RANK = 100, 1000  # of a solve and its preconditioner, for want of a better guess
-NETWORK = 1e9  # bytes/s of the all-reduce between hosts: 10 Gbit/s Ethernet, faster elsewhere
+STEPS, RANK = 100, 1000  # assumed for a solve and its preconditioner
+NETWORK = 1e9  # bytes/s assumed for the all-reduce between hosts, as of 10 Gbit/s Ethernet; many clusters are faster
 
 
 def rate(kernel_fn, shape, tile, devices):
-    """Kernel entries a second of all `devices` together, tiles of side b, compilation left out.
+    """Kernel entries/s of all `devices` together, with tiles of side `tile`, without compilation.
 
-    A tile on each device, 2,048 on a side at most, as often as fits into a second, once at least.
+    Each device computes one tile, of side 2,048 at most, as many times as fit into a second, at least once.
     """
     tile = min(tile, 2048)
     x = np.random.default_rng(0).standard_normal((tile, *shape), np.float32)
     keys = [(0, 0)] * len(devices)
 
-    def once(times):
+    def seconds(times):
         start = time.perf_counter()
         for _ in tiles.computed(kernel_fn, [(0, x), (1, x)], (tile, tile), keys * times, devices):
             pass
         return time.perf_counter() - start
 
-    once(1)  # compiles
-    seconds = once(1)
-    times = max(1, int(1 / seconds))
-    return len(keys) * times * tile**2 / (once(times) if times > 1 else seconds)
+    seconds(1)  # compiles
+    once = seconds(1)
+    times = max(1, int(1 / once))
+    return len(keys) * times * tile**2 / (seconds(times) if times > 1 else once)
 
 
 def product_rate(kept, tile=1024, number=64):
-    """Bytes of tiles a second in K v of 10 columns, and put into `kept`: {} or a store.Store."""
+    """Bytes/s of tiles in a product K v with 10 columns, and when written to `kept`, {} or a store.Store: an array of two."""
     K = tiles.TiledMatrix((tile, number * tile), (tile, tile), False, kept)
     block = np.random.default_rng(0).random((tile, tile), np.float32)
     start = time.perf_counter()
     for key in K.keys():
         kept[key] = block.copy()
     written = time.perf_counter()
-    for _ in range(2):  # threads and caches are warm, or the tiles checked, the second time
+    for _ in range(2):  # the second counts: threads and caches are warm, and tiles on disk are checked
         read = time.perf_counter()
         K.matvec(np.ones((K.shape[1], data.CLASSES)))
     return block.nbytes * number / np.array([time.perf_counter() - read, written - start])
 
 
 def disk_rates(folder):
-    """The same of a store beside `folder`, read past the page cache; None, None where there can be none."""
+    """`product_rate` of a store on the disk of `folder`, read past the page cache; (None, None) if it cannot be written."""
     folder = os.path.abspath(folder)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
@@ -71,16 +71,16 @@ def disk_rates(folder):
             kept = store.create(place, {"tile": 1024}, np.zeros(1, "<u8"))
             kept.direct = True
             return product_rate(kept)
-    except OSError:  # no room, or no right
+    except OSError:  # no space or no permission
         return None, None
 
 
 def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None, write=None,
              pixels=3072, images=None, ridges=1, kinds=1, classes=data.CLASSES, kept="in memory"):
-    """The plan as {name: number}; bytes and seconds of each host, all hosts working at once.
+    """The plan as {name: number}. Seconds are wall-clock time, with all hosts at work; `bytes` is the sum over all hosts.
 
-    entries_rate: entries/s of one device, of all kinds at once.  product, read: bytes/s of a host in K v
-    from memory and from disk.  write: to disk.  kept: "in memory", "on disk" or "nowhere".
+    entries_rate: entries/s of one device, for all kinds in one pass.   product, read: bytes/s of a host in K v, with tiles
+    from memory and from disk.   write: bytes/s of a host to disk.   kept: "in memory", "on disk" or "nowhere".
     """
     rows, test_rows = -(-n // tile), -(-m // tile)
     square = tile * tile
@@ -88,7 +88,7 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
     entries = (triangle + rectangle) * square
     size = 0 if kept == "nowhere" else 4 * kinds * entries / hosts
     out = {"entries": entries, "tiles": triangle + rectangle, "bytes": size * hosts, "bytes_a_host": size}
-    computing = square / (entries_rate * devices * hosts)  # seconds for a tile
+    computing = square / (entries_rate * devices * hosts)  # seconds per tile
     if kept == "nowhere":
         out["kernel_seconds"], out["pass_bytes"] = 0.0, 0
         out["pass_seconds"] = triangle * computing
@@ -106,9 +106,9 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
 
 
 def main(args, kernel_fn, shape, n, m):
-    """Print the plan of a run with these flags and return it as a dict; see `estimate`.
+    """Prints the plan of a run with these flags and returns it as a dict; see `estimate`.
 
-    args: of train_cifar.py, sizes and tile filled in.   shape: of an image.   n, m: rows of K and K_test.
+    args: flags of train_cifar.py, with sizes and tile filled in.   shape: of an image.   n, m: rows of K and K_test.
     """
     devices, tile = jax.local_devices()[:args.devices], min(args.tile, n)
     per_host, ridges = args.devices or len(devices), len(args.ridge)
@@ -147,7 +147,7 @@ def main(args, kernel_fn, shape, n, m):
 
 
 def hours(seconds):
-    """Seconds, minutes, hours or days, whichever is read most easily."""
+    """A time as text, in seconds, minutes, hours or days, whichever unit is easiest to read."""
     for unit, size in (("days", 86400 * 2), ("hours", 3600), ("minutes", 120)):
         if seconds >= size:
             return f"{seconds / {'days': 86400, 'hours': 3600, 'minutes': 60}[unit]:.1f} {unit}"
@@ -155,7 +155,8 @@ def hours(seconds):
 
 
 def amount(size):
-    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= one:
-            return f"{size / one:.3g} {unit}"
+    """A number of bytes as text."""
+    for unit, unit_bytes in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= unit_bytes:
+            return f"{size / unit_bytes:.3g} {unit}"
     return f"{size / 1e3:.3g} kB"

@@ -1,16 +1,16 @@
-"""Several processes, on one machine or on many: who they are, and their sum.
+"""Several processes, on one machine or on many: how they meet, and the sum by which they communicate.
 
-Every process runs the same program on the same data, computes and multiplies its own tiles and holds
-all vectors. They meet in one place, `all_reduce`: once in a step of the solver, for (n, c) float64. A
-process that dies takes the others down, in a collective at once and otherwise within TIMEOUT; all are
-then started again, and the store has what was finished.
+Every process runs the same program on the same data, computes and multiplies its own tiles, and holds all vectors. The only
+communication is the sum `all_reduce`: in each step of the solver (n, c) float64 for the product, and for a preconditioner of
+low rank (n, c) and (k, c) more. If one process dies, the others stop: at once in a sum, otherwise within TIMEOUT seconds.
+Start all of them again: finished tiles are in the store.
 
     python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 0     on HOST0
     python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 1     on HOST1
     srun --ntasks-per-node=1 python train_cifar.py --store DIR                                under Slurm
 
-One process a host takes all its GPUs, and where there are none, all its cores.
-Listens on the coordinator's port, in process 0, and on what jax.distributed and gloo or NCCL choose.
+With one process per host, a process takes all GPUs of its host, or all cores if there is no GPU.
+Process 0 listens on the coordinator's port; jax.distributed and gloo or NCCL open further ports of their own choice.
 Proved by: large/test_large.py
 """
 
@@ -32,96 +32,96 @@ import tiles
 
 PROXIES = "grpc_proxy", "https_proxy", "http_proxy"
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OWN = ("process", "devices", "coordinator", "data", "store", "out", "quiet", "verbose", "wait")  # of each process
+OWN = ("process", "devices", "coordinator", "data", "store", "out", "quiet", "verbose", "wait")  # may differ
 TIMEOUT = 60  # seconds until a silent process counts as dead
 
 
 def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
-    """The Team of all processes; tiles.ALONE where there is one. Call before JAX touches a device.
+    """The Team of all processes; tiles.ALONE if there is only one. Call it before JAX uses a device.
 
-    coordinator: "HOST:PORT" of process 0.   processes, process: how many, and which is this one.
-    Without them Slurm is asked, if it runs more than one task.   gpus: how many this process takes;
-    None: all that it can see, but under Slurm with several tasks on a node one for each.
-    wait: seconds for the others to come.
-    Raises ValueError: one of the three without the others, or a number out of range.   ConnectionError: not all came.
+    coordinator: "HOST:PORT" of process 0.   processes, process: how many there are, and the number of this one.
+    Without these three, Slurm's variables are used if srun started several tasks.   gpus: how many this process takes;
+    None: all that it can see, but one each if Slurm runs several tasks on a node.   wait: seconds to wait for the others.
+    Raises ValueError: one of the three without the others, a number out of range or taken.   ConnectionError: some did
+    not come in time.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1  # srun
     if not any(given) and slurm == 1:
         return tiles.ALONE
     if any(given) and not (all(given) and 0 <= process < processes):
-        raise ValueError(f"--coordinator {coordinator} --processes {processes} --process {process}: give "
-                         "HOST:PORT of process 0, their number P, and 0 to P - 1, the same but for the last")
+        raise ValueError(f"--coordinator {coordinator} --processes {processes} --process {process}: give all "
+                         "three: HOST:PORT of process 0, the number of processes P, and this one's number, 0 to P - 1")
     if any(given) and processes == 1:
         return tiles.ALONE
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     if gpus is None and "CUDA_VISIBLE_DEVICES" in os.environ:
-        gpus = len([one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one])
+        gpus = len([number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number])
     elif gpus is None:
         gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     if coordinator:
         meet(coordinator, processes, process, wait)
-    proxies = {name: os.environ.pop(name) for name in PROXIES if name in os.environ}  # gRPC would ask them for the way
+    proxies = {name: os.environ.pop(name) for name in PROXIES if name in os.environ}  # gRPC would use them
     jax.distributed.initialize(
-        coordinator, processes, process,  # all None: from Slurm, where JAX's own choice is one GPU
+        coordinator, processes, process,  # all None: JAX asks Slurm, and by itself would take one GPU
         local_device_ids=range(gpus) if gpus and (all(given) or tasks == 1) else None,
         initialization_timeout=wait, heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
     os.environ.update(proxies)
-    all_reduce(np.zeros(1))  # connects: gloo waits 30 s for that, and as long as it takes later
+    all_reduce(np.zeros(1))  # connects now, while all are present: gloo waits only 30 s to connect, but longer in a sum
     return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
 
 
 def meet(coordinator, processes, process, wait):
-    """Returns once all processes have come to HOST:PORT, and says for whom it waits. JAX alone would abort after a silence.
+    """Returns once all processes have reached HOST:PORT, and prints which it waits for. JAX alone waits silently, then aborts.
 
-    ConnectionError: some have not come after `wait` seconds, or one has come twice.
+    ConnectionError: some have not come after `wait` seconds.   ValueError: another process came with the same number.
     """
     host, port = coordinator.rsplit(":", 1)
     end = time.monotonic() + wait
     if process > 0:
         print(f"process {process} of {processes}: waiting for process 0 at {coordinator}, {wait} s at most", flush=True)
         while time.monotonic() < end:
-            with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), end - time.monotonic()) as there:
-                there.sendall(b"%d\n" % process)
-                answer = there.recv(3)
+            with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), end - time.monotonic()) as peer:
+                peer.sendall(b"%d\n" % process)
+                answer = peer.recv(3)
                 if answer == b"all":
                     return
                 if answer == b"two":
                     raise ValueError(f"there is a process {process} at {coordinator} already: give each its own --process")
             time.sleep(0.1)
         raise ConnectionError(f"process {process} of {processes} waited {wait} s for process 0 and the others at "
-                              f"{coordinator}: start all of them, with the address of process 0, or raise --wait")
-    came, missing = {}, set(range(1, processes))
+                              f"{coordinator}: start all of them, each with the address of process 0, or raise --wait")
+    peers, missing = {}, set(range(1, processes))
     with socket.create_server(("", int(port))) as server:
         while missing:
             names = ", ".join(map(str, sorted(missing)))
             print(f"process 0 of {processes}: waiting at {coordinator} for process {names}, {wait} s at most", flush=True)
             server.settimeout(max(0.01, end - time.monotonic()))
             try:
-                there, _ = server.accept()
-                there.settimeout(5)
-                number = int(there.recv(16))
+                peer, _ = server.accept()
+                peer.settimeout(5)
+                number = int(peer.recv(16))
             except TimeoutError:
                 if time.monotonic() >= end:
                     raise ConnectionError(f"process {names} of {processes} did not come to {coordinator} within {wait} s: "
                                           "start it, or raise --wait") from None
                 continue
-            except (OSError, ValueError):  # not one of ours
+            except (OSError, ValueError):  # some other program connected
                 continue
             if number in missing:
-                came[number] = there
+                peers[number] = peer
                 missing.remove(number)
             else:
-                there.sendall(b"two")
-        for there in came.values():
-            there.sendall(b"all")
-            there.close()
+                peer.sendall(b"two")
+        for peer in peers.values():
+            peer.sendall(b"all")
+            peer.close()
 
 
 def all_reduce(array):
-    """The sum of every process's array, equal to the last bit in all of them; same shape and dtype.
+    """The sum of the arrays of all processes, of the same shape and dtype, and equal to the last bit in all of them.
 
-    Cost: about 2 bytes through the network for each byte of the array, whatever P.
+    Cost: about 2 bytes through the network for each byte of the array, for any P.
     Raises ConnectionError: another process is gone.
     """
     first = {}
@@ -133,7 +133,7 @@ def all_reduce(array):
             stacked = jax.make_array_from_process_local_data(
                 NamedSharding(mesh, PartitionSpec("process")), np.asarray(array)[None])
             return np.array(_sum(mesh)(stacked).addressable_data(0))
-        except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises now the one, now the other
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises either
             raise ConnectionError(
                 f"process {jax.process_index()} of {jax.process_count()}: another process is gone. "
                 "Start all of them again: what is in --store is kept. "
@@ -141,7 +141,7 @@ def all_reduce(array):
 
 
 def agree(team, args, *arrays):
-    """Raises ValueError in every process unless all run the same code with the same flags on the same data."""
+    """Raises ValueError, in every process, unless all run the same code with the same flags on the same data."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in OWN}
     code = [path.read_bytes() for path in sorted(pathlib.Path(HERE).rglob("*.py")) if ".venv" not in path.parts]
     parts = {"flags": json.dumps(flags, default=str).encode(), "code": b"".join(code),
@@ -149,11 +149,11 @@ def agree(team, args, *arrays):
     digests = np.zeros((team.count, len(parts)))  # 48 bits are exact in float64
     digests[team.index] = [int.from_bytes(hashlib.blake2b(part, digest_size=6).digest()) for part in parts.values()]
     digests = team.all_reduce(digests)
-    differ = {name: np.flatnonzero(column != column[0]) for name, column in zip(parts, digests.T)}
-    if any(map(len, differ.values())):
-        raise ValueError("the processes do not do the same: " + "; ".join(
-            f"process {', '.join(map(str, those))} has other {name} than process 0" for name, those in differ.items()
-            if len(those)) + ". Give all of them the same flags, but for --process, and the same files")
+    differing = {name: np.flatnonzero(column != column[0]) for name, column in zip(parts, digests.T)}
+    if any(map(len, differing.values())):
+        raise ValueError("the processes differ: " + "; ".join(
+            f"process {', '.join(map(str, others))} has other {name} than process 0" for name, others in differing.items()
+            if len(others)) + ". Give all of them the same flags, except --process, and the same files")
 
 
 @lru_cache

@@ -1,6 +1,6 @@
-"""How large a rank of the low-rank preconditioner saves time: `Worth` is asked while F grows.
+"""Chooses the rank of the low-rank preconditioner that saves most time: `Worth` decides while F grows.
 
-Without this file, or without a Worth, regression.py takes a rank that is simple and safe, and a little slower.
+Without the folder large/, regression.py uses a simple and safe rank, which is a little slower.
 
     pcg.low_rank(K, worth=rank.Worth(n, [(ridge, tol)], product))
 
@@ -11,19 +11,19 @@ import numpy as np
 
 
 class Worth:
-    """Is one more block of pivots worth its cost?  worth(k, left) -> bool, asked while F grows.
+    """Is one more block of pivots worth its cost?  worth(k, left) -> bool, called before each block, with F of rank k so far.
 
-    left, the diagonal of K - F F^T, falls by tr(E^2) / tr(E) a pivot, E = K - F F^T: three quarters of
-    E's largest eigenvalue on the kernels we measured. So its fall is the spectrum of K, for free; a line
-    through its last three quarters, log against log, says how that goes on: e(k) = e k^-a. Then
+    left is the diagonal of E = K - F F^T. Each pivot lowers its sum by tr(E^2) / tr(E), which on the kernels we measured is
+    three quarters of E's largest eigenvalue. So the decrease shows the spectrum of K at no cost. A straight line through its
+    last three quarters, log against log, extrapolates it: e(k) = e k^-a. Then
 
       condition(k) = (e(k) + ridge) / (e(n) / 4 + ridge),   steps = log(2 / tol) / 2 sqrt(condition)
       cost(k) = sum over the solves of (steps (product + 4 n k c) + n k^2) + 2 n k^2 + k^3 + k look
 
-    in operations, and k is large enough where a block more no longer lowers the cost. A model: steps are
-    right to a factor of two (1/4 is fitted), and the minimum is flat.
-    n: rows.   solves: [(ridge, tol), ...] to come.   product: operations of K v, times how much slower
-    they run than those of a matrix product.   look: likewise for a column of K.   c: columns of v.
+    in operations, and k is large enough once one more block does not lower the cost. This is a model: its steps are right to a
+    factor of two (1/4 is fitted), and the minimum is flat.
+    n: rows.   solves: [(ridge, tol), ...], absolute ridges of the solves to come.   product: operations of K v, times how much
+    slower they run than those of a matrix product.   look: the same for reading one column of K.   c: columns of v.
     """
 
     def __init__(self, n, solves, product, look=0.0, c=10):
@@ -45,11 +45,12 @@ class Worth:
         return more < self.n and self.cost(more) < self.cost(k)
 
     def steps(self, k):
-        """Steps of each solve with rank k."""
+        """Predicted steps of each solve with rank k."""
         ridge, tol = np.array(self.solves).T
         lowest = self.eigenvalue(self.n) / 4
         return np.log(2 / tol) / 2 * np.sqrt((self.eigenvalue(k) + ridge) / (lowest + ridge))
 
     def cost(self, k):
+        """Predicted operations of all solves with rank k."""
         step = self.product + 4 * self.n * k * self.c
         return self.steps(k).sum() * step + (2 + len(self.solves)) * self.n * k**2 + k**3 + k * self.look

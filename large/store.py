@@ -1,26 +1,26 @@
-"""Tiles of a kernel matrix on disk: killed at any instant, nothing finished is lost; damage is found.
+"""Tiles of a kernel matrix on disk. A killed run loses only the tiles in progress; damaged tiles are detected and recomputed.
 
-A store is a folder that holds one matrix. Nothing half-written is ever believed:
+A store is a folder that holds one matrix. A file that is only half written is never used:
 
   manifest.json   what K is: kernel, engine, tile side, dtype, number and checksum of its inputs
-  rows.npy        a digest (8 bytes) of every input that belongs to a row of K; columns.npy likewise
+  rows.npy        a digest (8 bytes) of the input of each row of K; columns.npy likewise, if K is not symmetric
   3-5.npy         tile (3, 5): written under another name, fsynced, then renamed
-  tiles-I.txt     the journal of process I: "3 5 1024 1024 1 89abcdef", tile, shape, how often it was
-                  written, and the CRC-32 of its file; a line is added once the file has its name
+  tiles-I.txt     the journal of process I. A line "3 5 1024 1024 1 89abcdef" is the tile, its shape, how often it was written,
+                  and the CRC-32 of its file; the line is added after the file was renamed
 
-A file without a line is not finished and is computed again. A line without its file, or with a file
-of another size or checksum, is damage: it is named, and computed again by the next run. A process
-checks the tiles it finds before it computes, those it wrote where it first reads them.
+A tile without a line is not finished and is computed again. If a line has no file, or a file of another size or checksum, the
+tile is damaged: it is reported, and the next run computes it again. A process checks the tiles of earlier runs before it
+computes any, and its own tiles when it first reads them.
 
-The digests tell whose tiles these are. A run may bring more inputs than the store has seen, or fewer:
-where those that both have are the same, every whole tile still serves. A run with other inputs,
-another kernel or tile side is refused, and the refusal says what differs.
+The digests show which inputs the tiles were computed from. A run may have more inputs than the store, or fewer: if the inputs
+that both have are the same, every whole tile is used again. A run with other inputs, another kernel or another tile side is
+refused with a message that says what differs.
 
     kept = store.create("DIR", {"kernel": "fc", "tile": 1024}, store.digests(x))
     K = tiles.gram(kernel_fn, x, tile=1024, store=kept)
-    python -m large.store DIR       what the stores below DIR hold; exit code 1 if anything is damaged
+    python -m large.store DIR       lists the stores in and below DIR and checks their tiles; exit code 1 if one is damaged
 
-Cost: the bytes of a tile once to disk and through a CRC (3 GB/s); 15 microseconds an image for digests.
+Cost: each tile is written once and passes once through a CRC (3 GB/s); digests take 15 microseconds per image.
 Proved by: large/test_large.py
 """
 
@@ -53,11 +53,11 @@ INPUTS = ("rows", "columns")
 
 
 def create(folder, about, rows, columns=None, process=0):
-    """The store in `folder`, made where there is none.
+    """Opens the store in `folder`, or makes one.
 
-    about: {name: value} that must agree with the folder's manifest: whatever decides a tile, `tile`
-    among them; dtype is float32 unless given.   rows, columns: `digests` of the inputs of rows and of
-    columns, the latter None where K is symmetric.   process: whose journal to write.
+    about: {name: value}, everything that the tiles depend on, `tile` included; it must agree with the folder's manifest. dtype
+    is float32 unless given.   rows, columns: `digests` of the inputs of rows and of columns; columns is None if K is
+    symmetric.   process: the number of the process whose journal to write.
     Raises ValueError: the folder holds another matrix.   OSError: it cannot be read or written.
     """
     try:
@@ -73,37 +73,37 @@ def create(folder, about, rows, columns=None, process=0):
         differ = [f"{name} is {known.get(name)!r} there, {want.get(name)!r} here"
                   for name in names if known.get(name) != want.get(name)]
         if not differ and ("columns" in known) != ("columns" in seen):
-            differ = ["one of the two is symmetric"]
+            differ = ["one of the two is symmetric, the other is not"]
         if differ:
             raise ValueError(f"{folder} holds another matrix: {'; '.join(differ)}. Give this run a "
                              "store of its own")
     for name, new in seen.items():
         old = np.zeros(0, "<u8") if known is None else _inputs(folder, name, known)
         shared = min(len(old), len(new))
-        other = np.flatnonzero(old[:shared] != new[:shared])
-        if len(other):
+        changed = np.flatnonzero(old[:shared] != new[:shared])
+        if len(changed):
             raise ValueError(
-                f"{folder} was made from other inputs: {len(other)} of the {shared} {name} that both have "
-                f"differ, first number {other[0]}: other files, --seed, --whiten or augmentation, or a "
-                "whitening fitted on other images (see --fit_on). Give this run a store of its own")
+                f"{folder} was made from other inputs: {len(changed)} of the {shared} {name} that both have "
+                f"differ, the first is number {changed[0]}. Possible causes: other files, --seed, --whiten or augmentation, "
+                "or a whitening fitted on other images (see --fit_on). Give this run a store of its own")
         if len(new) > len(old):
             write(os.path.join(folder, f"{name}.npy"), header(new.dtype, new.shape), new.tobytes())
         longer = max(old, new, key=len)
         want[name] = {"number": len(longer), "crc": zlib.crc32(longer.tobytes())}
     if want != known:
         write(os.path.join(folder, "manifest.json"), json.dumps(want, indent=1).encode())
-    for name in os.listdir(folder):  # what killed runs left; younger ones may be another process's
+    for name in os.listdir(folder):  # left by killed runs; a file younger than an hour may be in use by another process
         path = os.path.join(folder, name)
         with suppress(FileNotFoundError):
             if name.endswith(".tmp") and os.path.getmtime(path) < time.time() - 3600:
                 os.remove(path)
     kept = Store(folder, process)
-    kept.lock = lock  # until nobody uses this store any more
+    kept.lock = lock  # held as long as this store is in use
     return kept
 
 
 class Lock:
-    """An open, locked file; closed, and so unlocked, with the last reference."""
+    """An open, locked file. It is closed, and so unlocked, when the last reference to it is gone."""
 
     def __init__(self, file):
         self.file = file
@@ -116,7 +116,7 @@ LOCKS = weakref.WeakValueDictionary()  # of this process: {path: Lock}
 
 
 def locked(journal):
-    """The Lock on a journal: it has one writer.  OSError: another process has it.  None where nothing can be locked."""
+    """The Lock on a journal, which may have only one writer; None if it cannot be locked.  OSError: another process has it."""
     path = os.path.realpath(journal)
     try:
         held = LOCKS.get(path)
@@ -126,18 +126,18 @@ def locked(journal):
         fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError as error:
-        raise OSError(f"{os.path.dirname(journal)} is in use by another run: wait until that ends, or give this run a store "
+        raise OSError(f"{os.path.dirname(journal)} is in use by another run: wait until it ends, or give this run a store "
                       "of its own. Processes that share a run need --coordinator, --processes and --process") from error
     except OSError:
-        return None  # a store that is only read, or a file system without locks
+        return None  # a store that we may only read, or a file system without locks
 
 
 class Store:
-    """The tiles of one matrix, {(i, j): array}, in a folder that `create` has made.
+    """The tiles of one matrix, {(i, j): array}, in a folder made by `create`.
 
-    store[key] is read into memory that this thread's next read overwrites: copy what must last.
-    store[key] = tile is on disk when it returns. Every thread may read, one may write.
-    Raises ValueError: no store there, or a tile that is damaged.   OSError: reading, writing.
+    store[key] returns an array in memory that this thread's next read overwrites: copy it to keep it.
+    store[key] = tile returns when the tile is on disk. Any number of threads may read, only one may write.
+    Raises ValueError: the folder is not a store, or a tile is damaged.   OSError: a file cannot be read or written.
     """
 
     def __init__(self, folder, process=0):
@@ -147,16 +147,16 @@ class Store:
             raise ValueError(f"{folder} has no manifest.json: it is not a store")
         self.dtype = np.dtype(self.about["dtype"])
         self.trusted, self.local = set(), threading.local()
-        self.direct = False  # read past the page cache: twice as fast where that cannot hold the tiles
-        self.lines, self.times = {}, {}  # (i, j): rows, columns, crc of the last line; times written
+        self.direct = False  # read past the page cache: twice as fast if the tiles do not fit in it
+        self.lines, self.times = {}, {}  # (i, j): (rows, columns, crc) from its last line; (i, j): times written
         for name in sorted(os.listdir(folder)):
             if re.fullmatch(r"tiles-\d+\.txt", name):
                 with open(os.path.join(folder, name), "rb") as file:
-                    for found in filter(None, map(LINE.fullmatch, file.read().split(b"\n"))):
-                        i, j, rows, columns, times = map(int, found.groups()[:5])
+                    for match in filter(None, map(LINE.fullmatch, file.read().split(b"\n"))):
+                        i, j, rows, columns, times = map(int, match.groups()[:5])
                         if times > self.times.get((i, j), 0):
                             self.times[i, j] = times
-                            self.lines[i, j] = rows, columns, int(found[6], 16)
+                            self.lines[i, j] = rows, columns, int(match[6], 16)
 
     @property
     def entries(self):
@@ -164,33 +164,33 @@ class Store:
         return sum(rows * columns for rows, columns, _ in self.lines.values())
 
     def intact(self, shapes, quiet=True):
-        """The keys of `shapes`, {key: (rows, columns)}, whose tiles are here, undamaged and as large.
+        """The keys of `shapes`, {key: (rows, columns)}, whose tiles are stored, undamaged and at least that large.
 
-        The damaged are named, and forgotten, so that they are computed again.
+        Damaged tiles are reported and dropped, so that they are computed again.
         """
         self.direct = self._large(shapes.values())
-        here = [key for key, shape in shapes.items()
-                if key in self.lines and np.all(np.array(self.lines[key][:2]) >= shape)]
-        for key in tqdm(here, desc=f"checking {self.folder}", unit=" tiles", leave=False,
+        stored = [key for key, shape in shapes.items()
+                  if key in self.lines and np.all(np.array(self.lines[key][:2]) >= shape)]
+        for key in tqdm(stored, desc=f"checking {self.folder}", unit=" tiles", leave=False,
                         disable=quiet or None):
             problem = self.damage(key)
             if problem:
-                tqdm.write(f"{problem}: it is computed again")
+                tqdm.write(f"{problem}: the tile is computed again")
                 del self.lines[key]
-        return {key for key in here if key in self.lines}
+        return {key for key in stored if key in self.lines}
 
     def _large(self, shapes):
-        """Whether tiles of these (rows, columns) are more than the page cache can hold: half of the free memory."""
+        """Whether tiles of these shapes are too large for the page cache, which we take to be half of the free memory."""
         return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize > tiles.free_memory() / 2
 
     def part(self, keys):
-        """The same tiles for one who reads only `keys`: through the page cache, where that can hold these."""
+        """A copy of this store for reading only the tiles `keys`: through the page cache, if these fit in it."""
         part = copy.copy(self)
         part.direct = self.direct and self._large(self.lines[key][:2] for key in keys)
         return part
 
     def damage(self, key):
-        """A sentence on what is wrong with a finished tile, or None."""
+        """What is wrong with a finished tile, as a message, or None."""
         try:
             self[key]
         except (ValueError, OSError) as error:
@@ -217,7 +217,7 @@ class Store:
         return np.frombuffer(content[start:], self.dtype).reshape(rows, columns)
 
     def _read(self, path, size):
-        """Read up to `size` bytes of a file into this thread's buffer; how many there were."""
+        """Reads up to `size` bytes of a file into this thread's buffer; returns how many it read."""
         if len(getattr(self.local, "buffer", b"")) < size:
             self.local.buffer = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         past_cache = getattr(os, "O_DIRECT", 0) if self.direct else 0
@@ -233,7 +233,7 @@ class Store:
         except OSError as error:
             if not past_cache or error.errno != errno.EINVAL:
                 raise
-            self.direct = False  # a file system that has no such thing
+            self.direct = False  # this file system cannot bypass the page cache
             return self._read(path, size)
 
     def __setitem__(self, key, tile):
@@ -244,17 +244,17 @@ class Store:
         crc = zlib.crc32(parts[1], zlib.crc32(parts[0]))
         self.times[key] = self.times.get(key, 0) + 1
         with data.said(self.journal), open(self.journal, "ab", buffering=0) as journal:
-            # starts a new line: that of a run killed before may be torn
+            # begins with a new line, because a killed run may have left the last one incomplete
             journal.write(b"\n%d %d %d %d %d %08x" % (*key, *tile.shape, self.times[key], crc))
         self.lines[key] = *tile.shape, crc
         self.trusted.discard(key)
 
 
 class Checkpoint:
-    """The state of a solve as an .npz without pickle, replaced as a whole; for `pcg.solve`.
+    """The state of a solve in an .npz file without pickle, replaced as a whole; for `pcg.solve`.
 
-    about: {name: value} that must agree for a state to be taken up.   team: process 0 reads and writes,
-    and sends to the others what it read, so that the folder need not be shared.
+    about: {name: value}, what identifies the solve: a state is used only if it agrees.   team: process 0 reads and writes the
+    file and sends its content to the others, so that the folder need not be shared.
     """
 
     def __init__(self, path, about, team):
@@ -262,7 +262,7 @@ class Checkpoint:
         self.saved, self.took = time.monotonic(), 0.0
 
     def load(self):
-        """The state, {name: array}, or None where there is none, or of another solve, or damaged."""
+        """The state, {name: array}; None if there is no file, or it is damaged or belongs to another solve."""
         content = b""
         if self.team.index == 0 and os.path.exists(self.path):
             with open(self.path, "rb") as file:
@@ -279,7 +279,7 @@ class Checkpoint:
         return state if str(state.pop("about")) == self.about else None
 
     def save(self, state, finished=False):
-        """Write the state, where that costs less than a twentieth of the time since the last one."""
+        """Writes the state if `finished`, or if writing takes less than a twentieth of the time since it was last written."""
         if self.team.index == 0 and (finished or time.monotonic() > self.saved + 20 * self.took):
             start = time.monotonic()
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -289,7 +289,7 @@ class Checkpoint:
             self.took = self.saved - start
 
     def remove(self):
-        """Forget the state: the run that it belongs to is over."""
+        """Deletes the file, once its run is over."""
         if self.team.index == 0:
             with suppress(OSError):
                 os.remove(self.path)
@@ -297,21 +297,21 @@ class Checkpoint:
 
 
 def digests(x, block=1024):
-    """A 64-bit BLAKE2b digest of each input x[rows], its dtype and shape: (n,) uint64."""
+    """A 64-bit BLAKE2b digest of each input, its dtype and shape: (n,) uint64."""
     out = []
     for start in range(0, len(x), block):
         rows = x[np.arange(start, min(start + block, len(x)))]
         rows = np.ascontiguousarray(rows.pixels() if hasattr(rows, "pixels") else rows)
-        kind = hashlib.blake2b(f"{rows.dtype} {rows.shape[1:]}".encode(), digest_size=8)
+        prefix = hashlib.blake2b(f"{rows.dtype} {rows.shape[1:]}".encode(), digest_size=8)
         for row in rows:
-            one = kind.copy()
-            one.update(row.data.cast("B"))
-            out.append(one.digest())
+            row_hash = prefix.copy()
+            row_hash.update(row.data.cast("B"))
+            out.append(row_hash.digest())
     return np.frombuffer(b"".join(out), "<u8")
 
 
 def header(dtype, shape):
-    """The bytes of an .npy file before those of its C-ordered array."""
+    """The header of an .npy file, as bytes; those of its C-ordered array follow."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
@@ -319,14 +319,14 @@ def header(dtype, shape):
 
 
 def write(path, *parts):
-    """The bytes of `parts` as the file `path`."""
+    """Writes the bytes of `parts` to the file `path`, completely or not at all."""
     with data.replacing(path) as file:
         for part in parts:
             file.write(part)
 
 
 def manifest(folder):
-    """What the manifest of a store says, or None where there is none."""
+    """The manifest of a store as a dict, or None if there is none.  ValueError: it is damaged."""
     path = os.path.join(folder, "manifest.json")
     try:
         with open(path, "rb") as file:
@@ -338,29 +338,29 @@ def manifest(folder):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or another program's: {error!r}. Remove {folder}") from error
+        raise ValueError(f"{path} is damaged or belongs to another program: {error!r}. Remove {folder}") from error
 
 
 def _inputs(folder, name, known):
-    """The digests that the manifest speaks of; a run killed while it added more may have left those."""
+    """The digests that the manifest counts; the file may hold more, if a run was killed while it added them."""
     path = os.path.join(folder, f"{name}.npy")
     try:
-        found = np.load(path, allow_pickle=False)[:known[name]["number"]]
-        if zlib.crc32(found.tobytes()) != known[name]["crc"]:
+        counted = np.load(path, allow_pickle=False)[:known[name]["number"]]
+        if zlib.crc32(counted.tobytes()) != known[name]["crc"]:
             raise ValueError("its checksum is wrong")
-        return found
+        return counted
     except (FileNotFoundError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}), so nobody knows what the tiles were made "
-                         f"from. Remove {folder}") from error
+        raise ValueError(f"{path} is missing or damaged ({error}), so the inputs of the tiles are unknown. "
+                         f"Remove {folder}") from error
 
 
 def report(folder):
-    """Print what the stores in `folder` and below hold and check every tile; the number of damaged."""
-    found, damaged = 0, 0
+    """Prints what the stores in and below `folder` hold, checks every tile, and returns the number of damaged tiles."""
+    stores, damaged = 0, 0
     for place, _, names in sorted(os.walk(folder)):
         if "manifest.json" not in names:
             continue
-        found += 1
+        stores += 1
         kept = Store(place)
         about = kept.about
         n, m = (about.get(name, about["rows"])["number"] for name in INPUTS)
@@ -379,8 +379,8 @@ def report(folder):
                 tqdm.write(problem)
                 damaged += 1
         print(f"{damaged} damaged: the next run computes them again" if damaged else "every tile is intact")
-    if not found:
-        raise ValueError(f"{folder} has no store in it; give the folder of a run's --store")
+    if not stores:
+        raise ValueError(f"{folder} contains no store: give the folder that a run had as --store")
     return damaged
 
 

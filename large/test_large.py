@@ -1,6 +1,6 @@
 """CIFAR-5m, tiles on disk, products on the fly, several processes, plans, the rank of the preconditioner.
 
-Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
+Each test states its claim in its first line. test_all.py sets up JAX, so it is imported first.
 """
 
 import json
@@ -30,13 +30,13 @@ import tiles
 import train_cifar
 from large import cifar5m, on_the_fly, plan, processes, rank, store
 
-KILLS = int(os.environ.get("KILLS", 3))  # of each test that kills; 20 of them take two minutes
+KILLS = int(os.environ.get("KILLS", 3))  # kills in each test that kills a run; 20 take two minutes
 
 # ---------------------------------------------------------------------------------------- cifar5m
 
 @pytest.fixture
 def cifar5m_folder(tmp_path, monkeypatch):
-    """Six parts in the format of CIFAR-5m, compressed and not; pixel (0, 0) holds label and part."""
+    """Six parts in the format of CIFAR-5m, every second one compressed; pixel (0, 0) holds the label and the part."""
     monkeypatch.setattr(cifar5m, "BLOCK", 32)
     rng = np.random.default_rng(0)
     for part in range(6):
@@ -47,7 +47,7 @@ def cifar5m_folder(tmp_path, monkeypatch):
 
 
 def test_cifar5m(cifar5m_folder):
-    """Parts 0-4 train, part 5 tests; rows and labels stay together; balanced, nested, across parts."""
+    """Parts 0-4 are for training, part 5 for testing; images keep their labels; subsets are balanced, nested and mix parts."""
     x, y, x_test, y_test = data.load("cifar5m", cifar5m_folder)
     assert len(x) == 2500 and len(x_test) == 500
     assert (x[:, 0, 0, 0] == y).all() and (x_test[:, 0, 0, 0] == y_test).all()
@@ -59,7 +59,7 @@ def test_cifar5m(cifar5m_folder):
 
 
 def test_cifar5m_is_streamed(tmp_path):
-    """100 rows of parts of 25 MB are read without holding 10 MB."""
+    """100 rows are read from parts of 25 MB with less than 15 MB of memory."""
     X = np.zeros((8192, 32, 32, 3), np.uint8)
     for part in range(6):
         np.savez(tmp_path / f"part{part}.npz", X=X, Y=np.arange(8192) % 10)
@@ -80,14 +80,14 @@ def test_cifar5m_is_streamed(tmp_path):
     (lambda p: np.savez(p, X=np.ones((90, 32, 32, 3), np.uint8), Y=np.arange(500) % 10), "part2"),
 ])
 def test_cifar5m_damaged(cifar5m_folder, damage, words):
-    """A part that is missing, truncated, of the wrong keys, dtype, labels or length is named."""
+    """The error names a part that is missing or truncated or has wrong keys, dtype, labels or length."""
     damage(cifar5m_folder / "part2.npz")
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         data.load("cifar5m", cifar5m_folder)
 
 
 def test_cifar5m_labels(cifar5m_folder):
-    """Labels as a column or one-hot rows are understood, all else is refused by name."""
+    """Labels may be a column or one-hot rows; anything else is refused with the name of the file."""
     part, y = cifar5m_folder / "part5.npz", np.arange(90) % 10
     X = np.zeros((90, 32, 32, 3), np.uint8)
     X[:, 0, 0, 0] = np.arange(90)
@@ -99,14 +99,14 @@ def test_cifar5m_labels(cifar5m_folder):
 
 
 def test_cifar5m_rows_to_fit_on(cifar5m_folder):
-    """n_fit brings more training rows, those that a larger n_train would bring, as far as there are."""
+    """n_fit adds training rows, the same that a larger n_train would add, as many as the data set has."""
     rows_to_fit_on("cifar5m", cifar5m_folder, 2500)
 
 
 # ------------------------------------------------------------------------------------------ store
 
 def stored(folder, x, x_test=None, **about):
-    """K of x in tiles of 16 in a folder, or K of x_test and x."""
+    """K of x, or of x_test and x, in tiles of 16 stored in a folder."""
     seen = map(store.digests, [x] if x_test is None else [x_test, x])
     kept = store.create(str(folder), {"kernel": "linear", "tile": 16, **about}, *seen)
     return (tiles.gram(linear, x, 16, store=kept) if x_test is None else
@@ -118,8 +118,8 @@ def contents(folder):
 
 
 def test_store_is_memory(tmp_path):
-    """Every method gives from disk what it gives from memory, to the last bit; a second run computes
-    nothing; the report counts what is there."""
+    """Every method gives the same result from disk as from memory, to the last bit; a second run computes no tile; the report
+    counts the tiles."""
     x, x_test, v = inputs(83), inputs(200)[90:121], np.random.default_rng(1).normal(size=(83, 3))
     for again in (False, True):
         for K, kept in ((tiles.gram(linear, x, 16), stored(tmp_path / "train", x)),
@@ -135,8 +135,8 @@ def test_store_is_memory(tmp_path):
 
 
 def test_store_past_the_page_cache(tmp_path, monkeypatch):
-    """Tiles beyond half of the memory are read past the page cache, to the last bit the same, and damage is
-    found there too; a leading block within half of it is read through the cache."""
+    """If the tiles exceed half of the free memory, they are read past the page cache: they are the same to the last bit, and
+    damage is detected too. A leading block that fits in that half is read through the cache."""
     K = stored(tmp_path, inputs(83))
     monkeypatch.setattr(tiles, "free_memory", lambda: 10_000)
     monkeypatch.setattr(tiles, "check_memory", lambda *_: None)
@@ -151,7 +151,7 @@ def test_store_past_the_page_cache(tmp_path, monkeypatch):
 
 
 def test_store_grows(tmp_path):
-    """More inputs reuse every whole tile, fewer inputs all of them, and the matrix is right."""
+    """A run with more inputs reuses every whole tile, a run with fewer inputs all tiles, and the matrix is right."""
     for n, found in ((40, 0), (83, 3 * 256), (20, None), (83, None), (96, 15 * 256)):  # entries; None: all
         K = stored(tmp_path, inputs(n))
         assert (K.dense() == tiles.gram(linear, inputs(n), 16).dense()).all()
@@ -170,7 +170,7 @@ def test_store_grows(tmp_path):
     (dict(rows=b""), "rows.npy is missing or damaged.*Remove"),
 ])
 def test_store_refuses(tmp_path, change, words):
-    """A store of another kernel, tile side or inputs is refused with what differs, and left alone."""
+    """A store of another kernel, tile side or inputs is refused, unchanged, with a message that says what differs."""
     stored(tmp_path, inputs(40))
     before = contents(tmp_path)
     if "manifest" in change:
@@ -189,8 +189,8 @@ def test_store_refuses(tmp_path, change, words):
     (os.remove, "is missing"),
 ])
 def test_store_finds_damage(tmp_path, capsys, damage, words):
-    """A tile with a flipped bit, cut short, too long or gone is named by the report, never enters a
-    product, and is computed again, it alone, by the next run."""
+    """A tile that has a flipped bit, is too short, too long or missing is named by the report and never used in a product; the
+    next run computes only this tile again."""
     K, before = stored(tmp_path, inputs(83)), contents(tmp_path)
     damage(tmp_path / "1-3.npy")
     with pytest.raises(ValueError, match=f"1-3.npy {words}"):
@@ -204,10 +204,10 @@ def test_store_finds_damage(tmp_path, capsys, damage, words):
 
 
 def test_store_written_twice(tmp_path):
-    """Of two journals that speak of a tile the one that wrote it last is believed, whoever it was."""
+    """If two journals list the same tile, the line written last counts, whichever process wrote it."""
     x = inputs(83)
     stored(tmp_path, x)
-    os.rename(tmp_path / "tiles-0.txt", tmp_path / "tiles-7.txt")  # process 7 wrote them all
+    os.rename(tmp_path / "tiles-0.txt", tmp_path / "tiles-7.txt")  # as if process 7 had written all tiles
     kept = store.Store(str(tmp_path))
     kept[1, 3] = np.full((16, 16), 5, np.float32)
     again = store.Store(str(tmp_path))
@@ -215,7 +215,7 @@ def test_store_written_twice(tmp_path):
 
 
 def test_store_journal_may_be_torn(tmp_path):
-    """Whatever part of the last line a crash leaves, that tile alone is computed again."""
+    """If a crash leaves only a part of the journal's last line, or nothing of it, only that tile is computed again."""
     stored(tmp_path, inputs(83))
     journal, before = (tmp_path / "tiles-0.txt").read_bytes(), contents(tmp_path)
     last = len(journal) - journal.rindex(b"\n")
@@ -238,8 +238,8 @@ for t in range(100):
 """
 
 def test_store_survives_kills(tmp_path):
-    """Killed at random moments and started again each time: the tiles are those of a run that was
-    left alone, to the last bit, and the report finds nothing wrong at any time."""
+    """A run that is killed at random moments and started again each time ends with the tiles of a run that was not killed, to
+    the last bit, and the report finds no damage after any kill."""
     def start(folder):
         return subprocess.Popen([sys.executable, "-c", WRITER, folder], cwd=HERE)
     assert start(tmp_path / "whole").wait() == 0
@@ -260,7 +260,7 @@ def test_store_survives_kills(tmp_path):
 
 
 def test_store_holds_a_few_tiles_in_memory(tmp_path):
-    """A product of a matrix of 36 tiles, 9 MB, holds no more than a tile for each thread."""
+    """A product with a matrix of 36 tiles (9 MB) holds at most one tile per thread in memory."""
     x = np.random.default_rng(0).normal(size=(2048, 3)).astype(np.float32)
     kept = store.create(str(tmp_path), {"tile": 256}, store.digests(x))
     K = tiles.gram(linear, x, 256, store=kept)
@@ -285,9 +285,9 @@ except OSError as error:
 """
 
 def test_store_on_a_full_and_on_a_read_only_disk(tmp_path):
-    """A full disk, then a read-only one: one sentence and exit code 1, what was finished is kept and
-    intact; given room, the same command ends as if nothing had been. A finished store needs no right
-    to write."""
+    """On a full disk, and then on a read-only one, a run ends with a one-line message and exit code 1; finished tiles are kept
+    and intact. Once there is space, the same command gives the right result. A finished store can be read without
+    permission to write."""
     run = f'"{sys.executable}" -c "$DRIVER" disk/K'
     script = f"""mkdir disk; mount -t tmpfs -o size=100k tmpfs disk
         {run}; echo "exit $?"; PYTHONPATH={HERE} "{sys.executable}" -m large.store disk
@@ -295,7 +295,7 @@ def test_store_on_a_full_and_on_a_read_only_disk(tmp_path):
         mount -o remount,rw,size=9m disk; {run}
         mount -o remount,ro disk; {run}"""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount a small disk (unshare -rm)")
+        pytest.skip("this system does not allow mounting a small disk (unshare -rm)")
     out = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True,
                          env={**os.environ, "DRIVER": DRIVER, "PYTHONPATH": HERE})
     assert re.search(r"could not be written: No space left on device\. Whatever was finished is kept: free "
@@ -308,7 +308,7 @@ def test_store_on_a_full_and_on_a_read_only_disk(tmp_path):
 
 
 def test_tiles_merged(tmp_path):
-    """A matrix in larger tiles has the entries it had, for any n, also a leading block, and from a disk."""
+    """merged() changes the tiles but no entry, for any n, also of a leading block and of a store."""
     for n, side in ((37, 12), (40, 10), (9, 100), (64, 8)):
         x, x_test = inputs(n), inputs(200)[150:167]
         for K in (tiles.gram(linear, x, 3, quiet=True), tiles.cross(linear, x_test, x, 3, quiet=True),
@@ -326,7 +326,7 @@ def test_tiles_merged(tmp_path):
 
 @pytest.mark.parametrize("devices", [1, 3])
 def test_on_the_fly_is_kept(devices):
-    """A matrix that is kept nowhere has the methods and the answers of one in memory, for any n."""
+    """A matrix computed on the fly has the same methods and results as one in memory, for any n."""
     for n in (1, 37):
         x, x_test = inputs(n), inputs(200)[50:61]
         v = np.random.default_rng(1).normal(size=(n, 3))
@@ -352,12 +352,12 @@ def test_on_the_fly_is_kept(devices):
 
 
 def test_on_the_fly_says_where_nan_is():
-    """NaN in the inputs of a matrix that is computed on the fly is one sentence, whatever is asked of it."""
+    """If the inputs of a matrix computed on the fly contain NaN, every method raises an error that says so."""
     x = np.ones((4, 3), np.float32)
     x[2, 1] = np.nan
     bad = on_the_fly.matrix(kernel.kernel_fn("fc", "nngp"), x, quiet=True)
     for wrong in (lambda: bad.columns([2]), lambda: bad.rows(2, 3), lambda: bad.matvec(np.eye(4))):
-        with pytest.raises(ValueError, match="of the kernel's tiles are not finite: look for NaN"):
+        with pytest.raises(ValueError, match="from the kernel's tiles are not finite: look for NaN"):
             wrong()
     with pytest.raises(ValueError, match="not finite: look for NaN"):
         bad.diagonal()
@@ -367,8 +367,8 @@ def test_on_the_fly_says_where_nan_is():
 # -------------------------------------------------------------------------------------------- pcg
 
 def test_pcg_checkpoint(tmp_path, capsys):
-    """A checkpoint gives back what it was given, to one that asks about the same solve; it is not
-    written at every step; a damaged one is said and not used."""
+    """A checkpoint returns the state that was saved, but only for the same solve. It is not written at every step. A damaged
+    one is reported and not used."""
     path, about = str(tmp_path / "solve" / "a.npz"), {"ridge": 0.1, "rows": 5}
     kept = store.Checkpoint(path, about, tiles.ALONE)
     assert kept.load() is None
@@ -388,8 +388,8 @@ def test_pcg_checkpoint(tmp_path, capsys):
 
 @pytest.mark.parametrize("source, ridge", [("power", 1e-6), ("power", 1e-2), ("digits", 1e-4)])
 def test_precondition_rank_is_worth_it(source, ridge):
-    """The rank chosen while F grows is one whose cost, with the steps really taken, is at most a fifth
-    above that of the best of six ranks; a product that costs more is worth a larger rank."""
+    """The cost of the rank that Worth chooses, computed with the steps really taken, is at most 20 % above that of the best of
+    six ranks; a more expensive product leads to a larger rank."""
     n = 600
     K = spectrum(n, 1e4) if source == "power" else np.asarray(
         kernel.kernel_fn("fc", "nngp")(digits(n)[0]), np.float64)
@@ -413,7 +413,7 @@ def test_precondition_rank_is_worth_it(source, ridge):
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_train_store_refuses_before_it_computes(tmp_path, part):
-    """Where the store of K or of K_test holds something else, no tile of either is computed first."""
+    """If the store of K or of K_test holds another matrix, the run is refused before it computes a tile of either."""
     flags = ["--n_train", "60", "--ridge", "1", "--store", str(tmp_path / "K")]
     train(tmp_path, *flags, "--n_test", "30")
     for name in os.listdir(tmp_path / "K"):
@@ -425,10 +425,10 @@ def test_train_store_refuses_before_it_computes(tmp_path, part):
 
 
 def test_train_store(tmp_path):
-    """With a store the answers are those without; a second run computes no entry; a larger n_train takes up the tiles
-    of the smaller; --kind both takes up what one kind has left; another network or whitening is refused."""
+    """A store does not change the results; a second run computes no entry; a larger n_train uses the tiles of the smaller one;
+    --kind both uses the tiles of a run with one kind; another network or whitening is refused."""
     flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "1000", "--rank",
-             "9"]  # for rank is chosen by what a product costs, another on a disk
+             "9"]  # given, because the chosen rank depends on the cost of a product, which differs on a disk
     keep = ["--store", str(tmp_path / "K")]
     for n, computed in ((60, 60 * 80 // 2 + 60 * 50), (60, 0), (100, 100 * 120 // 2 - 2400 + 2000)):
         result = train(tmp_path, "--n_train", str(n), *flags, *keep)
@@ -436,8 +436,8 @@ def test_train_store(tmp_path):
         assert result["test_mse"] == train(tmp_path, "--n_train", str(n), *flags)["test_mse"]
     both = train(tmp_path, "--n_train", "100", *flags, *keep, "--kind", "both")
     assert both["nngp"]["test_mse"] == result["test_mse"]
-    assert not (tmp_path / "K" / "solve-nngp").exists()  # of no more use once the result is recorded
-    derived = train(tmp_path, "--n_train", "100", *flags[:4], *flags[6:], *keep)  # tile: that of the store
+    assert not (tmp_path / "K" / "solve-nngp").exists()  # deleted once the result is recorded
+    derived = train(tmp_path, "--n_train", "100", *flags[:4], *flags[6:], *keep)  # takes the tile side of the store
     assert derived["entries_computed"] == 0 and derived["config"]["tile"] == 20
     for more, words in ((["--depth", "2"], "layers is .* there"), (["--b_std", "1"], "layers is .* there"),
                         (["--fit_on", "900"], "fitted_on is .* there"), (["--flips"], "fitted_on is|flips is None there"),
@@ -452,8 +452,8 @@ def test_train_store(tmp_path):
 
 
 def test_train_sizes(tmp_path):
-    """--sizes are the runs of these sizes, on leading blocks of one kernel: each has the ridge, the answer and the
-    configuration of a run alone."""
+    """--sizes gives, from leading blocks of one kernel, the same ridge, result and configuration for each size as a run of
+    that size alone."""
     flags = ["--n_test", "50", "--ridge", "1,0.1", "--flips", "--tile", "30", "--tol", "1e-9"]
     whole = train(tmp_path, *flags, "--sizes", "80,20,50")
     assert list(whole) == [20, 50, 80] and [whole[n]["rows"] for n in whole] == [20, 50, 80]
@@ -473,7 +473,7 @@ def test_train_sizes(tmp_path):
 
 
 def test_train_flips_from_a_store(tmp_path):
-    """--flips answers as --flips explicit does, to 1e-5, from half of the entries, or a quarter of K, also from a store."""
+    """With a store, --flips symmetric gives the results of --flips explicit to 1e-5, with fewer than half of the entries."""
     flags = ["--n_train", "60", "--n_test", "50", "--kernel", "cnn_vec", "--depth", "2", "--ridge", "0.1", "--tol", "1e-9"]
     half, whole = (train(tmp_path, *flags, "--store", str(tmp_path / flips), "--flips", flips)
                    for flips in ("symmetric", "explicit"))
@@ -483,7 +483,7 @@ def test_train_flips_from_a_store(tmp_path):
 
 
 def test_train_evidence_on_the_fly(tmp_path):
-    """Where no tile is kept, --variance gives calibration and --plot a figure too; both leave the answer as it is."""
+    """With --store none, --variance gives calibration and --plot a figure too; neither changes the result."""
     flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1e-2"]
     more = train(tmp_path, *flags, "--store", "none", "--variance", "--plot", str(tmp_path / "p.png"))
     assert abs(more["test_mse"] / train(tmp_path, *flags)["test_mse"] - 1) < 1e-6
@@ -493,16 +493,16 @@ def test_train_evidence_on_the_fly(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--store", "README.md"], "OSError: the store README.md.* cannot be made: (File exists|Not a directory)"),
-    (["--coordinator", "h:1"], "ValueError: --coordinator h:1 .*give HOST:PORT of process 0"),
+    (["--coordinator", "h:1"], "ValueError: --coordinator h:1 .*give all three: HOST:PORT of process 0"),
 ])
 def test_train_errors(flags, words, tmp_path):
-    """At the command line, what is wrong is one line, without a traceback."""
+    """Wrong flags end the program with a one-line message, without a traceback."""
     refused(flags, words, tmp_path)
 
 
 def test_train_survives_kills(tmp_path):
-    """Killed at random moments, of the tiles and of the solve, and started again each time, it ends with
-    the tiles of a run left alone, to the last bit, and with its answer."""
+    """A run that is killed at random moments, while it computes tiles and while it solves, and started again each time, ends
+    with the tiles of a run that was not killed, to the last bit, and with the same result."""
     def start(name):
         return subprocess.Popen(
             [sys.executable, os.path.join(HERE, "train_cifar.py"), "--n_train", "700", "--tile", "40", "--quiet",
@@ -540,7 +540,7 @@ def free_port():
 
 
 def team(count, *flags, slurm=False, last=()):
-    """Start train_cifar.py as `count` processes on loopback: digits, sizes that nothing divides."""
+    """Starts train_cifar.py as `count` processes on one machine: digits, sizes that the tile side does not divide."""
     common = ["--n_train", "203", "--n_test", "101", "--tile", "32", "--ridge", "1e-3,1e-2", "--quiet",
               *map(str, flags)]
     port, running = free_port(), []
@@ -561,8 +561,8 @@ def team(count, *flags, slurm=False, last=()):
 @pytest.mark.parametrize("count, devices, slurm, where", [
     (2, 2, True, "K"), (4, 1, False, "none")])
 def test_processes_one_answer(tmp_path, count, devices, slurm, where):
-    """2 and 4 processes, told by Slurm or by flags, with tiles on disk or nowhere, give the answer of one
-    to 1e-6, and one result line; each has written its share of the tiles."""
+    """2 and 4 processes, started with Slurm's variables or with flags, with tiles on disk or on the fly, give the result of
+    one process to 1e-6 and record one line; each process has written its share of the tiles."""
     flags = ["--store", tmp_path / "K" if where == "K" else where, "--out", tmp_path, "--devices", devices]
     done = [(process.communicate(timeout=300), process.returncode)
             for process in team(count, *flags, slurm=slurm)]
@@ -580,8 +580,8 @@ def test_processes_one_answer(tmp_path, count, devices, slurm, where):
 
 
 def test_processes_one_dies(tmp_path):
-    """One process of two is killed in the middle of a solve: the other ends within a minute with a
-    sentence, not a hang; started again, they go on from what was finished and end as if nothing was."""
+    """If one process of two is killed in the middle of a solve, the other ends within a minute with a message. Started again,
+    both continue from the finished tiles and reach the same result."""
     flags = ["--store", tmp_path / "K", "--out", tmp_path, "--devices", 1, "--precondition", "none",
              "--ridge", "1e-9", "--tol", "1e-9", "--max_iters", 3000]
     running = team(2, *flags)
@@ -626,8 +626,8 @@ sys.exit(len(sums))
 """
 
 def test_processes_wait_for_the_slowest():
-    """While one process computes, the other does not wait in one sum, which gives up after half an hour,
-    but meets it every MEET seconds; both meet equally often and go on together."""
+    """A process that has finished its tiles meets the slower one in a sum every MEET seconds, because a single sum would time
+    out after half an hour; both take part in equally many sums."""
     port = free_port()
     met = [process.wait(timeout=100) for process in [
         subprocess.Popen([sys.executable, "-c", SLOW, str(index), str(port)], cwd=HERE) for index in range(2)]]
@@ -635,8 +635,8 @@ def test_processes_wait_for_the_slowest():
 
 
 def test_store_has_one_writer(tmp_path):
-    """A second run on a store that is in use, of other or of the same size, is refused at its start by a sentence; the first
-    ends as if alone, and then the store is free."""
+    """A second run on a store in use, of the same or another size, is refused at its start with a message. It does not disturb
+    the first run, and once that ends the store is free."""
     def start(n):
         return script(tmp_path, "--n_train", n, "--ridge", "0.1", "--tile", 40, "--quiet", "--store", tmp_path / "K")
     first = start(700)
@@ -653,7 +653,7 @@ def test_store_has_one_writer(tmp_path):
 
 
 def test_store_keeps_the_state_of_another_solve(tmp_path):
-    """A run that ends forgets its own state, and not that of another, killed solve beside it."""
+    """A run that ends deletes the state of its own solve, but not that of another, killed solve in the same store."""
     flags = ["--n_train", "60", "--n_test", "20", "--store", str(tmp_path / "K")]
     (tmp_path / "K" / "solve-nngp").mkdir(parents=True)
     other = tmp_path / "K" / "solve-nngp" / "00000000.npz"
@@ -666,7 +666,7 @@ def test_store_keeps_the_state_of_another_solve(tmp_path):
 
 
 def test_store_of_another_network(tmp_path, monkeypatch):
-    """Where a default in kernel.py is changed, as a fork does, a store refuses the tiles of the network before."""
+    """If a default in kernel.py is changed, as in a fork, a store with tiles of the old network is refused."""
     flags = ["--n_train", "60", "--n_test", "20", "--store", str(tmp_path / "K"), "--ridge", "1"]
     train(tmp_path, *flags)
     monkeypatch.setitem(kernel.NETWORKS, "fc", lambda depth, w_std, b_std: kernel.NETWORKS["cnn_vec"](1, 1.3, b_std))
@@ -675,17 +675,17 @@ def test_store_of_another_network(tmp_path, monkeypatch):
 
 
 def test_processes_do_the_same(tmp_path):
-    """Processes with other flags or other data are refused at their first meeting, all of them, by one sentence."""
+    """If processes have different flags or data, all of them end at their first sum, with a message that says which differ."""
     for last, words in ((["--ridge", "10"], "process 1 has other flags than process 0"),
                         (["--seed", "3"], "process 1 has other flags than process 0; process 1 has other data")):
         done = [process.communicate(timeout=100)[1] for process in team(2, "--out", tmp_path, "--devices", 1, last=last)]
-        assert all(re.search(f"ValueError: the processes do not do the same: {words}", err) for err in done), done
+        assert all(re.search(f"ValueError: the processes differ: {words}", err) for err in done), done
         assert not any("Traceback" in err for err in done)
 
 
 def test_processes_that_do_not_come(tmp_path):
-    """A process that waits says for whom, and ends after --wait seconds by a sentence; so does one that came twice. A proxy in
-    the environment does not stand in the way."""
+    """A process that waits prints for which others, and ends after --wait seconds with a message. A proxy in the environment
+    does not matter."""
     flags = ["--n_train", 50, "--ridge", 1, "--devices", 1, "--processes", 2, "--coordinator", f"127.0.0.1:{free_port()}"]
     alone = [script(tmp_path, *flags[:-1], f"127.0.0.1:{free_port()}", "--process", index, "--wait", 1) for index in (0, 1)]
     for process, waits, ends in zip(alone, ("waiting at .* for process 1, 1 s", "waiting for process 0 at"),
@@ -700,7 +700,7 @@ def test_processes_that_do_not_come(tmp_path):
 
 
 def test_processes_of_the_same_number():
-    """Of three processes, two of which say that they are process 1, the later one is refused."""
+    """If two of three processes are started as process 1, the later one is refused."""
     port, said = free_port(), []
 
     def come(process):
@@ -722,15 +722,15 @@ def test_processes_of_the_same_number():
 
 
 def test_processes_errors():
-    """One flag of the three without the others, or a number that is not there: one sentence."""
+    """One of the three flags without the others, or a process number out of range, is refused with a message."""
     for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
-        with pytest.raises(ValueError, match="give HOST:PORT of process 0, their number P, and 0 to P - 1"):
+        with pytest.raises(ValueError, match="give all three: HOST:PORT of process 0, the number of processes P"):
             processes.start(*given)
     assert processes.start() == processes.start("h:1", 1, 0) == tiles.ALONE
 
 
 def test_processes_error_in_one_ends_all(tmp_path):
-    """A process that fails while the other waits for it says why, and both end at once."""
+    """If a process fails while the other waits for it, it prints why, and both end within a minute."""
     start = time.monotonic()
     running = team(2, "--out", tmp_path, "--devices", 1, last=["--n_test", "1000"])
     said = [process.communicate(timeout=300)[1] for process in running]
@@ -742,8 +742,8 @@ def test_processes_error_in_one_ends_all(tmp_path):
 # ------------------------------------------------------------------------------------------- plan
 
 def test_plan_adds_up():
-    """The plan of 10 rows, 3 test rows, tiles of 4, two hosts with two devices, counted by hand: 6 tiles
-    of K and 3 of K_test; of sixteen entries each; 100 steps."""
+    """A plan equals a count by hand: 10 rows, 3 test rows, tiles of 4, two hosts with two devices each, so 6 tiles of K and 3
+    of K_test with sixteen entries each, and 100 steps."""
     out = plan.estimate(10, 3, 4, 2, 2, 5, entries_rate=9.0, product=48.0, read=24.0, write=1e9, pixels=7,
                         classes=10, kept="on disk")
     assert out["tiles"] == 9 and out["entries"] == 144 and out["bytes"] == 576
@@ -763,8 +763,8 @@ def test_plan_adds_up():
 
 
 def test_plan_of_five_million(tmp_path, capsys):
-    """5 million images on 256 hosts are planned in seconds, nothing is loaded or started, and the
-    numbers printed are those of the paper's problem."""
+    """5 million images on 256 hosts are planned in seconds without loading data or writing a file, and the plan prints the
+    expected numbers for the paper's problem."""
     out = train_cifar.main(["--plan", "--dataset", "cifar5m", "--n_train", "5000000", "--n_test", "10000",
                             "--hosts", "256", "--devices", "2", "--tile", "4096", "--store",
                             str(tmp_path / "K"), "--ridge", "0.1"])
@@ -781,8 +781,8 @@ def test_plan_of_five_million(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------- docs
 
 def test_docs_commands_run(tmp_path, monkeypatch):
-    """Every command with --store or --plan that README and docstrings show runs, made small; those of several processes are
-    parsed, and test_processes_one_answer runs some."""
+    """Every command with --store or --plan in README and docstrings runs, with smaller sizes. Those with several processes are
+    only parsed; test_processes_one_answer runs some."""
     monkeypatch.chdir(tmp_path)
     shown = commands("train_cifar.py", train_cifar.__doc__, processes.__doc__, plan.__doc__)
     shown = [command for command in shown if {"--store", "--plan", "--process"} & {*command}]
@@ -800,7 +800,7 @@ def test_docs_commands_run(tmp_path, monkeypatch):
 SHARE = """
 import os, sys, time
 n, count, index, port = map(int, sys.argv[1:])
-os.sched_setaffinity(0, {index})  # a core each, as a host each
+os.sched_setaffinity(0, {index})  # one core per process, as if each had its own host
 import jax, numpy as np
 import tiles
 from fast import fused
@@ -818,9 +818,9 @@ if index == 0:
 """
 
 def test_benchmark_two_processes(benchmark):
-    """The tiles of one K by one process and by two, a core each: parallel efficiency t1 / (2 t2)."""
+    """Time to compute the tiles of one K with one process and with two, one core each: parallel efficiency t1 / (2 t2)."""
     if benchmark.disabled or os.cpu_count() < 2:
-        pytest.skip("what it times is tested under processes; --benchmark-only times it, on two cores or more")
+        pytest.skip("timed only with --benchmark-only, on two cores or more; its correctness is tested above")
 
     def seconds(count):
         n, port = 1024, free_port()

@@ -144,9 +144,9 @@ def test_fused_sequences_on_a_gpu(monkeypatch):
     x, layers = encode(PEPTIDES, "blosum", 0).astype(float), kernel.network("seq_cnn", b_std=0.3, depth=2)
     exact, conv_relu = kernel.kernel_fn(layers, kernel.KINDS)(x, x[2:]), fused.conv_relu
 
-    def in_prepare_only(source, target, first, *rest):
-        assert first[0].shape[2] > 1  # gpu.py should have done a pair of different sequences
-        return conv_relu(source, target, first, *rest)
+    def in_prepare_only(source, target, stds1, *rest):
+        assert stds1[0].shape[2] > 1  # gpu.py should have done a pair of different sequences
+        return conv_relu(source, target, stds1, *rest)
     monkeypatch.setattr(fused, "on_gpu", lambda: True)
     monkeypatch.setattr(gpu, "INTERPRET", True)
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
