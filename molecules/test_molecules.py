@@ -100,7 +100,7 @@ def test_graphs_are_the_formula(side, options, monkeypatch):
     """graphs.py, in bins of 32 nodes and 3 graphs, is the dense formula in NumPy, and kernel.py is where all rounds
     are pooled: to 1e-10 in float64 and 1e-5 in float32. side: in blocks of a bin, as on a CPU, and whole, as on a
     GPU."""
-    for what, number in (("OWN", 32), ("SIDE", side), ("STRIPE", side)):
+    for what, number in (("SMALL", 32), ("SIDE", side), ("STRIPE", side)):
         monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     monkeypatch.setattr(graphs, "NODES", 32)
     monkeypatch.setattr(graphs, "GRAPHS", 3)
@@ -183,8 +183,8 @@ def test_graphs_symmetry_and_tiles():
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 8))), r"\(2, 3, 8\).*features \+ 2 degree"),
     (lambda: kernel.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((3, 9))), r"\(3, 9\).*graphs \(n, nodes, features"),
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 9)), np.ones((2, 4, 9))), "must agree"),
-    (lambda: graphs.kernel_fn(kernel.network("fc"), "ntk"), "graphs.py takes .*take kernel.kernel_fn"),
-    (lambda: graphs.kernel_fn(graph_layers.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "take kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(kernel.network("fc"), "ntk"), "graphs.py takes .*use kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "use kernel.kernel_fn"),
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "gp"), "'gp' is unknown; choose nngp or ntk"),
 ])
 def test_graphs_errors(call, words):
