@@ -416,7 +416,7 @@ def test_molecules_files(molecule_folder):
         assert (np.sort(train) == np.arange(20)).all() and (val == np.arange(20, 25)).all() and len(test) == 5
     assert muv.official is None and muv.tasks == ["A", "B"]
     path = molecule_folder / "pcba" / "split" / "scaffold" / "valid.csv.gz"
-    for content, words in ((b"1\n" + b"9" * 30, "too large"), ("21".encode("utf-16"), "zero bytes"), (b"1.5", "a line")):
+    for content, words in ((b"1\n" + b"9" * 30, "too large"), ("21".encode("utf-16"), "zero bytes"), (b"1.5", "per line")):
         path.write_bytes(gzip.compress(content))
         with pytest.raises(ValueError, match=f"{path}.*{words}") as error:
             files.load("molpcba", molecule_folder / "pcba")
@@ -453,7 +453,7 @@ def test_molecules_bad_rows(molecule_folder, capsys):
     path.write_text("\n".join(lines))
     rows = files.load("molhiv", molecule_folder)
     said = capsys.readouterr().out
-    assert "2 of 30 rows left out, RDKit cannot read their SMILES: row 3 ('C1CC'), row 21 ('')" in said
+    assert "2 of 30 rows are left out because RDKit cannot read their SMILES: row 3 ('C1CC'), row 21 ('')" in said
     assert len(rows.mols) == 28 and 26 in rows.rows and [len(part) for part in rows.official] == [19, 4, 5]
     assert (rows.rows[rows.official[2]] == np.arange(25, 30)).all()
 
@@ -462,7 +462,7 @@ def test_molecules_bad_rows(molecule_folder, capsys):
 @pytest.mark.parametrize("file, old, new, words", [
     ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but 'Compound ID', 'meas.*', 'structure'$"),
     *(("delaney-processed.csv", "0.286", to, r"line 4, column 'measured log.*', row 2 \(from 0, after the header\): '"
-       + re.escape(to.strip('"')) + "'; expected a number, finite, with a decimal point, or nothing")
+       + re.escape(to.strip('"')) + "'; expected a finite number with a decimal point, or an empty cell")
       for to in ("soluble", "inf", "-Infinity", "nan", "NA", '"0,286"', "1e999", "1_0", "<5")),
     ("delaney-processed.csv", "x,0.286", "x,0,286", "line 4: 4 fields, and 3 in the header; .*decimals with a point"),
     ("delaney-processed.csv", ",CCC\n", "\n", "line 8: 2 fields, and 3 in the header; expected as many"),
@@ -470,9 +470,9 @@ def test_molecules_bad_rows(molecule_folder, capsys):
     ("delaney-processed.csv", "Compound ID", "measured log solubility in mols per litre", "has 2 columns 'measured log"),
     ("delaney-processed.csv", "x,0.286", 'x,"0.286', "line 31: 2 fields, and 3 in the header"),
     ("delaney-processed.csv", "CCC\n", "C" * 140_000 + "\n", "line 8: field larger than field limit"),
-    ("HIV.csv", ",CI,1", ",CI,inf", "line 3, column 'HIV_active', row 1 .*: 'inf'; expected a number"),
+    ("HIV.csv", ",CI,1", ",CI,inf", "line 3, column 'HIV_active', row 1 .*: 'inf'; expected a finite"),
     ("HIV.csv", "smiles", "Smiles", "has no column 'smiles', but 'Smiles', 'activity', 'HIV_active'$"),
-    ("HIV.csv", ",CI,1", ",CI,0", "HIV_active has the same value in every row"),
+    ("HIV.csv", ",CI,1", ",CI,0", "column 'HIV_active' has the same value in every row"),
     ("ogbg-molhiv_scaffold_split.npz", None, None, "not a complete .npz archive without pickle"),
 ])
 def test_molecules_damaged_files(molecule_folder, file, old, new, words):
@@ -493,7 +493,7 @@ def test_molecules_damaged_archives(molecule_folder, damage):
                                ("molpcba", molecule_folder / "pcba", "split/scaffold/train.csv.gz")):
         path = folder / file
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(ValueError, match=f"{file} is truncated or not packed by gzip"):
+        with pytest.raises(ValueError, match=f"{file} is truncated or not a gzip file"):
             files.load(name, folder)
 
 
@@ -517,8 +517,9 @@ def test_molecules_encodings(molecule_folder, encoding, words):
 
 @needs_rdkit
 @pytest.mark.parametrize("low, high, said", [
-    ("0", "1", ""), ("0.0", "1", ""), ("1", "2", "2 is the positive class, 1 the other, of A, B"), ("-1", "1", "1 is the pos"),
-    ("inactive", "yes", "'yes' is the positive class, 'inactive' the other"), ("False", "True", "'True' is the positive")])
+    ("0", "1", ""), ("0.0", "1", ""), ("1", "2", "2 is the positive class and 1 the negative class in A, B"),
+    ("-1", "1", "1 is the pos"), ("inactive", "yes", "'yes' is the positive class and 'inactive' the neg"),
+    ("False", "True", "'True' is the positive")])
 def test_molecules_two_classes(molecule_folder, capsys, low, high, said):
     """Two numbers or two words are two classes, the larger or the later in the alphabet positive, and where they are not 0
     and 1 one line says so; missing labels stay missing."""
@@ -538,8 +539,8 @@ def test_molecules_two_classes(molecule_folder, capsys, low, high, said):
     (["0", "1", "2"], "column 'A': 3 different values, 0, 1, 2; expected two classes"),
     (["CA", "CI", "CM"], "column 'A': 3 different values, 'CA', 'CI', 'CM'; expected two"),
     ([f"{i / 7:.2f}" for i in range(30)], r"column 'A': 30 different values, 0, 0.14, 0.29, 0.43, 0.57 \.\.\.; expected two"),
-    (["1", "active"], "line 3, column 'A', row 1 .*: 'active'; expected a number"),
-    (["0,5", "1,5"], "line 2, column 'A', row 0 .*: '0,5'; expected a number")], ids=str)
+    (["1", "active"], "line 3, column 'A', row 1 .*: 'active'; expected a finite number"),
+    (["0,5", "1,5"], "line 2, column 'A', row 0 .*: '0,5'; expected a finite number")], ids=str)
 def test_molecules_more_than_two_classes(molecule_folder, column, words):
     """More than two values where classes are expected, as in a column of measured numbers: one sentence before any work."""
     write_csv(molecule_folder / "muv.csv.gz", "A,mol_id,smiles", [
@@ -551,9 +552,11 @@ def test_molecules_more_than_two_classes(molecule_folder, column, words):
 
 @needs_rdkit
 @pytest.mark.parametrize("part, rows, words", [
-    ("test", [25, 3], "row 3 is in test and, by .*, in train"), ("val", [20, 19], "row 19 is in val and, by .*, in train"),
-    ("test", [24, 25], "row 24 is in test and, by .*, in val"), ("val", [], "val is empty; expected numbers of rows"),
-    ("train", [0, 30], "train has row 30, and the table has 0 to 29"), ("train", [-1, 3], "train has row -1, and the table"),
+    ("test", [25, 3], "row 3 is in test and also, in .*, in train"),
+    ("val", [20, 19], "row 19 is in val and also, in .*, in train"), ("val", [], "val is empty; expected row numbers"),
+    ("test", [24, 25], "row 24 is in test and also, in .*, in val"),
+    ("train", [0, 30], "train has row 30, but the table has rows 0 to 29"),
+    ("train", [-1, 3], "train has row -1, but the table"),
     ("train", [0, 1, 2, 1], "row 1 is in train 2 times; expected once")], ids=str)
 def test_molecules_splits_that_leak(molecule_folder, part, rows, words):
     """An official split whose parts share a row, have one that the table lacks, have one twice, or are empty, is refused in
@@ -576,7 +579,7 @@ def test_molecules_splits_that_leak(molecule_folder, part, rows, words):
 def test_molecules_splits_of_other_kinds(molecule_folder, rows):
     """Masks, fractions and arrays of another shape are no numbers of rows."""
     np.savez(molecule_folder / "ogbg-molhiv_scaffold_split.npz", train=rows, val=np.arange(20, 25), test=np.arange(25, 30))
-    with pytest.raises(ValueError, match="scaffold_split.npz: train holds .*; expected numbers of rows, whole"):
+    with pytest.raises(ValueError, match="scaffold_split.npz: train holds .*; expected row numbers, integers"):
         files.load("molhiv", molecule_folder)
 
 
@@ -587,7 +590,7 @@ def test_molecules_splits_without_readable_rows(molecule_folder):
     lines = path.read_text().splitlines()
     lines[21:26] = [f"C1CC,CI,{i % 2}" for i in range(5)]
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="split.npz, of what RDKit can read: val is empty"):
+    with pytest.raises(ValueError, match="split.npz, rows that RDKit can read: val is empty"):
         files.load("molhiv", molecule_folder)
 
 
@@ -818,7 +821,7 @@ def test_molecules_sizes_are_runs_alone(tmp_path, monkeypatch, flags):
                 assert np.allclose(*map(flat, numbers), rtol=1e-3), key
     if "1,3" in flags and "loo" not in flags:
         assert row[20]["config"]["depth"] != row[80]["config"]["depth"]
-        with pytest.raises(ValueError, match=r"one network, and --sizes \[20, 80\] choose 2: \[20\] depth=1 .*; give one"):
+        with pytest.raises(ValueError, match=r"one network, but --sizes \[20, 80\] choose 2: \[20\] depth=1 .*; give each"):
             train_molecules(tmp_path, *flags, "--sizes", "20,80", "--store", str(tmp_path / "K"))
 
 
@@ -893,12 +896,12 @@ def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
 
 @needs_rdkit
 @pytest.mark.parametrize("part, flags, words", [
-    ("train", [], "n_train=20: the first 20 training molecules of molhiv have labels of one class only of HIV_active: they"),
+    ("train", [], "n_train=20: the first 20 training molecules of molhiv have only one class for HIV_active, so nothing"),
     ("train", ["--ridge", "1", "--sizes", "5,20"], "n_train=5: the first 5 training molecules"),
     ("train", ["--select", "loo"], "n_train=20: the first 20"),
-    ("val", [], "split 'official': the 5 val molecules .* one class only .*; use --select loo, one --ridge, another --split"),
-    ("val", ["--ridge", "1", "--depth", "1,2"], "the 5 val molecules .* one class only"),
-    ("test", ["--ridge", "1"], "the 5 test molecules .* one class only .*auc is not defined; take another --split")], ids=str)
+    ("val", [], "split 'official': the 5 val molecules .* only one class .*; use --select loo, one --ridge, another --split"),
+    ("val", ["--ridge", "1", "--depth", "1,2"], "the 5 val molecules .* only one class"),
+    ("test", ["--ridge", "1"], "the 5 test molecules .* only one class .*auc is not defined; use another --split")], ids=str)
 def test_molecules_one_class_only(tmp_path, molecule_folder, monkeypatch, part, flags, words):
     """Training rows of one class, which make an AUC of 0.5 whatever the kernel, validation rows that cannot choose, test rows
     that cannot measure: refused in one sentence, before any kernel is computed."""
@@ -945,7 +948,7 @@ def test_molecules_tasks_of_one_class_are_left_out(tmp_path, molecule_folder, ca
     write_csv(table, "A,B,smiles,mol_id", [f"{a},{b},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, (a, b) in enumerate(label.T)])
     result = train_molecules(tmp_path, *flags, "--sizes", "12,20")
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == ("note: n_train=12: 1 of 2 tasks have labels of one class only among the training molecules, and are "
+    assert said[0] == ("note: n_train=12: 1 of 2 tasks have only one class among the training molecules and are "
                        "left out: B") and result[12]["tasks"] == 1 and result[20]["tasks"] == 2
     write_csv(table, "A,smiles,mol_id", [f"{a},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, a in enumerate(label[0])])
     alone = train_molecules(tmp_path, *flags, "--n_train", "12")
@@ -985,10 +988,10 @@ def test_molecules_official_split_is_ogbs():
 
 @needs_rdkit
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "esol"], "ValueError: esol needs --data FOLDER with its files"),
+    (["--dataset", "esol"], "ValueError: esol needs --data FOLDER, the folder with its files"),
     (["--dataset", "muv", "--data", "nowhere"], "FileNotFoundError: .*muv.csv.gz is not there; give --data"),
     (["--ridge", "often"], "--ridge often: expected a number, numbers separated by commas, or auto"),
-    (["--store", "none"], "--store none: not here; give a folder"),
+    (["--store", "none"], "--store none is not available for molecules; give a folder"),
     (["--fingerprints", "morgan,maccs"], "--fingerprints morgan,maccs: expected morgan, pairs, torsions"),
     (["--fingerprints", "morgan,morgan"], "--fingerprints morgan,morgan: expected"),
     (["--devices", "5"], "ValueError: --devices 5, but JAX sees 4 here"),
@@ -1018,8 +1021,8 @@ def test_molecules_train_error_without_traceback(tmp_path):
 @needs_rdkit
 @pytest.mark.parametrize("flags, words", [
     (["--data", "x"], "--data changes nothing here: the molecules of --dataset nci come with RDKit"),
-    (["--kernel", "fingerprint", "--jump"], "--jump changes nothing here: --kernel fingerprint has no graphs"),
-    (["--fingerprints", "morgan"], "--fingerprints changes nothing here: --kernel gcn has none")])
+    (["--kernel", "fingerprint", "--jump"], "--jump changes nothing here: --kernel fingerprint uses no graphs"),
+    (["--fingerprints", "morgan"], "--fingerprints changes nothing here: --kernel gcn uses none")])
 def test_molecules_flags_without_effect(flags, words, capsys):
     """A flag that changes nothing in a run is an error of one line that says why."""
     with pytest.raises(SystemExit):
