@@ -47,9 +47,9 @@ RANK = 512  # highest default rank of the preconditioner if labels are missing
 PARTS = {"gcn": ("gcn",), "fingerprint": ("fingerprint",), "sum": ("gcn", "fingerprint")}
 WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # do not change the result, so they are not recorded
 SOURCES = """files that DIR must hold: esol: delaney-processed.csv; molhiv: HIV.csv, and the official split as
-ogbg-molhiv_scaffold_split.npz (arrays train, val, test of row numbers); muv: muv.csv.gz. The tables are MoleculeNet's:
-deepchemdata.s3-us-west-1.amazonaws.com/datasets/. For molhiv and molpcba also the folders mapping and split of OGB's
-archive, unpacked: snap.stanford.edu/ogb/data/graphproppred/csv_mol_download/{hiv,pcba}.zip"""
+ogbg-molhiv_scaffold_split.npz (arrays train, val, test of row numbers); muv: muv.csv.gz. These are MoleculeNet's files:
+deepchemdata.s3-us-west-1.amazonaws.com/datasets/. For molpcba, and for molhiv instead of these files: the folders mapping
+and split of OGB's archive, unpacked: snap.stanford.edu/ogb/data/graphproppred/csv_mol_download/{hiv,pcba}.zip"""
 
 
 def flags():
@@ -57,14 +57,14 @@ def flags():
     parser = experiment.Parser(
         description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES)
     rows = parser.add_argument_group("molecules")
-    rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS)
+    rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS, help="data set; nci needs no file")
     rows.add_argument("--data", metavar="DIR", help="folder with the data set's files")
     rows.add_argument("--split", choices=smiles.SPLITS, help="None: official if the data set has one, else random")
     rows.add_argument("--n_train", type=int, help="number of training molecules; None: all")
     rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training molecules too, each time the "
                       "first of the n_train, on blocks of the same kernel")
     network = parser.add_argument_group("kernel")
-    network.add_argument("--kernel", default="gcn", choices=PARTS)
+    network.add_argument("--kernel", default="gcn", choices=PARTS, help="sum: of the other two, each with mean diagonal 1")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs, with both kernels computed in one pass")
     network.add_argument("--depth", default="3", help="rounds of gcn, or hidden layers on fingerprints. This flag and the "
