@@ -172,9 +172,9 @@ def main(argv=None):
     K, y = problem(args)
     A, results = K.dense().astype(np.float64), {}
     for ridge in ridges:
-        found = measure(runs, K, A, y, ridge * K.diagonal().mean(), args.tol, args.repeats)
-        results.update({(name, ridge): found[name] for name in runs})
-        print(f"ridge {ridge:g}: " + "; ".join(f"{name} {cell(name, found[name])}" for name in runs), file=sys.stderr)
+        measured = measure(runs, K, A, y, ridge * K.diagonal().mean(), args.tol, args.repeats)
+        results.update({(name, ridge): measured[name] for name in runs})
+        print(f"ridge {ridge:g}: " + "; ".join(f"{name} {cell(name, measured[name])}" for name in runs), file=sys.stderr)
     print(f"{args.kernel} {args.kind}, n = {args.n:,}, residual {args.tol:g}, median of {args.repeats}, "
           f"{tiles.cores()} cores, {jax.local_devices()[0].device_kind}\n")
     print("| method | " + " | ".join(f"ridge {ridge:g}: steps, seconds" for ridge in ridges) + " |")

@@ -106,8 +106,8 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--runs", default=os.path.join(HERE, "runs.jsonl"), metavar="FILE", help="the runs to read")
     parser.add_argument("--dataset", default="cifar10", help="data set of the learning curves")
-    parser.add_argument("--figure", metavar="FILE", help="print the tables and draw this figure; None: write the pages and "
-                        "the figure beside the runs")
+    parser.add_argument("--figure", metavar="FILE", help="print the tables and draw this figure; None: write the pages, and "
+                        "curves.svg into the folder of the runs")
     parser.add_argument("--readme", default=os.path.join(HERE, "README.md"), metavar="FILE", help="page with all tables")
     parser.add_argument("--front", default=os.path.join(HERE, "..", "README.md"), metavar="FILE", help="front page")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page or figure is stale")

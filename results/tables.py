@@ -123,43 +123,43 @@ def laws(groups, dataset):
 
 def augmentation(groups, dataset):
     """Accuracy with the same images in more and more copies (crops x mirror images); one row for each kernel and n."""
-    found = {}
+    accuracies = {}
     for runs in groups:
         config = runs[0]["config"]
         if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0]["search"]:
             key = tuple(1 if k == "crops" else k != "flips" and config[k] for k in CURVE), config["n_train"]
-            found.setdefault(key, {})[config["crops"], config["flips"]] = percent(
+            accuracies.setdefault(key, {})[config["crops"], config["flips"]] = percent(
                 [test_error(run) for run in runs])
-    found = {key: copies for key, copies in found.items() if any(crops > 1 for crops, _ in copies)}
-    columns = sorted({key for copies in found.values() for key in copies})
+    accuracies = {key: copies for key, copies in accuracies.items() if any(crops > 1 for crops, _ in copies)}
+    columns = sorted({key for copies in accuracies.values() for key in copies})
     head = [f"{crops}{' × 2' if flips else ''}" for crops, flips in columns]
     return table(["kernel", "n", "test images", *head], [
         [name(key), f"{n:,}", f"{key[-1]:,}", *(copies.get(column, "") for column in columns)]
-        for (key, n), copies in found.items()])
+        for (key, n), copies in accuracies.items()])
 
 
 def elsewhere(groups, metric):
     """Proteins and molecules: the mean score of every kernel ± sd over seeds, at its largest n; one column for each data set
     whose score is `metric`. If a kernel was run with several settings, their scores are separated by commas."""
-    found, most = {}, {}
+    scores, largest_n = {}, {}
     for runs in groups:
         config = runs[0]["config"]
         if next(name for name in SCORES if name in runs[0]) == metric and config["n_test"] >= FEW:
             row, n = f"{config['kernel']} {config['kind'].upper()}", config["n_train"]
             column = " ".join(dict.fromkeys([config["dataset"], config["split"]]))
-            most[column] = max(most.get(column, 0), n)
+            largest_n[column] = max(largest_n.get(column, 0), n)
             values = [run[metric] for run in runs]
             sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            found.setdefault(row, {}).setdefault(column, {}).setdefault(n, []).append(
+            scores.setdefault(row, {}).setdefault(column, {}).setdefault(n, []).append(
                 f"{statistics.mean(values):.3f}{sd}")
 
     def cell(sizes, largest):
         n = max(sizes, default=largest)
         return ", ".join(sizes.get(n, [])) + ("" if n == largest else f" (n = {n:,})")
-    rows = sorted(found, key=lambda row: KERNELS.index(row.split()[0]))
-    most = dict(sorted(most.items(), key=lambda of: of[1]))
-    return table(["kernel", *(f"{column}, n = {n:,}" for column, n in most.items())], [
-        [row, *(cell(found[row].get(column, {}), n) for column, n in most.items())] for row in rows])
+    rows = sorted(scores, key=lambda row: KERNELS.index(row.split()[0]))
+    largest_n = dict(sorted(largest_n.items(), key=lambda of: of[1]))
+    return table(["kernel", *(f"{column}, n = {n:,}" for column, n in largest_n.items())], [
+        [row, *(cell(scores[row].get(column, {}), n) for column, n in largest_n.items())] for row in rows])
 
 
 def results(groups, dataset):
@@ -196,22 +196,22 @@ def results(groups, dataset):
 def cost(groups, dataset):
     """Kernel seconds and CG steps against n, from runs with fewer than FEW test images; the last column is the slope of a
     line through their logarithms."""
-    found = {}
+    measured = {}
     for runs in groups:
         config, seconds = runs[0]["config"], statistics.median(run["seconds"]["kernel"] for run in runs)
         if config["n_test"] < FEW and config["dataset"] == dataset:
-            what = f"{config['kernel']} {config['kind'].upper()}"
+            kernel = f"{config['kernel']} {config['kind'].upper()}"
             if runs[0].get("entries_computed"):
-                found.setdefault(f"{what}: kernel, s", {}).setdefault(config["n_train"], []).append(seconds)
+                measured.setdefault(f"{kernel}: kernel, s", {}).setdefault(config["n_train"], []).append(seconds)
             rank = config["rank"] or "chosen" if config["precondition"] == "lowrank" else config["precondition"]
-            found.setdefault(f"{what}: CG steps, ridge {runs[0]['ridge']:g}, rank {rank}", {})[
+            measured.setdefault(f"{kernel}: CG steps, ridge {runs[0]['ridge']:g}, rank {rank}", {})[
                 config["n_train"]] = [statistics.median(run["cg_iterations"] for run in runs)]
-    sizes = sorted({n for points in found.values() for n in points})
+    sizes = sorted({n for points in measured.values() for n in points})
     rows = []
-    for what, points in sorted(found.items()):
+    for label, points in sorted(measured.items()):
         points = {n: min(values) for n, values in points.items()}
         slope = np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0] if len(points) > 2 else None
-        rows.append([what, *(f"{points[n]:.3g}" if n in points else "" for n in sizes),
+        rows.append([label, *(f"{points[n]:.3g}" if n in points else "" for n in sizes),
                      "" if slope is None else f"{slope:.2f}"])
     return table(["", *(f"n = {n:,}" for n in sizes), "slope"], rows)
 
@@ -223,12 +223,12 @@ FRONT = (("fc", "ntk", False), ("fc", "ntk", True), ("cnn_vec", "nngp", False), 
 def front(groups, dataset):
     """The table of the front page: for each kernel in FRONT the run with the most images whose ridge was chosen."""
     rows = []
-    for what in FRONT:
-        found = [runs for runs in groups if runs[0]["config"]["dataset"] == dataset and runs[0]["search"]
-                 and runs[0]["config"]["crops"] == 1 and runs[0]["config"]["n_test"] >= 1000
-                 and tuple(runs[0]["config"][k] for k in ("kernel", "kind", "flips")) == what]
-        if found:
-            runs = max(found, key=lambda runs: (runs[0]["config"]["n_train"], -min(test_error(run) for run in runs)))
+    for wanted in FRONT:
+        matching = [runs for runs in groups if runs[0]["config"]["dataset"] == dataset and runs[0]["search"]
+                    and runs[0]["config"]["crops"] == 1 and runs[0]["config"]["n_test"] >= 1000
+                    and tuple(runs[0]["config"][k] for k in ("kernel", "kind", "flips")) == wanted]
+        if matching:
+            runs = max(matching, key=lambda runs: (runs[0]["config"]["n_train"], -min(test_error(run) for run in runs)))
             config, seconds = runs[0]["config"], statistics.median(run["seconds"]["kernel"] for run in runs)
             rows.append([name(tuple(config[k] for k in CURVE)), f"{config['n_train']:,}", f"{config['n_test']:,}",
                          percent([test_error(run) for run in runs]), f"{seconds / 60:.1f} min, {runs[-1].get('device')}"])
