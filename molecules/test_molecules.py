@@ -31,7 +31,7 @@ from molecules import smiles as files
 from molecules import train as train_molecule
 
 MOLECULES = os.path.join(HERE, "..", "shared", "data", "molecules")
-needs_molecules = pytest.mark.skipif(not os.path.exists(MOLECULES), reason="molecules are not beside the project")
+needs_molecules = pytest.mark.skipif(not os.path.exists(MOLECULES), reason="the data sets of molecules are missing")
 needs_rdkit = pytest.mark.skipif(importlib.util.find_spec("rdkit") is None, reason="RDKit is not installed")
 
 # ----------------------------------------------------------------------------------------- graphs
@@ -720,7 +720,7 @@ def test_molecules_train_tasks(tmp_path, molecule_folder):
 @needs_rdkit
 @pytest.mark.parametrize("dataset", ["esol", "molhiv"])
 def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
-    """With --select loo, depth, b_std and ridge are those that are best in n refits on the training rows in float64: by
+    """With --select loo, depth, b_std and ridge are the best in n refits on the training rows in float64: by
     squared error for numbers, by area under the ROC curve for classes."""
     from sklearn.metrics import roc_auc_score
     result = train_molecules(tmp_path, "--dataset", dataset, "--data", str(molecule_folder), "--kernel", "fingerprint",

@@ -82,7 +82,7 @@ def flags():
                          "with a larger n_train; None: tiles stay in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): one number; or several, separated by "
-                        "commas, or auto (10 down to 1e-6), of which the best is chosen")
+                        "commas, or auto (10 down to 1e-6): the best is chosen")
     experiment.select_flag(solver, "validation; loo and gcv need a label of every task for every training molecule, and "
                         "gcv needs numbers as targets")
     solver.add_argument("--tol", type=float, default=1e-6, help="stop when every column has |y - A x| <= tol |y|")

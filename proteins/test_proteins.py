@@ -27,7 +27,7 @@ from results import report
 
 GB1 = os.path.join(HERE, "..", "shared", "data", "protein")
 PEPTIDES = ["M", "GIVEQCCTSICSLYQLENYCN", "NLYIQWLKDGGPSSGRPPPS"]  # one residue, insulin's A chain, Trp-cage
-needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 is not beside the project")
+needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 files are missing")
 
 # ----------------------------------------------------------------------------------------- kernel
 
@@ -201,8 +201,8 @@ def test_proteins_gb1(capsys):
 
 
 def test_proteins_made():
-    """The artificial landscape has 1,296 sequences and variance 1, of which least squares on one-hot explains exactly the
-    share MADE_LINEAR."""
+    """The artificial landscape has 1,296 sequences and variance 1. Least squares on one-hot explains exactly the share
+    MADE_LINEAR of that variance."""
     sequences, y = seqs._made()
     assert len(set(sequences)) == 6**4 and abs(y.mean()) < 1e-12 and abs(y.var() - 1) < 1e-12
     x = encode(sequences, "onehot", 0).reshape(1296, -1).astype(float)

@@ -76,7 +76,7 @@ def flags():
                          "keep no tiles and compute them in every product; None: tiles stay in memory")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): one number; or several, separated by "
-                        "commas, or auto (10 down to 1e-6), of which the best on training rows is chosen")
+                        "commas, or auto (10 down to 1e-6): the best on training rows is chosen")
     experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, validation for more, on the rows that FLIP names "
                         "or else on the last fifth of the training rows")
     solver.add_argument("--tol", type=float, default=1e-6, help="stop when |y - A x| <= tol |y|")
@@ -265,7 +265,7 @@ def compare(args, split, kind):
     """Sets args.encoding, args.target and the flags of the network to the values whose predictions of training rows have
     the best Spearman correlation, each at the ridge with the least mse.
 
-    The rows are those of the smallest size, evenly thinned to at most COMPARED. With loo, each row is predicted from all
+    Rows: the training rows of the smallest size, evenly thinned to at most COMPARED. With loo, each row is predicted from all
     others and functions of the target are fitted on all rows; with validation, both use the fitted rows only, and the
     validation rows are predicted.  Returns [[{flag: value}, ridge, Spearman, mse], ...], or [] if there is nothing to choose.
     """
