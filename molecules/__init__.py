@@ -1,10 +1,10 @@
 """Kernel regression on small molecules. In reading order:
 
-  layers.py   layers of graphs, added to kernel.py's language
+  layers.py   layers for graphs, added to those of kernel.py
   smiles.py   files to checked molecules, graphs and fingerprints (RDKit)
   graphs.py   the kernels of graph networks, fast
-  missing.py  many tasks with missing labels on one kernel
+  missing.py  many tasks with missing labels, one kernel
   train.py    the experiment: python -m molecules.train
 
-Nothing else needs this folder.
+No other folder needs this one.
 """

@@ -1,12 +1,12 @@
-"""Layers of graphs, added to kernel.py's language: aggregate, jump, sum, mean; and gcn, a network of them.
+"""Layers for graphs, added to the layers of kernel.py: aggregate, jump, sum, mean; and gcn, a network of them.
 
-Du et al. 2019. Positions are nodes, numbered in any order. x is (n, nodes, features + 2 degree): of a node its features, then
-the numbers of up to `degree` nodes that it listens to (itself among them if it does), then their weights A[p, number]. A graph
-with fewer nodes ends in rows of zeros. Such rows are padding: no pool counts them and no weight leads to them.
+Du et al. 2019. Positions are nodes, numbered in any order. x is (n, nodes, features + 2 degree). The row of node p holds its
+features, then the numbers q of up to `degree` nodes from which it aggregates (often including p itself), then the weights
+A[p, q]. A graph with fewer nodes ends in rows of zeros. These are padding: no pool counts them and no weight leads to them.
 
-  aggregate   K <- A K A'^T, A and A' of the two graphs                          the same of T
-  jump        K and T of this round are pooled too, and added at the end (jumping knowledge): each with weights of its own
-  sum, mean   sum, mean of K over pairs of nodes that are not padding            the same of T
+  aggregate   K <- A K A'^T, with A and A' of the two graphs                     T likewise
+  jump        K and T of this round are pooled too and added at the end (jumping knowledge): each round has its own weights
+  sum, mean   sum or mean of K over pairs of nodes that are not padding          T likewise
 
 Proved by: molecules/test_molecules.py
 """
@@ -42,13 +42,13 @@ def pool_mean(layer, K, T, one, two):
 
 
 def adjacency(x, degree):
-    """A (nodes, nodes) of a graph x (nodes, 1, features + 2 degree)."""
+    """The adjacency A (nodes, nodes) of a graph x (nodes, 1, features + 2 degree)."""
     numbers, weights = x[:, 0, -2 * degree:-degree].astype(jnp.int32), x[:, 0, -degree:]
     return jnp.zeros((len(x), len(x)), x.dtype).at[jnp.arange(len(x))[:, None], numbers].add(weights)
 
 
 def features(layers, x):
-    """x without what `aggregate` reads: (..., features)."""
+    """The features of x (..., features + 2 degree), without numbers and weights: (..., features)."""
     return x[..., :x.shape[-1] - 2 * layers[0][1]]
 
 
@@ -59,10 +59,10 @@ def positions(layers, x):
 
 
 def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0.0):
-    """The layers of a graph network: depth rounds of aggregate and `hidden` times (dense, relu), a pool, dense.
+    """The layers of a graph network: `depth` rounds of aggregate and `hidden` times (dense, relu); then a pool and dense.
 
-    degree: of x, see the top.   pool: "sum" or "mean" over nodes.   jump: pool the nodes after every round
-    and add these up, each with weights of its own (jumping knowledge): K and T are the sums over rounds.
+    degree: as in x, see the top.   pool: "sum" or "mean" over nodes.   jump: pool the nodes after every round, each round
+    with its own weights (jumping knowledge): K and T are then sums over rounds.   ValueError: a value out of range.
     """
     if min(degree, depth, hidden) < 1 or pool not in ("sum", "mean") or not w_std > 0 or not b_std >= 0:
         raise ValueError(f"degree={degree}, depth={depth}, hidden={hidden}, pool={pool!r}, w_std={w_std}, "
@@ -72,9 +72,9 @@ def gcn(degree, depth=3, hidden=1, pool="sum", jump=False, w_std=2**0.5, b_std=0
 
 
 def _reference(layers, x1, x2):
-    """neural_tangents takes A as an argument beside x."""
+    """The inputs for neural_tangents, which takes A as an argument of its own, `pattern`."""
     degree = layers[0][1]
-    pattern = tuple(jax.vmap(lambda one: adjacency(one, degree).T[:, None, :, None])(x) for x in (x1, x2))
+    pattern = tuple(jax.vmap(lambda graph: adjacency(graph, degree).T[:, None, :, None])(x) for x in (x1, x2))
     return (features(layers, x1), features(layers, x2)), {"pattern": pattern}
 
 

@@ -1,22 +1,23 @@
-"""One kernel, many tasks, each with labels for some of the rows only.
+"""One kernel and many tasks, each with labels for only some of the rows.
 
-Task t has labels where M[:, t] = 1, y[:, t] = 0 elsewhere. Its own system has its labelled rows and columns of K
-alone; it is solved by
+Task t has labels in the rows where M[:, t] = 1; elsewhere M and y are 0. The system of task t consists of its labelled rows
+and columns of K alone. It has the same solution as
 
   A_t alpha_t = y_t,     A_t = M_t K M_t + lambda I,     M_t = diag M[:, t]
 
-for A_t is lambda I on all other rows, where y and so alpha are zero. All tasks share each product with K:
+because A_t is lambda I on all other rows, where y and therefore alpha are zero. All tasks share each product with K:
 
     (A V)[:, t] = M_t K M_t v_t + lambda v_t        is        M * (K @ (M * V)) + lambda V
 
-and each has its own preconditioner, from the same F F^T ~ K, F (n, k) (pcg.py): with D_t = M_t (s^2 .. +
-lambda), P_t = M_t F F^T M_t + D_t, whose Woodbury formula has M_t F in place of F.
+Each task has its own preconditioner, from the same F F^T ~ K, F (n, k), and the same diagonal w as in pcg.py:
+P_t = M_t F F^T M_t + diag(w). Its Woodbury formula has M_t F in place of F.
 
   n  rows   c  tasks   k  rank
 
     K = missing.Labelled(K, M);  regression.fit(K, K_test, y, ..., look=missing.Look(low, M))
 
-Cost: of a product, that of K's; of the preconditioner c times n k^2 for each ridge.   Proved by: molecules/test_molecules.py
+Cost: a product costs as much as with K; the preconditioner c n k^2 operations for each ridge.
+Proved by: molecules/test_molecules.py
 """
 
 from dataclasses import dataclass
@@ -27,14 +28,14 @@ from scipy.linalg import cho_factor, cho_solve
 
 @dataclass(frozen=True)
 class Labelled:
-    """M * (K @ v): K with the rows of column t that have no label in task t set to zero.
+    """K for many tasks: its product with v is M * (K @ (M * v)), or M * (K @ v) if K is not symmetric.
 
-    K: a tiles.TiledMatrix, (n, m).   mask: M, (n, c).   v: (m, c), zero where a column of K has no label.
+    K: a tiles.TiledMatrix (n, m).   mask: M, (n, c).   v: (m, c); if K is not symmetric, v is 0 in rows without a label.
     """
     K: object
     mask: np.ndarray
 
-    def __getattr__(self, name):  # shape, diagonal, entries, read_rate ... are those of K
+    def __getattr__(self, name):  # everything else (shape, diagonal, entries, read_rate ...) is K's
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.K, name)
@@ -48,7 +49,7 @@ class Labelled:
 
 
 class Look:
-    """ridge -> P^-1 of every task.  low: the pcg.LowRank of K.   mask: M, (n, c)."""
+    """The preconditioner: ridge -> function that applies P_t^-1 to every column t.  low: the pcg.LowRank of K.   mask: M."""
 
     def __init__(self, low, mask):
         self.low, self.mask, self.rank = low, mask, low.rank

@@ -1,23 +1,24 @@
-"""Molecules: files -> SMILES, targets and splits; SMILES -> graphs and fingerprints, by RDKit.
+"""Molecules: files -> SMILES, targets and splits; SMILES -> graphs and fingerprints, with RDKit.
 
-  nci      organic molecules that come with RDKit; target: its log P (Crippen); no file, no network
-  esol     delaney-processed.csv: 1,128 molecules, log solubility (Delaney 2004)
-  molhiv   HIV.csv and ogbg-molhiv_scaffold_split.npz (row numbers: train, val, test), or mapping/mol.csv.gz and
-           split/scaffold/{train,valid,test}.csv.gz of OGB's own archive: does it stop HIV
+  nci      organic molecules that come with RDKit; target: their log P, computed (Crippen); needs no file and no network
+  esol     delaney-processed.csv: 1,128 molecules, measured log solubility (Delaney 2004)
+  molhiv   HIV.csv and ogbg-molhiv_scaffold_split.npz (arrays train, val, test of row numbers), or mapping/mol.csv.gz and
+           split/scaffold/{train,valid,test}.csv.gz of OGB's archive; target: does the molecule inhibit HIV
   muv      muv.csv.gz: 93,127 molecules, 17 assays, 84 % of the labels missing
-  molpcba  OGB's archive, as above: 437,929 molecules, 128 assays, labels missing
+  molpcba  OGB's archive, as above: 437,929 molecules, 128 assays, some labels missing
 
-    rows = molecules.load("esol", "FOLDER"); x = molecules.graphs(rows.mols)
+    rows = smiles.load("esol", "FOLDER"); x = smiles.graphs(rows.mols)
 
-Targets are float64 (n, tasks), NaN where there is none. Splits: 80 % to train, 10 % to choose by, 10 % to test;
-random; or by scaffold (Bemis and Murcko 1996): molecules with one ring system stay together, the largest groups to
-train, so that test molecules are of other kinds; or official, where the data come with one. No pickle is read.
+Targets are float64 (n, tasks), NaN where a label is missing. A split is 80 % for training, 10 % for validation and 10 % for
+testing. It is random; or by scaffold (Bemis and Murcko 1996): molecules with the same ring system stay together, and the
+largest groups are for training, so that test molecules have other scaffolds; or official, if the data set has one. No pickle
+is read.
 
-A graph, as kernel.py wants it: of an atom one-hot its element, bonds, charge, hydrogens, whether it is aromatic, in
-a ring, and its letter R or S, if it has one; the numbers of itself and its neighbours; their weights, of
-D^-1/2 (A + I) D^-1/2 or A + I, where A has 1, or the order of the bond. Whichever way a molecule is written, its graph
-is the same but for the numbering, and so are its fingerprints: those of RDKit's own reading, where hydrogens are counts
-and no atoms.      Proved by: molecules/test_molecules.py
+A graph, as molecules/layers.py reads it, has a row for each atom. The row holds one-hot features (element, number of bonds,
+charge, hydrogens, whether in a ring or aromatic, R or S of a stereocentre), then the numbers of the atom itself and of its
+neighbours, then their weights, from D^-1/2 (A + I) D^-1/2 or A + I, where A holds 1 or the order of the bond. Hydrogens are
+counts, not atoms. However a molecule is written, its graph is the same up to the numbering of its atoms, and its fingerprints
+are the same: both come from RDKit's own reading.      Proved by: molecules/test_molecules.py
 """
 
 import gzip
@@ -32,8 +33,8 @@ from tqdm import tqdm
 import data
 from own import tables
 
-DATASETS = {"nci": "rmse", "esol": "rmse", "molhiv": "auc", "muv": "ap", "molpcba": "ap"}  # and their score
-SHA256 = {  # of the tables, unpacked, that README's figures were made from
+DATASETS = {"nci": "rmse", "esol": "rmse", "molhiv": "auc", "muv": "ap", "molpcba": "ap"}  # name -> score
+SHA256 = {  # checksums of the tables, unpacked, from which the results were computed
     "esol": "8c06a76f0c6487d29ab0f903e6a7a7139f189ab3c1178f159c8be8964602f189",
     "molhiv": "54713c3205055055ea4214e8c4b0d22d93af7e54ad2c48f4edc866e161e57262",
     "muv": "feac9a780cb5f2e5e1c51e6ba61491a524da544ca1d6e4b542f9ad358fe0527b"}
@@ -41,25 +42,25 @@ PARTS = ("train", "val", "test")
 SPLITS = ("random", "scaffold", "official")
 ELEMENTS = ("C", "N", "O", "S", "F", "Cl", "Br", "I", "P", "Si", "B", "Se", "Na", "K", "Cu", "Fe", "Zn", "Sn")
 FINGERPRINTS = {"morgan": ("GetMorganGenerator", {"radius": 2}), "pairs": ("GetAtomPairGenerator", {}),
-                "torsions": ("GetTopologicalTorsionGenerator", {})}  # of RDKit, with these options
-COUNTS = {"bonds": range(7), "charge": range(-2, 3), "hydrogens": range(5)}  # the last stands for more
+                "torsions": ("GetTopologicalTorsionGenerator", {})}  # RDKit's generators and their options
+COUNTS = {"bonds": range(7), "charge": range(-2, 3), "hydrogens": range(5)}  # values outside count as the nearest
 
 
 class Molecules(NamedTuple):
-    """What `load` returns; `rows` are numbers of rows in the file, from 0, as all others here are not."""
+    """What `load` returns: n molecules."""
     smiles: list
-    mols: list  # of RDKit
-    y: np.ndarray  # (n, tasks)
-    tasks: list
-    rows: np.ndarray
-    official: object  # (train, val, test), positions in these lists, or None
+    mols: list  # RDKit molecules
+    y: np.ndarray  # (n, tasks) float64, NaN where a label is missing
+    tasks: list  # their names
+    rows: np.ndarray  # the row of each molecule in the file, from 0; unreadable rows are left out
+    official: object  # the official split (train, val, test) as positions in these lists, or None
 
 
 class Graphs:
-    """Graphs kept without padding; x[rows] is the padded array (b, nodes, features + 2 degree) of kernel.py."""
+    """Graphs stored without padding; x[rows] is the padded array (b, nodes, features + 2 degree) that the kernels take."""
 
     def __init__(self, atoms, starts, degree, nodes):
-        """atoms: (atoms of all, features + 2 degree).   starts: where each begins, and the end."""
+        """atoms: (all atoms, features + 2 degree).   starts: (graphs + 1,), the first atom of each graph, and the end."""
         self.atoms, self.starts, self.degree, self.nodes = atoms, starts, degree, nodes
 
     def __len__(self):
@@ -76,30 +77,30 @@ class Graphs:
         return out
 
     def take(self, rows):
-        """Those graphs, in that order, as Graphs."""
+        """The graphs with these numbers, in this order, as Graphs."""
         lengths = np.diff(self.starts)[rows]
         inside = np.concatenate([np.arange(self.starts[row], self.starts[row + 1]) for row in rows])
         return Graphs(self.atoms[inside], np.concatenate([[0], np.cumsum(lengths)]), self.degree, self.nodes)
 
 
 class Padded(np.ndarray):
-    """Graphs as an array (b, nodes, features + 2 degree).   degree: set by who makes it."""
+    """Graphs as an array (b, nodes, features + 2 degree).   degree: an attribute, set by Graphs."""
 
     def pixels(self):
-        """What a store knows graphs by: (b, 32) uint8, a digest of each, the same however far it is padded."""
+        """The bytes by which a store identifies graphs: a digest of each, (b, 32) uint8, independent of the padding."""
         digests = []
         for graph in np.asarray(self):
             features, numbers, weights = np.split(graph[graph.any(axis=1)], [-2 * self.degree, -self.degree], axis=1)
-            there = weights != 0
-            one = hashlib.blake2b(f"{features.shape}".encode(), digest_size=32)
-            for part in (features, there.sum(axis=1), numbers[there], weights[there]):
-                one.update(np.ascontiguousarray(part).data.cast("B"))
-            digests.append(np.frombuffer(one.digest(), np.uint8))
+            listed = weights != 0
+            digest = hashlib.blake2b(f"{features.shape}".encode(), digest_size=32)
+            for part in (features, listed.sum(axis=1), numbers[listed], weights[listed]):
+                digest.update(np.ascontiguousarray(part).data.cast("B"))
+            digests.append(np.frombuffer(digest.digest(), np.uint8))
         return np.stack(digests)
 
 
 def chemistry():
-    """RDKit's module Chem, silent.  ImportError where RDKit is not installed."""
+    """RDKit's module Chem, with its log messages off.  ImportError: RDKit is not installed."""
     try:
         from rdkit import Chem, RDLogger
     except ImportError as error:
@@ -110,25 +111,24 @@ def chemistry():
 
 
 def read(smiles):
-    """The molecule of RDKit that Chem.MolFromSmiles reads: sanitised, hydrogens as counts of their atom, stereo marks only
-    where there is a stereocentre.
+    """The molecule that RDKit's Chem.MolFromSmiles reads: sanitised, hydrogens as counts, stereo marks at stereocentres only.
 
-    What that refuses for a valence (boron clusters, metals) is read without the check of valences, all else the same.
-    Hydrogen stays an atom where RDKit keeps it: an isotope, an ion, H2, or what a double bond's direction hangs on.
-    Raises ValueError: the text is no SMILES, or no molecule.
+    A molecule that RDKit refuses for its valences (boron clusters, metals) is read in the same way without that check.
+    Hydrogen remains an atom where RDKit keeps it: an isotope, an ion, H2, or if the direction of a double bond depends on it.
+    Raises ValueError: the text is not a SMILES, or holds no molecule.
     """
     Chem = chemistry()
     mol = Chem.MolFromSmiles(smiles) if isinstance(smiles, str) else None
     if mol is None and isinstance(smiles, str):
         mol = _any_valence(Chem, smiles)
     if mol is None or not mol.GetNumAtoms():
-        raise ValueError(f"SMILES {smiles!r}: RDKit cannot read it; expected the text of a molecule, as 'CCO': correct it or "
-                         "leave it out")
+        raise ValueError(f"SMILES {smiles!r}: RDKit cannot read it; expected a molecule such as 'CCO'. Correct it or leave it "
+                         "out")
     return mol
 
 
 def _any_valence(Chem, smiles):
-    """A molecule, or None, as Chem.MolFromSmiles reads it, without the check of valences."""
+    """A molecule as Chem.MolFromSmiles reads it, but without the check of valences; None if that fails too."""
     mol = Chem.MolFromSmiles(smiles, sanitize=False)
     if mol is None:
         return None
@@ -142,31 +142,31 @@ def _any_valence(Chem, smiles):
 
 
 def molecules(mols):
-    """[molecule of RDKit, ...] of these or of SMILES.  ValueError: one that cannot be read, or None in its place."""
+    """[RDKit molecule, ...] of RDKit molecules or SMILES.  ValueError: RDKit cannot read one, or one is None."""
     Chem = chemistry()
-    mols = [read(one) if isinstance(one, str) else one for one in mols]
+    mols = [read(mol) if isinstance(mol, str) else mol for mol in mols]
     bad = next((i for i, mol in enumerate(mols) if not isinstance(mol, Chem.Mol)), None)
     if bad is not None or not mols:
         what = f"molecule {bad} (from 0) of {len(mols)} is {mols[bad]!r}" if mols else "got no molecules"
-        raise ValueError(f"{what}; expected molecules of RDKit or SMILES: Chem.MolFromSmiles gives None for what it cannot "
-                         "read, smiles.read says which")
+        raise ValueError(f"{what}; expected RDKit molecules or SMILES. Chem.MolFromSmiles returns None for what it cannot "
+                         "read; smiles.read names it")
     return mols
 
 
 def load(name, folder=None, limit=None, quiet=True):
     """The molecules of a data set named above, in the order of the file.
 
-    limit: read the first rows only, where the data set has no official split.
-    Rows whose SMILES RDKit cannot read are named and left out.
-    Raises ValueError: unknown name, a missing column, a target that is no number, with its row.
-    FileNotFoundError: a file that is not there.   ImportError: no RDKit.
+    limit: read only the first `limit` rows; ignored if the data set has an official split.
+    Rows whose SMILES RDKit cannot read are left out and named. Unless quiet, a note says if a file differs from ours.
+    Raises ValueError: unknown name, a missing column, a target that is not a number (the message names its row).
+    FileNotFoundError: a missing file.   ImportError: RDKit is not installed.
     """
     if name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
     if name == "nci":
         return _nci(limit, quiet)
     if folder is None:
-        raise ValueError(f"{name} needs --data FOLDER with its files: see --help")
+        raise ValueError(f"{name} needs --data FOLDER, the folder with its files; --help lists them")
     official, tasks, split_files = None, None, None
     if name == "esol":
         path, tasks = os.path.join(folder, "delaney-processed.csv"), ["measured log solubility in mols per litre"]
@@ -186,12 +186,12 @@ def load(name, folder=None, limit=None, quiet=True):
 
 
 def table(path, tasks=None, limit=None, sha256=None, classes=False):
-    """SMILES, targets (n, tasks) and names of tasks of a .csv or .csv.gz file, UTF-8; an empty cell is no target.
+    """SMILES, targets (n, tasks) and names of tasks from a .csv or .csv.gz file in UTF-8; an empty cell is a missing label.
 
-    tasks: names of columns; None: every column but smiles and mol_id.   sha256: what to compare the file with.
-    classes: a column holds two numbers or two words; the larger, or the later in the alphabet, becomes 1, the other 0.
-    Raises ValueError: another encoding, a column that is not there or there twice, a line with fewer or more fields, a
-    target that is no finite number, more than two classes, the same value in every row.
+    tasks: names of columns; None: every column except smiles and mol_id.   sha256: the checksum to compare with, or None.
+    classes: every column holds two numbers or two words; the larger number or later word becomes 1, the other 0.
+    Raises ValueError: another encoding, a column that is missing or occurs twice, a line with too few or too many fields, a
+    target that is not a finite number, more than two classes, a column with the same value in every row.
     """
     content = _content(path)
     if sha256:
@@ -206,29 +206,29 @@ def table(path, tasks=None, limit=None, sha256=None, classes=False):
         if bad is not None:
             row = texts.index(bad)
             raise ValueError(f"{path}, line {lines[row][0]}, column {task!r}, row {row} (from 0, after the header): "
-                             f"{bad[:40]!r}; expected a number, finite, with a decimal point, or nothing where it is missing")
-        found = sorted({value for text, value in values.items() if text})
-        if len(found) < 2:
-            raise ValueError(f"{path}: {task} has the same value in every row, or none: nothing to learn; leave that column "
-                             "out")
-        if classes and len(found) > 2:
-            raise ValueError(f"{path}, column {task!r}: {len(found)} different values, {', '.join(map(_said, found[:5]))}"
-                             f"{' ...' if len(found) > 5 else ''}; expected two classes, as 0 and 1, or nothing")
+                             f"{bad[:40]!r}; expected a finite number with a decimal point, or an empty cell if it is missing")
+        distinct = sorted({value for text, value in values.items() if text})
+        if len(distinct) < 2:
+            raise ValueError(f"{path}: column {task!r} has the same value in every row, or none; there is nothing to learn. "
+                             "Remove the column")
+        if classes and len(distinct) > 2:
+            raise ValueError(f"{path}, column {task!r}: {len(distinct)} different values, "
+                             f"{', '.join(map(_shown, distinct[:5]))}{' ...' if len(distinct) > 5 else ''}; expected two "
+                             "classes, such as 0 and 1, or empty cells")
         if classes:
-            values = {text: float(value == found[1]) if text else np.nan for text, value in values.items()}
-            pairs.setdefault(tuple(map(_said, found)), []).append(task)
+            values = {text: float(value == distinct[1]) if text else np.nan for text, value in values.items()}
+            pairs.setdefault(tuple(map(_shown, distinct)), []).append(task)
         y[:, k] = [values[text] for text in texts]
-    for (low, high), of in pairs.items():
+    for (low, high), names in pairs.items():
         if (low, high) != ("0", "1"):
-            print(f"{path}: {high} is the positive class, {low} the other, of {', '.join(of[:5])}"
-                  + f" and {len(of) - 5} more" * (len(of) > 5))
+            print(f"{path}: {high} is the positive class and {low} the negative class in {', '.join(names[:5])}"
+                  + f" and {len(names) - 5} more" * (len(names) > 5))
     return [line[columns.index("smiles")] for _, line in lines], y, tasks
 
 
 def _values(texts, classes):
-    """({text: number, or word}, None) of a column's cells, NaN for an empty one; or (..., the first that is neither).
-
-    Words, a whole column of them, are for classes only."""
+    """({text: value}, None) for the cells of a column: a number each, NaN if empty, or with `classes` all of them words.
+    If a cell is neither: (..., the text of the first such cell)."""
     def number(text):
         try:
             return float(text) if text and "_" not in text else np.nan
@@ -241,42 +241,42 @@ def _values(texts, classes):
     return values, next((text for text, value in values.items() if text and (value is None or not np.isfinite(value))), None)
 
 
-def _said(value):
+def _shown(value):
     return repr(value[:40]) if isinstance(value, str) else f"{value:g}"
 
 
 def checked(smiles, y, tasks, official, path, quiet=True, files=None):
-    """Molecules of these rows, without those that RDKit cannot read.
+    """The Molecules of these rows, without rows that RDKit cannot read.
 
-    official: None, or numbers of rows to train, to choose by, to test.   files: where they stand, for what is said.
-    Raises ValueError: a part of the split that is empty, has a row that is not there, or a row of another part.
+    official: None, or the row numbers for training, validation and test.   files: the files of the three, for messages.
+    Raises ValueError: a part of the split is empty, names a row outside the table, or shares a row with another part.
     """
     files = files or [f"the split of {path}"] * 3
     if official is not None:
         _disjoint(official, files, len(smiles))
     mols = []
-    for one in tqdm(smiles, desc="molecules", unit=" rows", disable=quiet or None, leave=False):
+    for text in tqdm(smiles, desc="molecules", unit=" rows", disable=quiet or None, leave=False):
         try:
-            mols.append(read(one))
+            mols.append(read(text))
         except ValueError:
             mols.append(None)
     kept = np.array([i for i, mol in enumerate(mols) if mol is not None], int)
     if len(kept) < len(mols):
         bad = sorted(set(range(len(mols))) - set(kept.tolist()))
-        print(f"{path}: {len(bad)} of {len(mols)} rows left out, RDKit cannot read their SMILES: " + ", ".join(
+        print(f"{path}: {len(bad)} of {len(mols)} rows are left out because RDKit cannot read their SMILES: " + ", ".join(
             f"row {row} ({smiles[row][:40]!r})" for row in bad[:5]) + (" ..." if len(bad) > 5 else ""))
     if not len(kept):
-        raise ValueError(f"{path}: RDKit can read none of its {len(mols)} SMILES")
+        raise ValueError(f"{path}: RDKit cannot read any of its {len(mols)} SMILES")
     if official is not None:
         position = np.full(len(smiles), -1)
         position[kept] = np.arange(len(kept))
         official = tuple(position[part][position[part] >= 0] for part in official)
-        _disjoint(official, [f"{file}, of what RDKit can read" for file in files], len(kept))
+        _disjoint(official, [f"{file}, rows that RDKit can read" for file in files], len(kept))
     return Molecules([smiles[i] for i in kept], [mols[i] for i in kept], y[kept], list(tasks), kept, official)
 
 
 def _nci(limit, quiet):
-    """Molecules of the National Cancer Institute's open collection, in RDKit's own data folder."""
+    """Molecules from the National Cancer Institute's open collection, read from RDKit's data folder."""
     chemistry()
     from rdkit import RDConfig
     from rdkit.Chem import Crippen
@@ -288,18 +288,18 @@ def _nci(limit, quiet):
 
 
 def _disjoint(parts, files, n):
-    """Raises ValueError unless the three parts are numbers of n rows, none empty, none with a row of another."""
+    """Raises ValueError unless the three parts are disjoint, not empty, and hold row numbers below n, each once."""
     owner = np.full(n, -1)
     for k, (name, part, file) in enumerate(zip(PARTS, map(np.asarray, parts), files)):
         if not len(part):
-            raise ValueError(f"{file}: {name} is empty; expected numbers of rows for each of {', '.join(PARTS)}")
+            raise ValueError(f"{file}: {name} is empty; expected row numbers for each of {', '.join(PARTS)}")
         outside = part[(part < 0) | (part >= n)]
         if len(outside):
-            raise ValueError(f"{file}: {name} has row {outside[0]}, and the table has 0 to {n - 1}; expected the split of "
+            raise ValueError(f"{file}: {name} has row {outside[0]}, but the table has rows 0 to {n - 1}; expected a split of "
                              "this table")
         for row in part[owner[part] >= 0][:1]:
-            raise ValueError(f"{file}: row {row} is in {name} and, by {files[owner[row]]}, in {PARTS[owner[row]]}; expected "
-                             "disjoint parts: what is fitted tests nothing")
+            raise ValueError(f"{file}: row {row} is in {name} and also, in {files[owner[row]]}, in {PARTS[owner[row]]}; "
+                             "expected disjoint parts")
         numbers, times = np.unique(part, return_counts=True)
         if times.max() > 1:
             raise ValueError(f"{file}: row {numbers[times.argmax()]} is in {name} {times.max()} times; expected once")
@@ -310,32 +310,32 @@ def _npz_split(path):
     parts = [data.array(path, part) for part in PARTS]
     for name, part in zip(PARTS, parts):
         if part.dtype.kind not in "iu" or part.ndim != 1:
-            raise ValueError(f"{path}: {name} holds {part.dtype} {part.shape}; expected numbers of rows, whole, (n,)")
+            raise ValueError(f"{path}: {name} holds {part.dtype} {part.shape}; expected row numbers, integers (n,)")
     return [part.astype(np.int64) for part in parts]
 
 
 def _content(path):
-    """The bytes of a file, unpacked where its name ends in .gz."""
+    """The bytes of a file, decompressed if its name ends in .gz."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(data.existing(path), "rb") as file:
             return file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or not packed by gzip: {error}") from error
+        raise ValueError(f"{path} is truncated or not a gzip file: {error}") from error
 
 
 def _numbers(path):
-    """A row number a line."""
+    """The row numbers in a file with one number per line, (n,) int64."""
     lines = tables.text(path, _content(path)).split()
     try:
         return np.array([int(line) for line in lines], np.int64)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}; expected a row number a line") from error
+        raise ValueError(f"{path}: {error}; expected one row number per line") from error
 
 
 def split(rows, how="random", seed=0):
-    """(train, val, test), positions; train shuffled by `seed`, so that its first n are a random part of it.
+    """(train, val, test): positions in `rows`. train is shuffled by `seed`, so that its first n are a random subset.
 
-    random: by `seed` as well.   scaffold: the same for every seed; groups in order of size, then of scaffold.
+    random: the parts depend on `seed`.   scaffold: the parts do not; groups are dealt out by size, then by scaffold.
     """
     rng, n = np.random.default_rng(seed), len(rows.mols)
     if how not in SPLITS or how == "official" and rows.official is None:
@@ -352,7 +352,7 @@ def split(rows, how="random", seed=0):
     for i, mol in enumerate(rows.mols):
         try:
             scaffold = MurckoScaffold.MurckoScaffoldSmiles(mol=mol, includeChirality=False)
-        except ValueError:  # an unusual valence, which `read` lets pass: a group of its own
+        except ValueError:  # an unusual valence, which `read` accepts: a group of its own
             scaffold = f"row {rows.rows[i]}"
         groups.setdefault(scaffold, []).append(i)
     parts = [], [], []
@@ -364,28 +364,28 @@ def split(rows, how="random", seed=0):
 
 
 def graphs(mols, weights="normal", quiet=True, least=0):
-    """The `Graphs` of molecules of RDKit, or of SMILES.
+    """The `Graphs` of RDKit molecules or SMILES.
 
-    weights: "normal", D^-1/2 (A + I) D^-1/2 with D the row sums of A + I; "sum", A + I; "order", as normal with
-    the orders of bonds (1, 1.5, 2, 3) in A.   least: nodes, at least.
+    weights: "normal", D^-1/2 (A + I) D^-1/2 with D the row sums of A + I; "sum", A + I; "order", like "normal" with
+    the bond orders (1, 1.5, 2, 3) in A.   least: smallest number of nodes to pad to.
     """
-    everything = []
+    parts = []
     for mol in tqdm(molecules(mols), desc="graphs", unit=" molecules", disable=quiet or None, leave=False):
-        everything.append((_atoms(mol), _neighbours(mol, weights)))
-    degree = max(len(one) for _, lists in everything for one in lists)
+        parts.append((_atoms(mol), _neighbours(mol, weights)))
+    degree = max(len(neighbours) for _, lists in parts for neighbours in lists)
     rows = []
-    for features, lists in everything:
+    for features, lists in parts:
         out = np.zeros((len(features), features.shape[1] + 2 * degree), np.float32)
         out[:, :features.shape[1]] = features
-        for atom, one in enumerate(lists):
-            out[atom, -2 * degree:][:len(one)], out[atom, -degree:][:len(one)] = zip(*one)
+        for atom, neighbours in enumerate(lists):
+            out[atom, -2 * degree:][:len(neighbours)], out[atom, -degree:][:len(neighbours)] = zip(*neighbours)
         rows.append(out)
     starts = np.concatenate([[0], np.cumsum([len(out) for out in rows])])
     return Graphs(np.concatenate(rows), starts, degree, max(least, int(np.diff(starts).max())))
 
 
 def _atoms(mol):
-    """Features (atoms, f)."""
+    """One-hot features of the atoms of a molecule, (atoms, f) float32."""
     counts = list(COUNTS.values())
     widths = [len(ELEMENTS) + 1, *map(len, counts), 3, 3]
     offsets = np.cumsum([0, *widths])
@@ -394,7 +394,7 @@ def _atoms(mol):
         symbol = atom.GetSymbol()
         places = [ELEMENTS.index(symbol) if symbol in ELEMENTS else len(ELEMENTS)]
         values = atom.GetDegree(), atom.GetFormalCharge(), atom.GetTotalNumHs()
-        places += [min(max(value, of[0]), of[-1]) - of[0] for value, of in zip(values, counts)]
+        places += [min(max(value, span[0]), span[-1]) - span[0] for value, span in zip(values, counts)]
         letter = atom.GetProp("_CIPCode") if atom.HasProp("_CIPCode") and int(atom.GetChiralTag()) <= 2 else None
         places += [atom.GetIsAromatic() + (atom.IsInRing() and 1), {"R": 1, "S": 2}.get(letter, 0)]
         out[i, offsets[:-1] + places] = 1
@@ -402,7 +402,7 @@ def _atoms(mol):
 
 
 def _neighbours(mol, weights):
-    """Of every atom [(neighbour, weight), ...], itself first."""
+    """For every atom [(neighbour, weight), ...], the atom itself first."""
     lists = [[(i, 1.0)] for i in range(mol.GetNumAtoms())]
     for bond in mol.GetBonds():
         i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
@@ -411,15 +411,15 @@ def _neighbours(mol, weights):
         lists[j].append((i, weight))
     if weights == "sum":
         return lists
-    sums = [sum(weight for _, weight in one) for one in lists]
-    return [[(j, weight / (sums[i] * sums[j]) ** 0.5) for j, weight in one] for i, one in enumerate(lists)]
+    sums = [sum(weight for _, weight in neighbours) for neighbours in lists]
+    return [[(j, weight / (sums[i] * sums[j]) ** 0.5) for j, weight in neighbours] for i, neighbours in enumerate(lists)]
 
 
 def fingerprints(mols, names=("morgan",), bits=2048, quiet=True):
-    """How often each hashed pattern occurs, log(1 + count), (n, bits len(names)).
+    """log(1 + count) of each hashed pattern, (n, bits * len(names)) float32.
 
-    names: "morgan", neighbourhoods of up to two bonds; "pairs", two atoms and how many bonds are between them;
-    "torsions", paths of four atoms. Of several, each is divided by its own norm (without a pattern it stays zero).
+    names: "morgan", neighbourhoods of radius two; "pairs", pairs of atoms with the number of bonds between them;
+    "torsions", paths of four atoms. Several are concatenated, each divided by its norm (zero stays zero).
     """
     mols = molecules(mols)
     from rdkit.Chem import rdFingerprintGenerator

@@ -31,13 +31,13 @@ from molecules import smiles as files
 from molecules import train as train_molecule
 
 MOLECULES = os.path.join(HERE, "..", "shared", "data", "molecules")
-needs_molecules = pytest.mark.skipif(not os.path.exists(MOLECULES), reason="molecules are not beside the project")
+needs_molecules = pytest.mark.skipif(not os.path.exists(MOLECULES), reason="the data sets of molecules are missing")
 needs_rdkit = pytest.mark.skipif(importlib.util.find_spec("rdkit") is None, reason="RDKit is not installed")
 
 # ----------------------------------------------------------------------------------------- graphs
 
 def random_graph(rng, n, nodes, features=3, degree=7):
-    """A graph of n nodes as kernel.py wants it, padded to `nodes`: each listens to up to `degree` of them."""
+    """A graph of n nodes, padded to `nodes`, as the kernels take it; each node has 1 to `degree` neighbours."""
     x = np.zeros((nodes, features + 2 * degree))
     x[:n, :features] = rng.normal(size=(n, features))
     for row in x[:n]:
@@ -48,7 +48,7 @@ def random_graph(rng, n, nodes, features=3, degree=7):
 
 
 def dense_graphs(layers, x1, x2):
-    """NNGP and NTK of two graphs without padding, by the formulas, with NumPy's arccos."""
+    """NNGP and NTK of two graphs without padding, from the formulas, with NumPy's arccos."""
     degree, f = layers[0][1], x1.shape[1] - 2 * layers[0][1]
     A1, A2 = np.zeros((len(x1),) * 2), np.zeros((len(x2),) * 2)
     for A, x in ((A1, x1), (A2, x2)):
@@ -81,8 +81,8 @@ def dense_graphs(layers, x1, x2):
 
 @pytest.mark.parametrize("options", [{"hidden": 2}, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}], ids=str)
 def test_graphs_are_neural_tangents(options):
-    """K and T are neural_tangents' of the graphs without padding to 1e-10 in float64: graphs of different sizes,
-    one node too, and directed edges with any weight."""
+    """K and T equal neural_tangents' on the graphs without padding to 1e-10 in float64, for graphs of different sizes, one
+    of a single node, and directed edges with any weight."""
     rng, layers = np.random.default_rng(0), graph_layers.gcn(7, 2, **options)
     sizes = (1, 6), (4, 9)
     x1, x2 = (np.stack([random_graph(rng, n, 11) for n in of for _ in range(2)]) for of in sizes)
@@ -97,10 +97,9 @@ def test_graphs_are_neural_tangents(options):
 @pytest.mark.parametrize("side, options", [
     (32, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}), (16, {"jump": True})], ids=str)
 def test_graphs_are_the_formula(side, options, monkeypatch):
-    """graphs.py, in bins of 32 nodes and 3 graphs, is the dense formula in NumPy, and kernel.py is where all rounds
-    are pooled: to 1e-10 in float64, and with the default network to 1e-5 in float32.
-    side: in blocks of a bin, as on a CPU, and whole, as on a GPU."""
-    for what, number in (("OWN", 32), ("SIDE", side), ("STRIPE", side)):
+    """graphs.py, with bins of 32 nodes and 3 graphs, equals the dense formula in NumPy to 1e-10 in float64, the default network
+    to 1e-5 in float32, and so does kernel.py with jump. side: a bin is computed in blocks, as on a CPU, or whole, as on a GPU."""
+    for what, number in (("SMALL", 32), ("SIDE", side), ("STRIPE", side)):
         monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     monkeypatch.setattr(graphs, "NODES", 32)
     monkeypatch.setattr(graphs, "GRAPHS", 3)
@@ -115,7 +114,7 @@ def test_graphs_are_the_formula(side, options, monkeypatch):
 
 
 def ring_of_trees(rng, n, nodes, kinds=2, degree=4):
-    """A ring of n nodes of a few kinds, some with a leaf: many have the same surroundings."""
+    """A ring of n nodes of a few kinds, some of them with a leaf, so that many nodes have the same surroundings."""
     lists = [[i, (i - 1) % n, (i + 1) % n] for i in range(n)]
     for i in rng.choice(n, size=n // 6, replace=False):
         lists.append([len(lists), i])
@@ -129,7 +128,7 @@ def ring_of_trees(rng, n, nodes, kinds=2, degree=4):
 
 
 def surroundings(x, kinds, degree, steps):
-    """Of every node of a graph what it sees in so many steps, in nested tuples."""
+    """The surroundings of every node of a graph up to so many steps, as nested tuples."""
     seen = [tuple(row[:kinds]) for row in x]
     for _ in range(steps):
         seen = [tuple(sorted((seen[int(q)], w) for q, w in zip(row[kinds:kinds + degree], row[kinds + degree:]) if w))
@@ -139,9 +138,9 @@ def surroundings(x, kinds, degree, steps):
 
 @pytest.mark.parametrize("collide", [False, True])
 def test_graphs_nodes_that_look_alike(collide, monkeypatch):
-    """The classes of a bin are the different surroundings of its nodes after one, two and three rounds, far fewer than
-    nodes, whatever order neighbours are named in; where every hash is the same there are more of them, and K is the
-    same: kernel.py's to 1e-6."""
+    """A bin has one class for each distinct surrounding of its nodes after one, two and three rounds, whatever the order of
+    the neighbours; these are far fewer than nodes. If all hashes collide there are more classes, and K still equals
+    kernel.py's to 1e-6."""
     if collide:
         monkeypatch.setattr(graphs, "hashed", lambda rows: jnp.zeros(len(rows), jnp.uint32))
     rng, layers = np.random.default_rng(0), graph_layers.gcn(4)
@@ -162,8 +161,8 @@ def test_graphs_nodes_that_look_alike(collide, monkeypatch):
 
 
 def test_graphs_symmetry_and_tiles():
-    """fn(x) is fn(x, x), symmetric to the last bit; tiles of any side are parts of it, also of Graphs, which are
-    padded only when read; and what `take` takes is what is there."""
+    """fn(x) equals fn(x, x) and is symmetric to the last bit. Tiles of Graphs, which are padded only when read, are parts
+    of it, and `take` returns the graphs asked for."""
     rng = np.random.default_rng(0)
     x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
     fn = graphs.kernel_fn(graph_layers.gcn(7, 1), "nngp")
@@ -183,28 +182,26 @@ def test_graphs_symmetry_and_tiles():
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 8))), r"\(2, 3, 8\).*features \+ 2 degree"),
     (lambda: kernel.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((3, 9))), r"\(3, 9\).*graphs \(n, nodes, features"),
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "ntk")(np.ones((2, 3, 9)), np.ones((2, 4, 9))), "must agree"),
-    (lambda: graphs.kernel_fn(kernel.network("fc"), "ntk"), "graphs.py takes .*take kernel.kernel_fn"),
-    (lambda: graphs.kernel_fn(graph_layers.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "take kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(kernel.network("fc"), "ntk"), "graphs.py takes .*use kernel.kernel_fn"),
+    (lambda: graphs.kernel_fn(graph_layers.gcn(4) + [("relu",), ("dense", 1.0, 0.0)], "ntk"), "use kernel.kernel_fn"),
     (lambda: graphs.kernel_fn(graph_layers.gcn(4), "gp"), "'gp' is unknown; choose nngp or ntk"),
 ])
 def test_graphs_errors(call, words):
-    """What does not fit is refused in one sentence."""
+    """An argument that does not fit is refused with one line."""
     with pytest.raises(ValueError, match=words) as error:
         call()
     assert "\n" not in str(error.value)
 
 
-
 # -------------------------------------------------------------------------------------- molecules
 
 ODD = ("C", "[Na+].[Cl-]", "CCO", "c1ccccc1C(=O)O", "FS(F)(F)(F)(F)F", "C[C@H](N)C(=O)O", "CC(C)(C)c1ccc2ncccc2c1",
-       "[CH]12[CH]3[CH]4[CH]5[CH]1[Fe]23451678[CH]2[CH]1[CH]6[CH]7[CH]28")  # an atom alone; 6 and 10 neighbours
+       "[CH]12[CH]3[CH]4[CH]5[CH]1[Fe]23451678[CH]2[CH]1[CH]6[CH]7[CH]28")  # a single atom; 6 and 10 neighbours
 
 @needs_rdkit
 def test_molecules_are_neural_tangents():
-    """On real molecules of 1 to 14 atoms, an isolated atom, a salt, and a metal with ten neighbours among them,
-    float32 is neural_tangents in float64 to 1e-5, and the formula on every pair; padded, and with their atoms
-    numbered otherwise."""
+    """On padded real molecules of 1 to 14 atoms (an isolated atom, a salt, a metal with ten neighbours), K in float32 equals
+    the dense formula to 1e-5 on every pair, however the atoms are numbered, and neural_tangents in float64 on two pairs."""
     from rdkit import Chem
     mols, rng = [files.read(one) for one in ODD], np.random.default_rng(0)
     mols += [Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist()) for mol in mols]
@@ -224,7 +221,7 @@ def test_molecules_are_neural_tangents():
 
 @needs_rdkit
 def test_molecules_graph_of_one():
-    """Ethanol by hand: its atoms' features, and the three kinds of weights; a carbonyl's with orders of bonds."""
+    """The features and weights of ethanol, and the weights of a carbonyl with bond orders, are those computed by hand."""
     mol = files.read("CCO")
     x = files.graphs([mol])
     features = x.atoms[:, :-2 * x.degree]
@@ -242,8 +239,8 @@ def test_molecules_graph_of_one():
 @needs_rdkit
 @pytest.mark.parametrize("name", files.FINGERPRINTS)
 def test_molecules_fingerprints(name):
-    """log(1 + counts) of RDKit's patterns, of all and no others; where there are counts there are bits. Several
-    stand one after the other, each of norm 1, or zero where a molecule has no such pattern."""
+    """Fingerprints are log(1 + counts) of RDKit's patterns. Several are concatenated, each with norm 1, or zero if a
+    molecule has no such pattern."""
     from rdkit.Chem import rdFingerprintGenerator
     mols = [files.read(one) for one in (*ODD, "CCO")]
     x, make = files.fingerprints(mols, [name], bits=512), {
@@ -262,7 +259,7 @@ def test_molecules_fingerprints(name):
 
 
 def refined(names, A, steps=4):
-    """The nodes of a graph, each with what it sees in so many steps, sorted: the same for every numbering."""
+    """Hashes of the surroundings of all nodes up to so many steps, sorted: the same for every numbering of the nodes."""
     names = [hash(name) for name in names]
     for _ in range(steps):
         names = [hash((name, *sorted((round(float(row[j]), 4), names[j]) for j in np.flatnonzero(row))))
@@ -271,7 +268,7 @@ def refined(names, A, steps=4):
 
 
 def graph_by_rdkit(mol, order):
-    """(names of atoms, A) of a molecule, from RDKit alone."""
+    """(features of the atoms as words, A) of a molecule, from RDKit alone."""
     names, A = [], np.eye(mol.GetNumAtoms())
     for atom in mol.GetAtoms():
         names.append((atom.GetSymbol() if atom.GetSymbol() in files.ELEMENTS else "other", min(atom.GetDegree(), 6),
@@ -284,7 +281,7 @@ def graph_by_rdkit(mol, order):
 
 
 def graph_by_us(mol, order):
-    """The same, read back from the array of `graphs`."""
+    """The same, read back from the array that `graphs` makes."""
     x, start, columns = files.graphs([mol], "order" if order else "normal"), 0, []
     for words in ((*files.ELEMENTS, "other"), range(7), range(-2, 3), range(5), range(3), (None, "R", "S")):
         part = x.atoms[:, start:start + len(words)]
@@ -298,7 +295,7 @@ def graph_by_us(mol, order):
 
 
 def notations(mol):
-    """SMILES of a molecule: in random orders of atoms, with hydrogens as atoms, kekulized, with every bond written."""
+    """SMILES of a molecule with atoms in random order, with hydrogens as atoms, kekulized, or with every bond written."""
     from rdkit import Chem
     single = Chem.Mol(mol)
     Chem.Kekulize(single, clearAromaticFlags=True)
@@ -314,9 +311,9 @@ STEREO = ("OC[C@H]1OC(O)[C@H](O)[C@@H](O)[C@@H]1O", "C[C@H]1CC[C@@H](C)CC1", "C[
 
 @needs_rdkit
 def test_molecules_written_in_any_way():
-    """Every notation of a molecule has the graph, but for its numbering, and the fingerprints, that RDKit alone makes of
-    its own reading: random orders, hydrogens as atoms, kekulized, every bond written; 500 molecules of NCI, and sugars, a
-    steroid, isotopes, stereo at rings and double bonds."""
+    """Every notation of a molecule gives the same graph up to numbering, and the same fingerprints, as RDKit's own reading:
+    random orders of atoms, hydrogens as atoms, kekulized, every bond written. Tested on 500 molecules of NCI, sugars, a
+    steroid, isotopes, and stereo marks at rings and double bonds."""
     from rdkit import Chem, RDConfig
     from rdkit.Chem import rdFingerprintGenerator
     lines = open(os.path.join(RDConfig.RDDataDir, "NCI", "first_5K.smi")).read().splitlines()
@@ -338,9 +335,8 @@ def test_molecules_written_in_any_way():
 
 @needs_rdkit
 def test_molecules_hydrogens_and_marks():
-    """Hydrogens that are written, stereo marks where there is no stereocentre, and valences that RDKit refuses, change
-    nothing: the same graph and fingerprint as without. Molecules of hydrogen alone have a graph, and a mirror image another
-    one than its image."""
+    """Explicit hydrogens, stereo marks without a stereocentre and valences that RDKit refuses do not change graph and
+    fingerprint. Molecules made of hydrogen alone have a graph, and mirror images have different graphs."""
     def same(one, other):
         mols = [files.read(one), files.read(other)]
         x, y = (refined(*graph_by_us(mol, True)) for mol in mols)
@@ -360,7 +356,7 @@ def test_molecules_hydrogens_and_marks():
 @needs_rdkit
 @pytest.mark.parametrize("smiles", ["C1CC", "", "nothing", "CC>>CO", None, float("nan")], ids=str)
 def test_molecules_unreadable(smiles):
-    """What RDKit cannot read is named in one sentence, by `read` and by all that take molecules."""
+    """A molecule that RDKit cannot read is named in one line, by `read` and by every function that takes molecules."""
     with pytest.raises(ValueError, match=re.escape(f"SMILES {smiles!r}: RDKit cannot read it")) as error:
         files.read(smiles)
     assert "\n" not in str(error.value)
@@ -381,7 +377,7 @@ def write_csv(path, head, lines):
 
 @pytest.fixture
 def molecule_folder(tmp_path):
-    """The files of every data set, small, in one folder: 30 alkanes, alcohols and amines; two labels."""
+    """A folder with small files of every data set: 30 alkanes, alcohols and amines, with two labels."""
     smiles = [f"C{'C' * (i // 3)}{('', 'O', 'N')[i % 3]}" for i in range(30)]
     write_csv(tmp_path / "delaney-processed.csv", "Compound ID,measured log solubility in mols per litre,smiles",
               [f"x,{i / 7:.3f},{one}" for i, one in enumerate(smiles)])
@@ -404,7 +400,7 @@ def molecule_folder(tmp_path):
 
 @needs_rdkit
 def test_molecules_files(molecule_folder):
-    """Every data set is read from files of its format: targets, missing labels as NaN, the official split."""
+    """Every data set is read from files in its format: targets, missing labels as NaN, the official split."""
     esol, hiv, muv = (files.load(name, molecule_folder) for name in ("esol", "molhiv", "muv"))
     pcba, ogb = (files.load(name, molecule_folder / "pcba") for name in ("molpcba",) * 2)
     assert [len(rows.mols) for rows in (esol, hiv, muv, pcba, ogb)] == [30] * 5
@@ -416,7 +412,7 @@ def test_molecules_files(molecule_folder):
         assert (np.sort(train) == np.arange(20)).all() and (val == np.arange(20, 25)).all() and len(test) == 5
     assert muv.official is None and muv.tasks == ["A", "B"]
     path = molecule_folder / "pcba" / "split" / "scaffold" / "valid.csv.gz"
-    for content, words in ((b"1\n" + b"9" * 30, "too large"), ("21".encode("utf-16"), "zero bytes"), (b"1.5", "a line")):
+    for content, words in ((b"1\n" + b"9" * 30, "too large"), ("21".encode("utf-16"), "zero bytes"), (b"1.5", "per line")):
         path.write_bytes(gzip.compress(content))
         with pytest.raises(ValueError, match=f"{path}.*{words}") as error:
             files.load("molpcba", molecule_folder / "pcba")
@@ -425,8 +421,8 @@ def test_molecules_files(molecule_folder):
 
 @needs_rdkit
 def test_molecules_splits():
-    """Random: disjoint, all, another for another seed. Scaffold: no ring system in two parts, the same each time;
-    an aluminium complex, whose valence RDKit's scaffolds refuse, included."""
+    """Both splits are disjoint and complete. Scaffold: no ring system is in two parts, and every seed gives the same parts,
+    also with an aluminium complex whose valence RDKit's scaffolds refuse."""
     rings = ["c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccc2ccccc2c1", "C1CCOC1", "c1ccsc1"]
     smiles = [ring + "C" * i for k, ring in enumerate(rings) for i in range(1, 9 - k)] + ["CCO", "CCN"]
     smiles.append("O=C1O[Al]23(OC1=O)(OC(=O)C(=O)O2)OC(=O)C(=O)O3")
@@ -446,14 +442,14 @@ def test_molecules_splits():
 
 @needs_rdkit
 def test_molecules_bad_rows(molecule_folder, capsys):
-    """What RDKit cannot read is named by its row and left out, of the split too; unusual valences are read."""
+    """Rows that RDKit cannot read are named and left out, also of the split; unusual valences are read."""
     path = molecule_folder / "HIV.csv"
     lines = path.read_text().splitlines()
     lines[1 + 3], lines[1 + 21], lines[1 + 26] = "C1CC,CI,1", ",CI,1", "CN(C)(C)(C)C,CI,0"
     path.write_text("\n".join(lines))
     rows = files.load("molhiv", molecule_folder)
     said = capsys.readouterr().out
-    assert "2 of 30 rows left out, RDKit cannot read their SMILES: row 3 ('C1CC'), row 21 ('')" in said
+    assert "2 of 30 rows are left out because RDKit cannot read their SMILES: row 3 ('C1CC'), row 21 ('')" in said
     assert len(rows.mols) == 28 and 26 in rows.rows and [len(part) for part in rows.official] == [19, 4, 5]
     assert (rows.rows[rows.official[2]] == np.arange(25, 30)).all()
 
@@ -462,7 +458,7 @@ def test_molecules_bad_rows(molecule_folder, capsys):
 @pytest.mark.parametrize("file, old, new, words", [
     ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but 'Compound ID', 'meas.*', 'structure'$"),
     *(("delaney-processed.csv", "0.286", to, r"line 4, column 'measured log.*', row 2 \(from 0, after the header\): '"
-       + re.escape(to.strip('"')) + "'; expected a number, finite, with a decimal point, or nothing")
+       + re.escape(to.strip('"')) + "'; expected a finite number with a decimal point, or an empty cell")
       for to in ("soluble", "inf", "-Infinity", "nan", "NA", '"0,286"', "1e999", "1_0", "<5")),
     ("delaney-processed.csv", "x,0.286", "x,0,286", "line 4: 4 fields, and 3 in the header; .*decimals with a point"),
     ("delaney-processed.csv", ",CCC\n", "\n", "line 8: 2 fields, and 3 in the header; expected as many"),
@@ -470,13 +466,13 @@ def test_molecules_bad_rows(molecule_folder, capsys):
     ("delaney-processed.csv", "Compound ID", "measured log solubility in mols per litre", "has 2 columns 'measured log"),
     ("delaney-processed.csv", "x,0.286", 'x,"0.286', "line 31: 2 fields, and 3 in the header"),
     ("delaney-processed.csv", "CCC\n", "C" * 140_000 + "\n", "line 8: field larger than field limit"),
-    ("HIV.csv", ",CI,1", ",CI,inf", "line 3, column 'HIV_active', row 1 .*: 'inf'; expected a number"),
+    ("HIV.csv", ",CI,1", ",CI,inf", "line 3, column 'HIV_active', row 1 .*: 'inf'; expected a finite"),
     ("HIV.csv", "smiles", "Smiles", "has no column 'smiles', but 'Smiles', 'activity', 'HIV_active'$"),
-    ("HIV.csv", ",CI,1", ",CI,0", "HIV_active has the same value in every row"),
+    ("HIV.csv", ",CI,1", ",CI,0", "column 'HIV_active' has the same value in every row"),
     ("ogbg-molhiv_scaffold_split.npz", None, None, "not a complete .npz archive without pickle"),
 ])
 def test_molecules_damaged_files(molecule_folder, file, old, new, words):
-    """What is wrong with a file is one sentence with its name, and the row where there is one."""
+    """A damaged file is refused with one line that has its name, and the row if there is one."""
     path = molecule_folder / file
     path.write_bytes(b"nothing" if old is None else path.read_bytes().replace(old.encode(), new.encode()))
     with pytest.raises(ValueError, match=words) as error:
@@ -488,12 +484,12 @@ def test_molecules_damaged_files(molecule_folder, file, old, new, words):
 @pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"nothing",
                                     lambda content: content[:40] + b"damaged" + content[47:]])
 def test_molecules_damaged_archives(molecule_folder, damage):
-    """A packed file that is cut short, none, or altered is named in one sentence."""
+    """A .gz file that is cut short, altered, or not a .gz file is named in one line."""
     for name, folder, file in (("muv", molecule_folder, "muv.csv.gz"),
                                ("molpcba", molecule_folder / "pcba", "split/scaffold/train.csv.gz")):
         path = folder / file
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(ValueError, match=f"{file} is truncated or not packed by gzip"):
+        with pytest.raises(ValueError, match=f"{file} is truncated or not a gzip file"):
             files.load(name, folder)
 
 
@@ -502,7 +498,7 @@ def test_molecules_damaged_archives(molecule_folder, damage):
     ("utf-8", None), ("utf-8-sig", None), ("utf-16", "has zero bytes, as UTF-16"), ("utf-16-le", "has zero bytes, as UTF-16"),
     ("latin-1", "line 6: byte 0xe9 is not UTF-8; save it")])
 def test_molecules_encodings(molecule_folder, encoding, words):
-    """UTF-8 is read, with a byte order mark and without; of another encoding one sentence says which file and line."""
+    """UTF-8 is read with and without a byte order mark; any other encoding is refused with one line that names the file."""
     path = molecule_folder / "delaney-processed.csv"
     head, *lines = [line.split(",") for line in path.read_text().splitlines()]
     lines[4][0] = "\u00e9"
@@ -517,11 +513,12 @@ def test_molecules_encodings(molecule_folder, encoding, words):
 
 @needs_rdkit
 @pytest.mark.parametrize("low, high, said", [
-    ("0", "1", ""), ("0.0", "1", ""), ("1", "2", "2 is the positive class, 1 the other, of A, B"), ("-1", "1", "1 is the pos"),
-    ("inactive", "yes", "'yes' is the positive class, 'inactive' the other"), ("False", "True", "'True' is the positive")])
+    ("0", "1", ""), ("0.0", "1", ""), ("1", "2", "2 is the positive class and 1 the negative class in A, B"),
+    ("-1", "1", "1 is the pos"), ("inactive", "yes", "'yes' is the positive class and 'inactive' the neg"),
+    ("False", "True", "'True' is the positive")])
 def test_molecules_two_classes(molecule_folder, capsys, low, high, said):
-    """Two numbers or two words are two classes, the larger or the later in the alphabet positive, and where they are not 0
-    and 1 one line says so; missing labels stay missing."""
+    """Two numbers or two words are two classes; the larger number or later word is the positive class. One line says so
+    unless they are 0 and 1. Missing labels stay missing."""
     want = files.load("muv", molecule_folder).y
     capsys.readouterr()
     path = molecule_folder / "muv.csv.gz"
@@ -538,10 +535,10 @@ def test_molecules_two_classes(molecule_folder, capsys, low, high, said):
     (["0", "1", "2"], "column 'A': 3 different values, 0, 1, 2; expected two classes"),
     (["CA", "CI", "CM"], "column 'A': 3 different values, 'CA', 'CI', 'CM'; expected two"),
     ([f"{i / 7:.2f}" for i in range(30)], r"column 'A': 30 different values, 0, 0.14, 0.29, 0.43, 0.57 \.\.\.; expected two"),
-    (["1", "active"], "line 3, column 'A', row 1 .*: 'active'; expected a number"),
-    (["0,5", "1,5"], "line 2, column 'A', row 0 .*: '0,5'; expected a number")], ids=str)
+    (["1", "active"], "line 3, column 'A', row 1 .*: 'active'; expected a finite number"),
+    (["0,5", "1,5"], "line 2, column 'A', row 0 .*: '0,5'; expected a finite number")], ids=str)
 def test_molecules_more_than_two_classes(molecule_folder, column, words):
-    """More than two values where classes are expected, as in a column of measured numbers: one sentence before any work."""
+    """More than two values in a column of classes, such as measured numbers, are refused with one line."""
     write_csv(molecule_folder / "muv.csv.gz", "A,mol_id,smiles", [
         f'"{column[i % len(column)]}",id{i},{"C" * (i + 1)}' for i in range(30)])
     with pytest.raises(ValueError, match="muv.csv.gz.* " + words) as error:
@@ -551,13 +548,15 @@ def test_molecules_more_than_two_classes(molecule_folder, column, words):
 
 @needs_rdkit
 @pytest.mark.parametrize("part, rows, words", [
-    ("test", [25, 3], "row 3 is in test and, by .*, in train"), ("val", [20, 19], "row 19 is in val and, by .*, in train"),
-    ("test", [24, 25], "row 24 is in test and, by .*, in val"), ("val", [], "val is empty; expected numbers of rows"),
-    ("train", [0, 30], "train has row 30, and the table has 0 to 29"), ("train", [-1, 3], "train has row -1, and the table"),
+    ("test", [25, 3], "row 3 is in test and also, in .*, in train"),
+    ("val", [20, 19], "row 19 is in val and also, in .*, in train"), ("val", [], "val is empty; expected row numbers"),
+    ("test", [24, 25], "row 24 is in test and also, in .*, in val"),
+    ("train", [0, 30], "train has row 30, but the table has rows 0 to 29"),
+    ("train", [-1, 3], "train has row -1, but the table"),
     ("train", [0, 1, 2, 1], "row 1 is in train 2 times; expected once")], ids=str)
 def test_molecules_splits_that_leak(molecule_folder, part, rows, words):
-    """An official split whose parts share a row, have one that the table lacks, have one twice, or are empty, is refused in
-    one sentence with the file, the row and both parts: in the .npz and in OGB's own files."""
+    """An official split, from .npz or OGB's files, is refused if parts share a row, name a row outside the table, name a row
+    twice or are empty; the line names the file and the row."""
     split = {"train": np.arange(20), "val": np.arange(20, 25), "test": np.arange(25, 30), part: np.array(rows, int)}
     np.savez(molecule_folder / "ogbg-molhiv_scaffold_split.npz", **split)
     for name, numbers in split.items():
@@ -574,27 +573,27 @@ def test_molecules_splits_that_leak(molecule_folder, part, rows, words):
 @pytest.mark.parametrize("rows", [np.arange(20) % 2 == 0, np.arange(20) / 2, np.arange(20)[None]],
                          ids=["mask", "float", "2-D"])
 def test_molecules_splits_of_other_kinds(molecule_folder, rows):
-    """Masks, fractions and arrays of another shape are no numbers of rows."""
+    """Masks, fractions and arrays of another shape are refused as row numbers."""
     np.savez(molecule_folder / "ogbg-molhiv_scaffold_split.npz", train=rows, val=np.arange(20, 25), test=np.arange(25, 30))
-    with pytest.raises(ValueError, match="scaffold_split.npz: train holds .*; expected numbers of rows, whole"):
+    with pytest.raises(ValueError, match="scaffold_split.npz: train holds .*; expected row numbers, integers"):
         files.load("molhiv", molecule_folder)
 
 
 @needs_rdkit
 def test_molecules_splits_without_readable_rows(molecule_folder):
-    """A part of the split of which RDKit can read nothing is refused in one sentence."""
+    """A split is refused with one line if RDKit can read none of the rows of one part."""
     path = molecule_folder / "HIV.csv"
     lines = path.read_text().splitlines()
     lines[21:26] = [f"C1CC,CI,{i % 2}" for i in range(5)]
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="split.npz, of what RDKit can read: val is empty"):
+    with pytest.raises(ValueError, match="split.npz, rows that RDKit can read: val is empty"):
         files.load("molhiv", molecule_folder)
 
 
 @needs_rdkit
 @needs_molecules
 def test_molecules_files_are_ours(capsys, molecule_folder):
-    """A note says where a file is not the one that README's figures were made from."""
+    """A note says if a file is not the one from which the figures of the README were computed."""
     tables = {"esol": ("delaney-processed.csv", ["measured log solubility in mols per litre"]),
               "molhiv": ("HIV.csv", ["HIV_active"]), "muv": ("muv.csv.gz", None)}
     assert set(tables) == set(files.SHA256)
@@ -605,15 +604,15 @@ def test_molecules_files_are_ours(capsys, molecule_folder):
 
 
 def test_molecules_need_rdkit(monkeypatch):
-    """Without RDKit: one sentence that says what to install."""
+    """Without RDKit, one line says what to install."""
     monkeypatch.setitem(sys.modules, "rdkit", None)
     with pytest.raises(ImportError, match="RDKit, which reads molecules, is not installed: pip install"):
         files.load("nci")
 
 
 def test_molecules_tasks_are_dense_solves():
-    """Tasks with labels of their own rows, solved together: each is the dense solution of its own system; its
-    preconditioner is the inverse of the dense one, and spares steps."""
+    """Tasks with labels on different rows, solved together, each have the dense solution of their own system. Their
+    preconditioner is the inverse of the dense matrix P, and it halves the steps."""
     rng = np.random.default_rng(0)
     z = rng.normal(size=(120, 4))
     dense = np.exp(-((z[:, None] - z) ** 2).sum(axis=2) / 4)
@@ -637,7 +636,7 @@ def test_molecules_tasks_are_dense_solves():
 
 
 def test_molecules_ridge_from_rows_outside():
-    """Ridges are compared on rows outside of K as on the same rows of a larger K."""
+    """Comparing ridges on rows outside K gives the same numbers as comparing them on the same rows of a larger K."""
     rng = np.random.default_rng(0)
     z, y = rng.normal(size=(100, 3)), rng.normal(size=(100, 2))
     K, part = tiles.gram(linear, z, 32, quiet=True), tiles.gram(linear, z[:80], 32, quiet=True)
@@ -666,8 +665,8 @@ def train_molecules(tmp_path, *flags):
                                    ["--depth", "1", "--jump", "--weights", "order", "--w_std", "1.2", "--b_std", "0.5"]],
                          ids=str)
 def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
-    """With no file: molecules that come with RDKit; predictions are those of a dense float64 solve with kernel.py,
-    at the ridge that is best on the validation rows. One line of runs.jsonl with all there is to know."""
+    """On the molecules that come with RDKit, predictions equal those of a dense float64 solve with kernel.py, at the ridge
+    that is best on the validation rows. runs.jsonl gets one line with the whole result."""
     monkeypatch.setattr(train_molecule, "FEW", 60)
     result = train_molecules(tmp_path, *flags, "--ridge", "0.1,1e-3,1e-5")
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result and result["cg_converged"]
@@ -694,8 +693,8 @@ def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
 
 @needs_rdkit
 def test_molecules_train_tasks(tmp_path, molecule_folder):
-    """Missing labels, both kinds, two sizes, tiles on disk that are found again: the score is scikit-learn's
-    average precision of each task's own dense solution."""
+    """With missing labels, both kinds, two sizes and tiles reused from disk, the score equals scikit-learn's average
+    precision of each task's own dense solution."""
     flags = ["--dataset", "molpcba", "--data", str(molecule_folder / "pcba"), "--kernel", "fingerprint", "--depth",
              "1", "--ridge", "0.01", "--store", str(tmp_path / "K")]
     both = train_molecules(tmp_path, *flags, "--kind", "both", "--sizes", "10,20")
@@ -719,8 +718,8 @@ def test_molecules_train_tasks(tmp_path, molecule_folder):
 @needs_rdkit
 @pytest.mark.parametrize("dataset", ["esol", "molhiv"])
 def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
-    """With --select loo, depth, b_std and ridge are the best by n refits on the training rows in float64: numbers by
-    squared error, classes by the area under the curve."""
+    """With --select loo, depth, b_std and ridge are the best in n refits on the training rows in float64: by
+    squared error for numbers, by area under the ROC curve for classes."""
     from sklearn.metrics import roc_auc_score
     result = train_molecules(tmp_path, "--dataset", dataset, "--data", str(molecule_folder), "--kernel", "fingerprint",
                              "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01")
@@ -746,8 +745,8 @@ def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
 @needs_rdkit
 @pytest.mark.parametrize("select", choose.CRITERIA)
 def test_molecules_networks_are_compared(tmp_path, monkeypatch, select):
-    """Of several values of depth and b_std, the run is that with the best values by the criterion alone; each pair of
-    values has its row, which is the best row of a run with it."""
+    """With several values of depth and b_std, the result is that of a run with the best pair alone. Each pair has its row
+    in the table, equal to the best row of a run with that pair."""
     monkeypatch.setattr(train_molecule, "FEW", 100)
     flags = ["--kernel", "fingerprint", "--select", select, "--ridge", "1,0.01,1e-4", "--w_std", "1.2"]
     several = train_molecules(tmp_path, *flags, "--depth", "1,2", "--b_std", "0,0.5")
@@ -765,8 +764,8 @@ def test_molecules_networks_are_compared(tmp_path, monkeypatch, select):
 @needs_rdkit
 @pytest.mark.parametrize("select", ["loo", "validation"])
 def test_molecules_never_look_at_test_rows(tmp_path, molecule_folder, monkeypatch, select):
-    """Permuted labels of the test rows, and with --select loo of the validation rows too, change nothing but the test
-    score: the same depth, b_std and ridge."""
+    """Permuting the labels of the test rows, and with --select loo of the validation rows too, changes only the test score:
+    depth, b_std and ridge stay the same."""
     flags = ["--dataset", "molhiv", "--data", str(molecule_folder), "--kernel", "fingerprint", "--select", select,
              "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01"]
     first, load = train_molecules(tmp_path, *flags), files.load
@@ -784,7 +783,7 @@ def test_molecules_never_look_at_test_rows(tmp_path, molecule_folder, monkeypatc
 
 @needs_rdkit
 def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
-    """A store never serves tiles of another network: another w_std, b_std or depth is refused in one sentence."""
+    """A store never returns tiles of another network: another w_std, b_std or depth is refused with one line."""
     flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "fingerprint", "--ridge", "0.1",
              "--store", str(tmp_path / "K")]
     first = train_molecules(tmp_path, *flags)
@@ -800,8 +799,8 @@ def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
     ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1"],
     ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1", "--select", "loo"]], ids=" ".join)
 def test_molecules_sizes_are_runs_alone(tmp_path, monkeypatch, flags):
-    """A size in a row of sizes has the result of a run of that size alone, with every kernel, ridge and network chosen as
-    there; also where the sizes choose different networks."""
+    """With --sizes, every size has the result of a run with that size alone, for every kernel and for the ridge and network
+    that are chosen; also if the sizes choose different networks."""
     monkeypatch.setattr(train_molecule, "FEW", 100)
     flags += ["--ridge", "1,0.01,1e-4"]
     row = train_molecules(tmp_path, *flags, "--sizes", "20,80")
@@ -815,7 +814,7 @@ def test_molecules_sizes_are_runs_alone(tmp_path, monkeypatch, flags):
                 assert np.allclose(*map(flat, numbers), rtol=1e-3), key
     if "1,3" in flags and "loo" not in flags:
         assert row[20]["config"]["depth"] != row[80]["config"]["depth"]
-        with pytest.raises(ValueError, match=r"one network, and --sizes \[20, 80\] choose 2: \[20\] depth=1 .*; give one"):
+        with pytest.raises(ValueError, match=r"one network, but --sizes \[20, 80\] choose 2: \[20\] depth=1 .*; give each"):
             train_molecules(tmp_path, *flags, "--sizes", "20,80", "--store", str(tmp_path / "K"))
 
 
@@ -825,8 +824,8 @@ def flat(numbers):
 
 @needs_rdkit
 def test_molecules_stores_grow(tmp_path, molecule_folder, monkeypatch):
-    """A larger n_train in the same store, whose molecules have more atoms and more neighbours, computes the new entries only
-    and has the result of a fresh run."""
+    """A larger n_train with the same store computes only the new entries and has the result of a fresh run, even if its
+    molecules have more atoms and more neighbours."""
     order, padding, make = np.random.default_rng(0).permutation(80), [], files.graphs
     smiles = {row: "C" * (1 + row % 9) + "NOCF"[row % 4] for row in range(80)}
     smiles[order[40]] = "CC(C)(C)CCCCCCCCCCCCCCCCCC"
@@ -849,8 +848,8 @@ def test_molecules_stores_grow(tmp_path, molecule_folder, monkeypatch):
 
 @needs_rdkit
 def test_molecules_digests_without_padding():
-    """What a store knows a graph by depends on the graph alone: not on padding, degree, or the others in the array; two
-    graphs that differ in an atom, a bond or a weight have different ones."""
+    """The digest of a graph in a store depends on the graph alone, not on padding, degree or the other graphs in the array.
+    Graphs that differ in an atom, a bond or a weight have different digests."""
     from large import store
     some = ["CCO", "CCN", "CC=O", "C1CC1", "CCC", "C"]
     alone = [store.digests(files.graphs([one], "order"))[0] for one in some]
@@ -863,7 +862,7 @@ def test_molecules_digests_without_padding():
 
 
 def made_assays(folder, values=("0", "1"), n=100):
-    """A table in MUV's format: does a molecule have nitrogen, with a few wrong labels. Rows, and labels 0 or 1."""
+    """Writes a table in MUV's format: does a molecule contain nitrogen, with some wrong labels. Returns SMILES and labels."""
     rng = np.random.default_rng(0)
     smiles = [f"{'C' * (1 + i // 10)}{'NOSF'[i % 4]}{'C' * (1 + i % 10)}".replace("F", "C(F)") for i in range(n)]
     label = [int(("N" in one) ^ (rng.random() < 0.1)) for one in smiles]
@@ -874,8 +873,8 @@ def made_assays(folder, values=("0", "1"), n=100):
 @needs_rdkit
 @pytest.mark.parametrize("values", [("0", "1"), ("1", "2"), ("inactive", "yes")], ids=" ".join)
 def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
-    """Average precision of a table in MUV's format with labels 1 and 2, or words, is scikit-learn's of the dense solution,
-    the larger label, or later word, being the positive one."""
+    """With labels 0 and 1, 1 and 2, or words, the average precision equals scikit-learn's of the dense solution, with the
+    larger label or later word as the positive class."""
     _, y = made_assays(molecule_folder, values)
     result = train_molecules(tmp_path, "--dataset", "muv", "--data", str(molecule_folder), "--kernel", "fingerprint",
                              "--depth", "1", "--ridge", "0.1")
@@ -890,15 +889,15 @@ def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
 
 @needs_rdkit
 @pytest.mark.parametrize("part, flags, words", [
-    ("train", [], "n_train=20: the first 20 training molecules of molhiv have labels of one class only of HIV_active: they"),
+    ("train", [], "n_train=20: the first 20 training molecules of molhiv have only one class for HIV_active, so nothing"),
     ("train", ["--ridge", "1", "--sizes", "5,20"], "n_train=5: the first 5 training molecules"),
     ("train", ["--select", "loo"], "n_train=20: the first 20"),
-    ("val", [], "split 'official': the 5 val molecules .* one class only .*; use --select loo, one --ridge, another --split"),
-    ("val", ["--ridge", "1", "--depth", "1,2"], "the 5 val molecules .* one class only"),
-    ("test", ["--ridge", "1"], "the 5 test molecules .* one class only .*auc is not defined; take another --split")], ids=str)
+    ("val", [], "split 'official': the 5 val molecules .* only one class .*; use --select loo, one --ridge, another --split"),
+    ("val", ["--ridge", "1", "--depth", "1,2"], "the 5 val molecules .* only one class"),
+    ("test", ["--ridge", "1"], "the 5 test molecules .* only one class .*auc is not defined; use another --split")], ids=str)
 def test_molecules_one_class_only(tmp_path, molecule_folder, monkeypatch, part, flags, words):
-    """Training rows of one class, which make an AUC of 0.5 whatever the kernel, validation rows that cannot choose, test rows
-    that cannot measure: refused in one sentence, before any kernel is computed."""
+    """If the training rows have one class only (any kernel then has an AUC of 0.5), or the test rows, or the validation rows
+    although something is to be chosen, the run is refused with one line before any kernel is computed."""
     lines = [f"{'C' * (1 + i)},CI,{i % 2}" for i in range(30)]
     for i in {"train": range(20), "val": range(20, 25), "test": range(25, 30)}[part]:
         lines[i] = lines[i][:-1] + "0"
@@ -911,7 +910,7 @@ def test_molecules_one_class_only(tmp_path, molecule_folder, monkeypatch, part, 
 
 @needs_rdkit
 def test_molecules_too_few_to_split(tmp_path, molecule_folder):
-    """Where a random split leaves no validation row one sentence says so, and leave-one-out needs none."""
+    """A random split that leaves no validation row is refused with one line; leave-one-out needs none."""
     path = molecule_folder / "delaney-processed.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:6]) + "\n")
     flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "fingerprint", "--depth", "1", "--ridge", "0.1"]
@@ -922,7 +921,7 @@ def test_molecules_too_few_to_split(tmp_path, molecule_folder):
 
 @needs_rdkit
 def test_molecules_one_class_where_nothing_is_chosen(tmp_path, molecule_folder):
-    """Validation rows of one class are no hindrance with one ridge, or where the training rows choose."""
+    """Validation rows of one class are accepted with a single ridge, or if the training rows choose."""
     lines = [f"{'C' * (1 + i)},CI,{i % 2 if not 20 <= i < 25 else 1}" for i in range(30)]
     write_csv(molecule_folder / "HIV.csv", "smiles,activity,HIV_active", lines)
     for flags in (["--ridge", "1"], ["--select", "loo"]):
@@ -933,8 +932,8 @@ def test_molecules_one_class_where_nothing_is_chosen(tmp_path, molecule_folder):
 
 @needs_rdkit
 def test_molecules_tasks_of_one_class_are_left_out(tmp_path, molecule_folder, capsys):
-    """A task with one class only in the training rows is named and left out, at the sizes that have one only: the score is
-    that of the other task, alone."""
+    """A task with only one class in the training rows is named and left out, at those sizes where it has one: the score is
+    that of the other task alone."""
     folder, official = molecule_folder / "pcba", np.random.default_rng(0).permutation(20)  # as `split` has it for seed 0
     label = np.stack([np.arange(30) % 2, np.isin(np.arange(30), [*official[12:], 21, 28])]).astype(int)
     table = folder / "mapping" / "mol.csv.gz"
@@ -942,7 +941,7 @@ def test_molecules_tasks_of_one_class_are_left_out(tmp_path, molecule_folder, ca
     write_csv(table, "A,B,smiles,mol_id", [f"{a},{b},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, (a, b) in enumerate(label.T)])
     result = train_molecules(tmp_path, *flags, "--sizes", "12,20")
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == ("note: n_train=12: 1 of 2 tasks have labels of one class only among the training molecules, and are "
+    assert said[0] == ("note: n_train=12: 1 of 2 tasks have only one class among the training molecules and are "
                        "left out: B") and result[12]["tasks"] == 1 and result[20]["tasks"] == 2
     write_csv(table, "A,smiles,mol_id", [f"{a},{'C' * (i // 2 + 1)}{'NO'[a]},id" for i, a in enumerate(label[0])])
     alone = train_molecules(tmp_path, *flags, "--n_train", "12")
@@ -951,8 +950,8 @@ def test_molecules_tasks_of_one_class_are_left_out(tmp_path, molecule_folder, ca
 
 @needs_rdkit
 def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
-    """Leave-one-out and GCV with missing labels, and GCV of classes, are refused in one sentence that says what to use;
-    the commands of README and docstring are understood."""
+    """Leave-one-out and GCV with missing labels, and GCV with classes, are refused with one line that says what to use. The
+    commands of README and docstring are accepted."""
     for select in ("loo", "gcv"):
         with pytest.raises((ValueError, SystemExit)) as error:
             train_molecules(tmp_path, "--dataset", "molpcba", "--data", str(molecule_folder / "pcba"), "--select",
@@ -970,7 +969,7 @@ def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
 @needs_rdkit
 @needs_molecules
 def test_molecules_official_split_is_ogbs():
-    """The files of ogbg-molhiv are read: 41,127 rows in three parts, 1,443 active, none left out."""
+    """The files of ogbg-molhiv are read completely: 41,127 rows in three parts, 1,443 active; metal complexes too."""
     path = os.path.join(MOLECULES, "HIV.csv")
     smiles, y, _ = files.table(path, ["HIV_active"])
     parts = files._npz_split(os.path.join(MOLECULES, "ogbg-molhiv_scaffold_split.npz"))
@@ -982,10 +981,10 @@ def test_molecules_official_split_is_ogbs():
 
 @needs_rdkit
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "esol"], "ValueError: esol needs --data FOLDER with its files"),
+    (["--dataset", "esol"], "ValueError: esol needs --data FOLDER, the folder with its files"),
     (["--dataset", "muv", "--data", "nowhere"], "FileNotFoundError: .*muv.csv.gz is not there; give --data"),
     (["--ridge", "often"], "--ridge often: expected a number, numbers separated by commas, or auto"),
-    (["--store", "none"], "--store none: not here; give a folder"),
+    (["--store", "none"], "--store none is not available for molecules; give a folder"),
     (["--fingerprints", "morgan,maccs"], "--fingerprints morgan,maccs: expected morgan, pairs, torsions"),
     (["--fingerprints", "morgan,morgan"], "--fingerprints morgan,morgan: expected"),
     (["--devices", "5"], "ValueError: --devices 5, but JAX sees 4 here"),
@@ -995,7 +994,7 @@ def test_molecules_official_split_is_ogbs():
     (["--w_std", "-1"], "ValueError: .*w_std=-1.0, b_std=0.0: expected .*w_std > 0"),
 ])
 def test_molecules_train_errors(flags, words, tmp_path, capsys):
-    """What is wrong is said in one sentence."""
+    """A wrong flag is refused with one line that says what was expected."""
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
         train_molecules(tmp_path, *flags)
     said = capsys.readouterr().err if error.type is SystemExit else f"{error.type.__name__}: {error.value}"
@@ -1004,21 +1003,20 @@ def test_molecules_train_errors(flags, words, tmp_path, capsys):
 
 @needs_rdkit
 def test_molecules_train_error_without_traceback(tmp_path):
-    """And at the command line in one line."""
+    """At the command line an error is one line without traceback."""
     done = subprocess.run([sys.executable, "-m", "molecules.train", "--dataset", "esol", "--out", tmp_path], cwd=HERE,
                           capture_output=True, text=True)
     assert done.returncode and done.stderr.splitlines()[-1].startswith("ValueError: esol needs --data FOLDER")
     assert "Traceback" not in done.stderr
 
 
-
 @needs_rdkit
 @pytest.mark.parametrize("flags, words", [
     (["--data", "x"], "--data changes nothing here: the molecules of --dataset nci come with RDKit"),
-    (["--kernel", "fingerprint", "--jump"], "--jump changes nothing here: --kernel fingerprint has no graphs"),
-    (["--fingerprints", "morgan"], "--fingerprints changes nothing here: --kernel gcn has none")])
+    (["--kernel", "fingerprint", "--jump"], "--jump changes nothing here: --kernel fingerprint uses no graphs"),
+    (["--fingerprints", "morgan"], "--fingerprints changes nothing here: --kernel gcn uses none")])
 def test_molecules_flags_without_effect(flags, words, capsys):
-    """A flag that changes nothing in a run is an error of one line that says why."""
+    """A flag without effect is refused with one line that says why."""
     with pytest.raises(SystemExit):
         train_molecule.parse(flags)
     assert words in capsys.readouterr().err
@@ -1030,9 +1028,9 @@ def test_molecules_flags_without_effect(flags, words, capsys):
 @both_kinds
 @pytest.mark.parametrize("engine", ["graphs", "neural_tangents"])
 def test_benchmark_graphs(benchmark, kind, engine):
-    """Seconds for a block of n x n entries of `gcn`, three rounds, float32: molecules of RDKit's collection, of 16
-    atoms for neural_tangents, so that it pads nothing, of 14 to 18 for graphs.py, since there are 283 of 16; in tiles
-    on one CPU device a core, as for images."""
+    """Seconds for a block of n x n entries of `gcn` with three rounds, float32, for molecules that come with RDKit. For
+    neural_tangents they have 16 atoms, so that it pads nothing; for graphs.py 14 to 18, because only 283 have 16. Tiles are
+    computed on one CPU device for each core, as for images."""
     if benchmark.disabled and (engine, kind) != ("graphs", "nngp"):
         pytest.skip("one shows that it runs; --benchmark-only times them all")
     benchmark.group = f"gcn {kind}"

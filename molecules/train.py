@@ -2,17 +2,18 @@
 
   f(x) = k(x, X) (K + lambda I)^-1 y,   K = k(X, X),   lambda = ridge * mean(diag K)
 
-k is the kernel of a graph network (gcn), of a fully connected one on fingerprints (Morgan counts, or others), or the
-sum of the two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the
-training rows; where labels are missing every task is solved on its own rows, all together (missing.py), and a task that
-has one class only in the training rows is left out, which is said. The rare class has no extra weight, because the score,
-area under the ROC curve or average precision, depends on the order only.
-Ridges, and whatever flag of the network is given several values, are compared by that score, or by squared error where
-numbers are predicted (comparing classes by squared error chose ten times the ridge on all of molhiv, fingerprints: a
-validation AUC of 0.807 instead of 0.823). They are compared on the validation rows, which are never fitted, or with
+k is the kernel of a graph network (gcn), of a fully connected network on fingerprints (Morgan counts, or others), or the
+sum of the two, each divided by its mean diagonal. y is the label, or the measured number, minus its mean over the training
+rows. If labels are missing, every task is solved on the rows that have its label, all tasks together (missing.py). A task
+with only one class among the training rows is left out, and a note says so. The rare class gets no extra weight, because the
+score (area under the ROC curve, or average precision) depends only on the order of the predictions.
+
+Ridges, and every flag of the network that has several values, are compared by that score, or by squared error if the targets
+are numbers. (Comparing classes by squared error chose a ridge ten times larger on all of molhiv with fingerprints: a
+validation AUC of 0.807 instead of 0.823.) They are compared on the validation rows, which are never fitted, or with
 --select loo on the training rows, each predicted from all others (choose.py). Test rows are read once.
 
-  python -m molecules.train                                      1,500 molecules that come with RDKit, a minute
+  python -m molecules.train                                      1,500 molecules that come with RDKit: a minute
   python -m molecules.train --dataset esol --data DIR --split scaffold
   python -m molecules.train --dataset esol --data DIR --kernel sum --select loo --depth 1,3 --b_std 0,0.5
   python -m molecules.train --dataset molhiv --data DIR --kernel fingerprint --fingerprints morgan,pairs,torsions
@@ -38,80 +39,80 @@ from molecules.layers import gcn
 
 try:
     from fast.fused import kernel_fn as vector_kernel
-except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
+except ModuleNotFoundError:  # without fast/, kernel.py computes the same, more slowly
     from kernel import kernel_fn as vector_kernel
 
-FEW = 1500  # rows of nci that are read: a minute
-RANK = 512  # of the preconditioner where tasks have rows of their own, at most
+FEW = 1500  # rows of nci that are read: the run takes a minute
+RANK = 512  # highest default rank of the preconditioner if labels are missing
 PARTS = {"gcn": ("gcn",), "fingerprint": ("fingerprint",), "sum": ("gcn", "fingerprint")}
-WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # not what was computed: not recorded
+WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # do not change the result, so they are not recorded
 SOURCES = """files that DIR must hold: esol: delaney-processed.csv; molhiv: HIV.csv, and the official split as
-ogbg-molhiv_scaffold_split.npz (arrays train, val, test of row numbers); muv: muv.csv.gz; all three from MoleculeNet's
-page, deepchemdata.s3-us-west-1.amazonaws.com/datasets/. Or for molhiv and molpcba the folder mapping and split of
-OGB's archive, as unpacked: snap.stanford.edu/ogb/data/graphproppred/csv_mol_download/{hiv,pcba}.zip"""
+ogbg-molhiv_scaffold_split.npz (arrays train, val, test of row numbers); muv: muv.csv.gz. These are MoleculeNet's files:
+deepchemdata.s3-us-west-1.amazonaws.com/datasets/. For molpcba, and for molhiv instead of these files: the folders mapping
+and split of OGB's archive, unpacked: snap.stanford.edu/ogb/data/graphproppred/csv_mol_download/{hiv,pcba}.zip"""
 
 
 def flags():
-    """The command line."""
+    """The parser of the command line."""
     parser = experiment.Parser(
         description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES)
     rows = parser.add_argument_group("molecules")
-    rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS)
-    rows.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
-    rows.add_argument("--split", choices=smiles.SPLITS, help="None: official where there is one, else random")
-    rows.add_argument("--n_train", type=int, help="training molecules; None is all")
-    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training molecules too, the first "
-                      "ones of n_train, on blocks of the same kernel")
+    rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS, help="data set; nci needs no file")
+    rows.add_argument("--data", metavar="DIR", help="folder with the data set's files")
+    rows.add_argument("--split", choices=smiles.SPLITS, help="None: official if the data set has one, else random")
+    rows.add_argument("--n_train", type=int, help="number of training molecules; None: all")
+    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training molecules too, each time the "
+                      "first of the n_train, on blocks of the same kernel")
     network = parser.add_argument_group("kernel")
-    network.add_argument("--kernel", default="gcn", choices=PARTS)
+    network.add_argument("--kernel", default="gcn", choices=PARTS, help="sum: of the other two, each with mean diagonal 1")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
-                         help="both: two runs on one pass over the kernel")
-    network.add_argument("--depth", default="3", help="rounds of gcn, hidden layers on fingerprints. This and the next "
-                         "two take several values with commas: the best is chosen as the ridge is")
+                         help="both: two runs, with both kernels computed in one pass")
+    network.add_argument("--depth", default="3", help="rounds of gcn, or hidden layers on fingerprints. This flag and the "
+                         "next two take several values, separated by commas: the best is chosen in the same way as the ridge")
     experiment.network_flags(network, images_or_sequences=False)
-    network.add_argument("--pool", default="sum", choices=["sum", "mean"], help="of gcn, over atoms")
-    network.add_argument("--jump", action="store_true", help="pool the atoms after every round, and add up")
+    network.add_argument("--pool", default="sum", choices=["sum", "mean"], help="how gcn pools the atoms")
+    network.add_argument("--jump", action="store_true", help="pool the atoms after every round and add up the rounds")
     network.add_argument("--weights", default="normal", choices=["normal", "sum", "order"],
-                         help="A of gcn: D^-1/2 (A + I) D^-1/2, A + I, or the first with the orders of bonds")
-    network.add_argument("--fingerprints", default="morgan", metavar="NAME,...", help="what is counted: "
-                         f"{', '.join(smiles.FINGERPRINTS)}, or several; see smiles.fingerprints")
-    network.add_argument("--tile", type=int, help="side of a tile of K; None: that of the store, or from kernel and "
-                         "n_train")
-    network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there, also with a "
-                         "larger n_train; None: in memory")
+                         help="adjacency of gcn: D^-1/2 (A + I) D^-1/2, A + I, or the first with bond orders in A")
+    network.add_argument("--fingerprints", default="morgan", metavar="NAME,...", help="patterns to count: "
+                         f"{', '.join(smiles.FINGERPRINTS)}, or several, separated by commas; see smiles.fingerprints")
+    network.add_argument("--tile", type=int, help="side of a tile of K, in rows; None: the store's, or chosen from kernel "
+                         "and n_train")
+    network.add_argument("--store", metavar="DIR", help="keep tiles in this folder and continue from the tiles there, also "
+                         "with a larger n_train; None: tiles stay in memory")
     solver = parser.add_argument_group("solver")
-    solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
-                        "commas, or auto (10 down to 1e-6): chosen by the score, or by squared error for numbers")
+    solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): one number; or several, separated by "
+                        "commas, or auto (10 down to 1e-6): the best is chosen")
     experiment.select_flag(solver, "validation; loo and gcv need a label of every task for every training molecule, and "
-                        "gcv numbers to predict")
-    solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
-    solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
+                        "gcv needs numbers as targets")
+    solver.add_argument("--tol", type=float, default=1e-6, help="stop when every column has |y - A x| <= tol |y|")
+    solver.add_argument("--rank", type=int, help="rank of the preconditioner; None: chosen by a cost model")
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="of random splits, of the order of training rows, of pivots")
-    run.add_argument("--devices", type=int, help="devices to use; None is every GPU, or else every core")
-    run.add_argument("--out", default="runs", metavar="DIR", help="runs.jsonl in it gets a line")
-    run.add_argument("--quiet", action="store_true", help="print the result line only")
+    run.add_argument("--seed", type=int, default=0, help="seed of random splits, of the order of training rows, of pivots")
+    run.add_argument("--devices", type=int, help="number of devices to use; None: every GPU, or else every core")
+    run.add_argument("--out", default="runs", metavar="DIR", help="append a line to runs.jsonl in this folder")
+    run.add_argument("--quiet", action="store_true", help="print only the result line")
     return parser
 
 
 def parse(argv):
-    """The flags, checked against each other; ridge, sizes and those of the network as lists of numbers."""
+    """The flags, checked against each other; ridge, sizes and the flags of the network are lists."""
     parser = flags()
     args = parser.parse_args(argv)
     experiment.check(parser, args, "depth", "tile", "rank", "devices")
     args.fingerprints = args.fingerprints.split(",")
     if len(set(args.fingerprints) & set(smiles.FINGERPRINTS)) < len(args.fingerprints):
         parser.error(f"--fingerprints {','.join(args.fingerprints)}: expected {', '.join(smiles.FINGERPRINTS)}, "
-                     "or several of these with commas between")
+                     "or several of these, separated by commas")
     if args.select == "gcv" and smiles.DATASETS[args.dataset] != "rmse":
-        parser.error(f"--select gcv with --dataset {args.dataset}: it estimates a squared error and cannot compare by "
+        parser.error(f"--select gcv with --dataset {args.dataset}: GCV estimates a squared error and cannot compare by "
                      f"{smiles.DATASETS[args.dataset]}; use --select loo or validation")
     if args.store == "none":
-        parser.error("--store none: not here; give a folder, or leave it out to keep tiles in memory")
-    of_gcn = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} has no graphs"
+        parser.error("--store none is not available for molecules; give a folder, or leave it out to keep tiles in memory")
+    no_graphs = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} uses no graphs"
     idle = {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit",
-            "pool": of_gcn, "jump": of_gcn, "weights": of_gcn,
-            "fingerprints": args.kernel == "gcn" and "--kernel gcn has none"}
+            "pool": no_graphs, "jump": no_graphs, "weights": no_graphs,
+            "fingerprints": args.kernel == "gcn" and "--kernel gcn uses none"}
     for flag in experiment.given(parser, argv):
         if idle.get(flag):
             parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
@@ -119,8 +120,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
-    kind, with --sizes by size."""
+    """Run one experiment. Returns the line written to runs.jsonl, as a dict; with --sizes {size: line}, with --kind both
+    {kind: line or {size: line}}."""
     args = parse(argv)
     experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
@@ -136,8 +137,8 @@ def main(argv=None):
         if selected(args) != "validation":
             del where["val"]
             if np.isnan(y[where["train"]]).any():
-                raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has a "
-                                 "matrix of its own, of its labelled rows; use --select validation")
+                raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has its own "
+                                 "matrix, of the rows with its label; use --select validation")
         for n in args.sizes:
             check_labels(args, rows.tasks, where, y, n)
         inputs = {part: smiles.graphs(mols, args.weights, args.quiet) if part == "gcn" else
@@ -147,29 +148,30 @@ def main(argv=None):
     with regression.phase("choose", seconds):
         networks = chosen(args, kinds[0], inputs, where, y)
     results = {kind: {} for kind in kinds}
-    for one, compared in networks:
-        spent, most = dict(seconds), max(compared)
+    for chosen_args, compared in networks:
+        spent, largest = dict(seconds), max(compared)
         with regression.phase("kernel", spent):
-            matrices = kernels(one, kinds, inputs, {**where, "train": where["train"][:most]})
+            matrices = kernels(chosen_args, kinds, inputs, {**where, "train": where["train"][:largest]})
         for kind, of_parts in zip(kinds, matrices):
             for n in compared:
-                blocks = dict(zip(where, summed(of_parts, n)))
-                result = {**one_size(one, blocks, labels(args, where, y, n)), "compared": compared[n],
+                blocks = dict(zip(where, sum_of_parts(of_parts, n)))
+                result = {**one_size(chosen_args, blocks, labels(args, where, y, n)), "compared": compared[n],
                           "entries": sum(block.entries for block in blocks.values())}
-                result["entries_computed"] = sum(K.entries - K.found for of in of_parts for K in of) if n == most else 0
+                result["entries_computed"] = sum(K.entries - K.found for part in of_parts for K in part) * (n == largest)
                 result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
-                experiment.record(args.out, config(one, kind, n), result, run, describe)
+                experiment.record(args.out, config(chosen_args, kind, n), result, run, describe)
                 results[kind][n] = result
-        del matrices, of_parts, blocks  # before those of the next network
+        del matrices, of_parts, blocks  # free this memory before the next network
     if args.dataset == "nci" and not args.quiet:
-        print("Here a network learns a formula. For something measured: --dataset esol --data DIR; --help says what "
-              "DIR must hold")
-    results = {kind: {n: of[n] for n in args.sizes} if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
+        print("The target here is a computed quantity (Crippen log P). For measured data: --dataset esol --data DIR; --help "
+              "lists the files that DIR must hold")
+    results = {kind: {n: by_size[n] for n in args.sizes} if len(by_size) > 1 else by_size[args.n_train]
+               for kind, by_size in results.items()}
     return results if args.kind == "both" else results[args.kind]
 
 
 def derive(args, parts):
-    """Fill in what was not asked for; refuse more rows than there are."""
+    """Fill in n_train, n_test, sizes and tile if they were not given.  ValueError: more rows than the data set has."""
     have = len(parts[0])
     if not all(1 <= n <= have for n in [args.n_train or have, *args.sizes]):
         raise ValueError(f"n_train={args.n_train}, sizes={args.sizes}: {args.dataset} has 1 to {have} molecules to "
@@ -187,127 +189,127 @@ def derive(args, parts):
 
 
 def selected(args):
-    """The criterion: unless asked for another, validation, for the validation rows are there and are not fitted."""
+    """The criterion: --select, or validation, because every split has validation rows and they are not fitted."""
     return args.select or "validation"
 
 
-def by(args):
-    """What is compared, as `choose.best` takes it: the squared error where numbers are predicted, else the score."""
+def compared_by(args):
+    """The argument `by` of `choose.best`: "mse" if the targets are numbers, else "score"."""
     return "mse" if smiles.DATASETS[args.dataset] == "rmse" else "score"
 
 
-def taught(args, y):
-    """Which tasks have in y (rows, tasks) two classes, or where numbers are predicted one label: (tasks,) bool."""
+def learnable(args, y):
+    """(tasks,) bool: which tasks have in y (rows, tasks) two classes, or one label if the targets are numbers."""
     least = 1 if smiles.DATASETS[args.dataset] == "rmse" else 2
-    return np.array([len(np.unique(of[~np.isnan(of)])) >= least for of in y.T])
+    return np.array([len(np.unique(column[~np.isnan(column)])) >= least for column in y.T])
 
 
 def labels(args, where, y, n):
-    """{name: (rows, tasks)} of the first n training rows and of the others, for the tasks that those n teach."""
-    found = {name: y[numbers[:n] if name == "train" else numbers] for name, numbers in where.items()}
-    tasks = taught(args, found["train"])
-    return {name: of[:, tasks] for name, of in found.items()}
+    """{name: (rows, tasks)}: labels of the first n training rows and of the other rows, for tasks learnable from those n."""
+    rows = {name: y[numbers[:n] if name == "train" else numbers] for name, numbers in where.items()}
+    tasks = learnable(args, rows["train"])
+    return {name: part[:, tasks] for name, part in rows.items()}
 
 
 def check_labels(args, tasks, where, y, n):
-    """Says which tasks n training rows cannot teach.  ValueError: they teach none; or other rows cannot measure any of
-    them, or cannot choose by them where there is something to choose."""
-    score, found = smiles.DATASETS[args.dataset], taught(args, y[where["train"][:n]])
-    short = "no number" if score == "rmse" else "labels of one class only"
-    choose_by = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
-    if not found.any():
-        raise ValueError(f"n_train={n}: the first {n} training molecules of {args.dataset} have {short} of "
-                         f"{', '.join(tasks[:5])}: they teach nothing, and {score} is not defined; raise --n_train, or take "
-                         "another --seed")
-    for name, cure in (("val", "use --select loo, "), ("test", "take ")):
+    """Prints which tasks cannot be learned from n training rows.  ValueError: none can; or the test rows have a score for
+    none of them; or the validation rows have none although there is something to choose."""
+    score, usable = smiles.DATASETS[args.dataset], learnable(args, y[where["train"][:n]])
+    short = "no number" if score == "rmse" else "only one class"
+    choosing = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
+    if not usable.any():
+        raise ValueError(f"n_train={n}: the first {n} training molecules of {args.dataset} have {short} for "
+                         f"{', '.join(tasks[:5])}, so nothing can be learned and {score} is not defined; raise --n_train or "
+                         "use another --seed")
+    for name, cure in (("val", "use --select loo, "), ("test", "use ")):
         rows = where.get(name)
-        if rows is not None and (not len(rows) or (name == "test" or choose_by) and not (found & taught(args, y[rows])).any()):
+        if rows is not None and (not len(rows) or (name == "test" or choosing)
+                                 and not (usable & learnable(args, y[rows])).any()):
             raise ValueError(f"split {args.split!r}: the {len(rows)} {name} molecules of {args.dataset} have "
-                             f"{short if len(rows) else 'no label'} of what {n} training molecules teach, so that {score} is "
-                             f"not defined; {cure}{'one --ridge, ' * (name == 'val' and len(rows) > 0)}another --split or "
-                             "another --seed")
-    left = [task for task, there in zip(tasks, found) if not there]
-    if left:
-        print(f"note: n_train={n}: {len(left)} of {len(tasks)} tasks have {short} among the training molecules, and are left "
-              f"out: {', '.join(left[:5])}" + " ..." * (len(left) > 5))
+                             f"{short if len(rows) else 'no label'} in each task that can be learned from {n} training "
+                             f"molecules, so {score} is not defined; {cure}"
+                             f"{'one --ridge, ' * (name == 'val' and len(rows) > 0)}another --split or another --seed")
+    left_out = [task for task, use in zip(tasks, usable) if not use]
+    if left_out:
+        print(f"note: n_train={n}: {len(left_out)} of {len(tasks)} tasks have {short} among the training molecules and are "
+              f"left out: {', '.join(left_out[:5])}" + " ..." * (len(left_out) > 5))
 
 
 def network(args, part, x):
-    """The engine of a part, and its layers."""
+    """The engine of a part (gcn or fingerprint), and its layers."""
     if part == "gcn":
-        return graphs.kernel_fn, gcn(x.degree, args.depth, pool=args.pool, jump=args.jump, w_std=args.w_std,
-                                            b_std=args.b_std)
+        return graphs.kernel_fn, gcn(x.degree, args.depth, pool=args.pool, jump=args.jump, w_std=args.w_std, b_std=args.b_std)
     return vector_kernel, kernel.network("fc", args.depth, args.w_std, args.b_std)
 
 
 def kernels(args, kinds, inputs, where):
-    """For every kind, for every part, [K, ...]: K of the training rows, then that of each other name's with these.
+    """For every kind and every part [K, K_val, K_test]: K of the training rows, then of the other rows with these.
 
-    inputs: {part: all rows}.   where: {name: numbers of its rows}, train first."""
+    inputs: {part: all rows}.   where: {name: numbers of its rows}, train first, then those of val and test that are used."""
     of_parts = []
     for part, x in inputs.items():
         engine, layers = network(args, part, x)
         rows = {f"{name}-{part}": x.take(of) if part == "gcn" else x[of] for name, of in where.items()}
-        about = [layer[:1] if layer[0] == "aggregate" else layer for layer in layers]  # its degree is that of the padding
+        known_by = [layer[:1] if layer[0] == "aggregate" else layer for layer in layers]  # without degree: only padding
         of_parts.append(experiment.matrices(
-            partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": about}, args.tile,
+            partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": known_by}, args.tile,
             devices=experiment.devices(args.devices), quiet=args.quiet))
     return list(zip(*of_parts))
 
 
-def summed(of_parts, n):
-    """[K, ...] for the first n training rows: the sum over parts, each divided by the mean diagonal of its K of these
-    rows; of one part as it is.  Tiles of the same keys, in memory."""
-    blocks = [[block.leading(n).merged() for block in of] for of in of_parts]
+def sum_of_parts(of_parts, n):
+    """[K, K_val, K_test] for the first n training rows: a single part as it is; of two parts the sum, each divided by the
+    mean diagonal of its K of these rows, in memory."""
+    blocks = [[block.leading(n).merged() for block in part] for part in of_parts]
     if len(blocks) == 1:
         return blocks[0]
-    scales = [np.float32(1 / of[0].diagonal().mean()) for of in blocks]
+    scales = [np.float32(1 / part[0].diagonal().mean()) for part in blocks]
     return [replace(same[0], tiles={key: sum(scale * block.tiles[key] for scale, block in zip(scales, same))
                                     for key in same[0].keys()}) for same in zip(*blocks)]
 
 
 def chosen(args, kind, inputs, where, y):
-    """[(args, {n: compared}), ...]: of the flags that were given several values the ones that each size chooses, as it
-    would alone; sizes that choose the same share a network.  compared: of `experiment.compare`."""
-    found, table = {}, cache(lambda setting: criteria(args, kind, inputs, where, y, dict(setting)))
+    """[(args with one value for each flag, {n: compared}), ...]: every size chooses the values of the flags as a run of
+    this size alone would; sizes that choose the same values share a network.  compared: from `experiment.compare`."""
+    networks, table = {}, cache(lambda setting: criteria(args, kind, inputs, where, y, dict(setting)))
     for n in args.sizes:
-        one = argparse.Namespace(**vars(args))
+        best = argparse.Namespace(**vars(args))
         if len(args.sizes) > 1 and len(experiment.settings(args)) > 1 and not args.quiet:
             print(f"n_train={n}:")
-        compared = experiment.compare(one, lambda setting: table(tuple(setting.items()))[n], by(args))
-        name = " ".join(f"{flag}={getattr(one, flag)}" for flag in experiment.SETTINGS if hasattr(one, flag))
-        found.setdefault(name, (one, {}))[1][n] = compared
-    if len(found) > 1 and args.store:
-        raise ValueError(f"--store {args.store}: it holds one network, and --sizes {args.sizes} choose {len(found)}: "
-                         f"{'; '.join(f'{list(sizes)} {name}' for name, (_, sizes) in found.items())}; give one value of each "
-                         "flag, or every size a run and a store of its own")
-    return list(found.values())
+        compared = experiment.compare(best, lambda setting: table(tuple(setting.items()))[n], compared_by(args))
+        name = " ".join(f"{flag}={getattr(best, flag)}" for flag in experiment.SETTINGS if hasattr(best, flag))
+        networks.setdefault(name, (best, {}))[1][n] = compared
+    if len(networks) > 1 and args.store:
+        raise ValueError(f"--store {args.store} holds one network, but --sizes {args.sizes} choose {len(networks)}: "
+                         f"{'; '.join(f'{list(sizes)} {name}' for name, (_, sizes) in networks.items())}; give each flag one "
+                         "value, or run each size alone with its own store")
+    return list(networks.values())
 
 
 def criteria(args, kind, inputs, where, y, setting):
-    """{n: [choose.Row, ...]} of one setting of the flags that were given several values, for a kind: for every size on its
-    first choose.DENSE training molecules, at most."""
+    """{n: [choose.Row, ...]}: a row for each ridge, for one setting of the flags and one kind. Every size is compared on its
+    first training molecules, at most choose.DENSE."""
     few = {n: min(n, choose.DENSE) for n in args.sizes}
-    one = argparse.Namespace(**{**vars(args), **setting, "store": None})
+    tried = argparse.Namespace(**{**vars(args), **setting, "store": None})
     where = {name: rows[:max(few.values())] if name == "train" else rows for name, rows in where.items() if name != "test"}
-    matrices, found = kernels(one, (kind,), inputs, where)[0], {}
+    matrices, table = kernels(tried, (kind,), inputs, where)[0], {}
     for n, m in few.items():
-        K, targets, _, options = problem(one, dict(zip(where, summed(matrices, m))), labels(args, where, y, m))
-        found[n] = regression.search(K, targets, args.ridge, **{**options, "quiet": True})
-    return found
+        K, targets, _, options = problem(tried, dict(zip(where, sum_of_parts(matrices, m))), labels(args, where, y, m))
+        table[n] = regression.search(K, targets, args.ridge, **{**options, "quiet": True})
+    return table
 
 
 def problem(args, blocks, y):
-    """K, targets (n, tasks), their mean (tasks,), and how ridges are compared, as options of `regression.fit`.
+    """K, targets (n, tasks) minus their mean (tasks,), that mean, and options of `regression.fit`: how ridges are compared.
 
-    blocks: {"train": K (n, n), "val": K_val (rows, n)}, the latter where the criterion is validation.
-    y: {"train": ..., "val": ...}, (rows, tasks), NaN where there is no label.
+    blocks: {"train": K (n, n), "val": K_val (rows, n)}, the latter if the criterion is validation.
+    y: {"train": ..., "val": ...}, (rows, tasks), NaN where a label is missing.
     """
-    masks, K = {name: ~np.isnan(of) for name, of in y.items()}, blocks["train"]
+    masks, K = {name: ~np.isnan(part) for name, part in y.items()}, blocks["train"]
     mean = np.where(masks["train"], y["train"], 0).sum(axis=0) / np.maximum(masks["train"].sum(axis=0), 1)
-    targets = {name: np.where(masks[name], of - mean, 0) for name, of in y.items()}
+    targets = {name: np.where(masks[name], part - mean, 0) for name, part in y.items()}
     measure = SCORES[smiles.DATASETS[args.dataset]]
-    options = {"select": selected(args), "by": by(args), "rank": args.rank, "seed": args.seed, "quiet": args.quiet,
+    options = {"select": selected(args), "by": compared_by(args), "rank": args.rank, "seed": args.seed, "quiet": args.quiet,
                "score": lambda f, rows: measure(f + mean, y["val"] if rows is None else y["train"][rows])}
     if "val" in blocks:
         K_val = blocks["val"] if masks["val"].all() else missing.Labelled(blocks["val"], masks["val"])
@@ -319,8 +321,8 @@ def problem(args, blocks, y):
 
 
 def one_size(args, blocks, y):
-    """Choose the ridge, solve, predict, for one size: what came of it, as a dict.  blocks, y: as of `problem`, with
-    "test" in them too."""
+    """Choose the ridge, solve and predict for one size; returns the result as a dict.  blocks, y: as for `problem`, and
+    "test" in both."""
     K, targets, mean, options = problem(args, blocks, y)
     _, f, result, _ = regression.fit(K, blocks["test"], targets, args.ridge, tol=args.tol, **options)
     score = smiles.DATASETS[args.dataset]
@@ -329,19 +331,19 @@ def one_size(args, blocks, y):
 
 
 def rmse(f, y):
-    """Root mean squared error over the labels, mean over tasks."""
+    """Root mean squared error over the labels of a task, mean over tasks."""
     return float(np.mean(np.sqrt(np.nanmean((f - y) ** 2, axis=0))))
 
 
 def per_task(measure):
-    """The mean over tasks of measure(labels, f) on the labelled rows; tasks without both classes there do not
-    count, as OGB has it."""
+    """The mean over tasks of measure(labels, predictions) on the labelled rows; tasks without both classes are left out,
+    as in OGB's evaluator."""
     def mean(f, y):
         known = [(f[rows, t], y[rows, t]) for t, rows in enumerate(~np.isnan(y).T)]
-        found = [measure(labels, one) for one, labels in known if len(set(labels)) > 1]
-        if not found:
-            raise ValueError(f"no task has labels of both classes among {len(y)} rows: nothing to measure; take more")
-        return float(np.mean(found))
+        scores = [measure(labels, predictions) for predictions, labels in known if len(set(labels)) > 1]
+        if not scores:
+            raise ValueError(f"no task has labels of both classes among {len(y)} rows, so there is no score; use more rows")
+        return float(np.mean(scores))
     return mean
 
 
@@ -349,7 +351,7 @@ SCORES = {"rmse": rmse, "auc": per_task(roc_auc_score), "ap": per_task(average_p
 
 
 def config(args, kind, n):
-    """What decides the result of this run; whiten is what results/ calls the encoding."""
+    """The settings that decide the result; results/ reads the encoding under the name `whiten`."""
     encoding = [args.split]
     if args.kernel != "fingerprint":
         encoding += [args.weights, args.pool] + ["jump"] * args.jump

@@ -1,8 +1,8 @@
 """Kernel regression on protein sequences. In reading order:
 
-  layers.py      layers of sequences, added to kernel.py's language
+  layers.py      layers for sequences, added to those of kernel.py
   sequences.py   files to checked sequences; encodings of residues, functions of the target
   train.py       the experiment: python -m proteins.train
 
-Nothing else needs this folder.
+No other folder needs this one.
 """

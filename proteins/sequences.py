@@ -1,28 +1,28 @@
-"""Files -> checked protein sequences: FLIP's GB1 benchmark, its full landscape, and one made here.
+"""Files -> checked protein sequences: FLIP's GB1 benchmark, the full GB1 landscape, and an artificial landscape.
 
-  one_vs_rest, two_vs_rest, three_vs_rest, low_vs_high, sampled     FLIP (Dallago et al. 2021): 8,733 variants of
-             GB1, 4 of 265 residues vary; train, validation (rows of train) and test as FLIP's files say
-  landscape  every variant that Wu et al. 2016 measured, 149,361: a random fifth is test, always the same one; the
-             others in an order drawn by `seed`, so that a smaller training set is the first rows of a larger one
-  made       1,296 sequences of 4 residues out of 6, known exactly, no file: target = sum over positions of a table
-             of main effects, plus sum over neighbours of a product of two such tables, every table of mean 0. The
-             two sums are then uncorrelated: of the target's variance the share `MADE_LINEAR` is the most that a model
-             without interactions can explain.
+  one_vs_rest, two_vs_rest, three_vs_rest, low_vs_high, sampled     FLIP (Dallago et al. 2021): 8,733 variants of GB1, in
+             which 4 of 265 residues vary; training, validation (some of the training rows) and test as in FLIP's files
+  landscape  all 149,361 variants that Wu et al. 2016 measured: a random fifth is for testing, the same for every seed; the
+             others are in an order drawn by `seed`, so that a smaller training set is the first rows of a larger one
+  made       1,296 sequences, all words of 4 residues out of 6; needs no file. The target is a sum over positions of a
+             table of main effects, plus a sum over neighbouring positions of a product of two such tables. Every table has
+             mean 0, so the two sums are uncorrelated, and a model without interactions can explain at most the share
+             MADE_LINEAR of the target's variance.
 
-Rows come in the order fitted, held out (validation), test. An encoding puts numbers to residues, (n, length, 20):
+Rows are in the order fitted, held out (validation), test. An encoding turns residues into numbers, (n, length, 20):
 
-  onehot     one channel is 1: two residues are alike or they are not
-  blosum     <x_a, x_b> of residues a and b is the cosine that the positive part of BLOSUM62 (Henikoff & Henikoff
-             1992) gives them: how readily evolution puts one for the other
+  onehot     one channel is 1: two residues are equal or different
+  blosum     the inner product of two residues is their cosine in the positive part of BLOSUM62 (Henikoff & Henikoff 1992),
+             which says how readily evolution replaces one by the other
   centred    onehot minus its mean over the training rows, at each position
 
-Only positions that vary among the training rows count: 261 equal residues of 265 would push every cosine above 0.98. If the
-training sequences have several lengths, every position counts, and shorter sequences end in zeros, which are masked.
-An encoding is fitted on training rows alone, and encodes a new row without looking at the others.
+Only positions that vary among the training rows are encoded: with 261 equal residues of 265, every cosine would be above
+0.98. If the training sequences have several lengths, every position is encoded, and shorter sequences end in zeros, which
+are masked. An encoding is fitted on training rows alone and encodes every new row by itself.
 
-A regression on targets y may be one on a monotone function of them, of mean 0 and variance 1 on the training rows:
+The regression is on a function of the target y that keeps its order, with mean 0 and variance 1 on the training rows:
 
-  raw   y      log   log(y - min y + sd(y) / 100), effects that multiply      rank   normal scores of y's ranks
+  raw   y      log   log(y - min y + sd(y) / 100), for multiplicative effects      rank   normal scores of the ranks of y
 
     split = sequences.load("two_vs_rest", "protein")
     x = sequences.fit(split.sequences[:split.n_train], "onehot")(split.sequences)
@@ -47,10 +47,10 @@ FLIP = ("one_vs_rest", "two_vs_rest", "three_vs_rest", "low_vs_high", "sampled")
 SPLITS = ("made", *FLIP, "landscape")
 ENCODINGS = ("onehot", "blosum", "centred")
 TARGETS = ("raw", "log", "rank")
-FILES = {  # the archive, which FLIP itself has without the first two words of the name, and the table in it
+FILES = {  # the archive (FLIP's own name for it lacks the prefix flip_gb1_), and the table in it
     **{split: ("flip_gb1_splits.zip", f"splits/{split}.csv") for split in FLIP},
     "landscape": ("flip_gb1_four_mutations_full_data.csv.zip", "four_mutations_full_data.csv")}
-SHA256 = {  # of the tables that README's figures were made from
+SHA256 = {  # checksums of the tables from which the results were computed
     "one_vs_rest": "e901db7f88f5851f6d5177ca78d8ba9c7b01b4712cd553cb309f29a34f569d02",
     "two_vs_rest": "b368e4564e10e33735f897c9b63f1be7030082e565c6d4e1368d6f1641a310de",
     "three_vs_rest": "b8aa60cc061013a5c2e6f4070593c82976b1d9e5c9058a66ad57c6e9c3cec023",
@@ -74,20 +74,20 @@ BLOSUM62_ROWS = """
 
 class Split(NamedTuple):
     """Rows in the order fitted, held out, test."""
-    sequences: list  # of str, n_train + n_test
-    targets: np.ndarray  # float64, as many
-    n_fit: int  # of the n_train: the others are the validation rows
-    n_train: int
+    sequences: list  # (n_train + n_test) str
+    targets: np.ndarray  # (n_train + n_test,) float64
+    n_fit: int  # rows fitted while something is chosen; the other n_train - n_fit are the validation rows
+    n_train: int  # training rows, validation rows included
 
 
 def load(name, folder=None, seed=0, quiet=True):
     """The Split named above.
 
-    folder: holds the archives of FILES, or their tables (in `splits` or beside).   seed: of `landscape`, `made`.
-    quiet: do not compare the file with that of SHA256, nor count the test rows that are training rows too.
-    Rows whose sequence has other letters than RESIDUES are left out, and counted in one line.
-    Raises ValueError: unknown name; a file that is not text; a column that is not there, or twice; with its line, a target,
-    set or validation that is none; no row to fit or to test; targets all the same.   FileNotFoundError.
+    folder: holds the archives of FILES, or their tables, in `splits` or directly.   seed: for `landscape` and `made`.
+    quiet: do not compare the file with SHA256, and do not count test rows that are training rows too.
+    Rows whose sequence has letters other than RESIDUES are left out; a line says how many.
+    Raises ValueError: unknown name; a file that is not text; a column that is missing or occurs twice; a target, set or
+    validation with no meaning (the message names its line); no row to fit or to test; equal targets.   FileNotFoundError.
     """
     if name not in SPLITS:
         raise ValueError(f"split {name!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -95,7 +95,7 @@ def load(name, folder=None, seed=0, quiet=True):
         return _shuffled(*_made(), seed)
     if folder is None:
         raise ValueError(f"split {name} needs --data FOLDER, the folder that holds {FILES[name][0]} "
-                         f"(fetch it from {SOURCE}); --split made needs none")
+                         f"(download it from {SOURCE}); --split made needs no file")
     what = f"{FILES[name][1]} in {folder}"
     if name == "landscape":
         split = _shuffled(*_columns(name, folder, quiet, "Fitness"), seed)
@@ -107,7 +107,7 @@ def load(name, folder=None, seed=0, quiet=True):
     fit, test = split.n_fit, split.sequences[split.n_train:]
     if not fit or not test:
         raise ValueError(f"{what} has {fit} rows to fit, {split.n_train - fit} to validate and {len(test)} to test; expected "
-                         "some to fit and some to test")
+                         "at least one to fit and one to test")
     train = set(split.sequences[:split.n_train])
     both = [sequence for sequence in test if sequence in train]
     if both and not quiet:
@@ -116,7 +116,8 @@ def load(name, folder=None, seed=0, quiet=True):
 
 
 def _shuffled(sequences, targets, seed):
-    """A fifth to test, the same for every seed; of the others, in an order by `seed`, the last fifth held out."""
+    """The Split of these rows: a fifth for testing, the same for every seed; the others in an order drawn by `seed`, with
+    the last fifth of them held out."""
     order = np.random.default_rng(0).permutation(len(targets))
     test, train = np.split(order, [len(order) // 5])
     order = np.concatenate([train[np.random.default_rng(seed).permutation(len(train))], test])
@@ -124,7 +125,7 @@ def _shuffled(sequences, targets, seed):
 
 
 def _made(letters=6, length=4):
-    """Every sequence of 4 letters, and its target, of variance 1."""
+    """All sequences of `length` residues, and their targets, of variance 1."""
     rng = np.random.default_rng(0)
     tables = rng.normal(size=(3, length, letters))
     tables -= tables.mean(axis=2, keepdims=True)
@@ -137,11 +138,11 @@ def _made(letters=6, length=4):
 
 
 def _columns(name, folder, quiet, target, *others):
-    """sequences (list), targets float64 and the other columns of a table, checked line by line.
+    """sequences (list), targets (n,) float64 and the other columns of a table, checked line by line.
 
-    Letters are taken as upper case. Rows whose sequence has other letters than RESIDUES, or none, are left out and counted.
+    Lower case is read as upper case. Rows whose sequence has no letter or letters other than RESIDUES are left out.
     """
-    sequences, columns, odd = [], [], Counter()
+    sequences, columns, odd = [], [], Counter()  # odd: how often each other letter occurs, in rows; "" for no letter
     content, path = _table(name, folder)
     if not quiet:
         data.compare(content, SHA256[name], path)
@@ -149,7 +150,7 @@ def _columns(name, folder, quiet, target, *others):
     places = tables.columns(path, names, ("sequence", target, *others))
     for line, fields in lines:
         sequence, value, *words = (fields[place].strip() for place in places)
-        sequence = sequence.upper() if sequence.isascii() else sequence  # upper() makes two letters S of some others
+        sequence = sequence.upper() if sequence.isascii() else sequence  # upper() turns some other letters into two letters S
         unknown = set(sequence) - set(RESIDUES)
         if unknown or not sequence:
             odd.update(unknown or {""})
@@ -159,16 +160,16 @@ def _columns(name, folder, quiet, target, *others):
                         *(_word(word, other, path, line) for word, other in zip(words, others))])
     left = len(lines) - len(sequences)
     if left:
-        found = ", ".join(f"{repr(letter) if letter else 'no letter'} in {count}" for letter, count in odd.most_common(20))
-        left_out = f"{path}: {left} of {len(lines)} rows left out, whose sequence is not of {RESIDUES}: {found}"
+        counts = ", ".join(f"{repr(letter) if letter else 'no letter'} in {count}" for letter, count in odd.most_common(20))
+        left_out = f"{path}: {left} of {len(lines)} rows are left out; expected only the letters {RESIDUES}: {counts}"
         if not sequences:
-            raise ValueError(f"{left_out}; no row is left. Correct the column sequence")
+            raise ValueError(f"{left_out}; no row remains. Correct the column sequence")
         print(left_out)
     if not sequences:
         raise ValueError(f"{path} has no row below its header")
     targets, *rest = map(np.array, zip(*columns))
     if np.ptp(targets) == 0:
-        raise ValueError(f"{path}, lines 2 to {lines[-1][0]}: every {target} is {targets[0]:g}; there is nothing to learn")
+        raise ValueError(f"{path}, lines 2 to {lines[-1][0]}: every {target} is {targets[0]:g}, so there is nothing to learn")
     return sequences, targets, *rest
 
 
@@ -179,20 +180,20 @@ def _number(text, column, path, line):
         value = np.nan
     if not np.isfinite(value):
         raise ValueError(f"{path}, line {line}: {column} {text!r}; expected a finite number"
-                         + (", with a decimal point" if "," in text else "") + ". Correct the line or take it out")
+                         + (", with a decimal point" if "," in text else "") + ". Correct the line or remove it")
     return value
 
 
 def _word(text, column, path, line):
-    """What a word in the column set or validation means, of WORDS."""
-    word, expected = text.lower(), "train or test" if column == "set" else "True, yes, 1 or False, no, 0, nothing"
+    """The meaning of a word in the column set or validation, from WORDS."""
+    word, expected = text.lower(), "train or test" if column == "set" else "True, yes, 1; or False, no, 0 or an empty cell"
     if word not in WORDS[column]:
-        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected {expected}. Correct the line or take it out")
+        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected {expected}. Correct the line or remove it")
     return WORDS[column][word]
 
 
 def _table(name, folder):
-    """The csv file of a split, as bytes, and what to call it; from the folder or an archive in it."""
+    """The bytes of the csv file of a split, from the folder or from an archive in it, and its name for messages."""
     archive, member = FILES[name]
     for path in (os.path.join(folder, member), os.path.join(folder, os.path.basename(member))):
         if os.path.exists(path):
@@ -201,8 +202,8 @@ def _table(name, folder):
     path, own = os.path.join(folder, archive), os.path.join(folder, archive.removeprefix("flip_gb1_"))
     path = own if os.path.exists(own) else path
     if not os.path.exists(path):
-        raise FileNotFoundError(f"none of {path}, {own} and {os.path.join(folder, member)} is there; fetch it from "
-                                f"{SOURCE}, and give --data the folder that holds it")
+        raise FileNotFoundError(f"found none of {path}, {own} and {os.path.join(folder, member)}; download one of them from "
+                                f"{SOURCE} and give --data the folder that holds it")
     try:
         with zipfile.ZipFile(path) as file:
             return file.read(member), f"{member} in {path}"
@@ -211,11 +212,11 @@ def _table(name, folder):
 
 
 class Encoding(NamedTuple):
-    """Call it on a list of sequences: (n, positions, 20) float32; shorter sequences end in zeros.
+    """A fitted encoding. Called on a list of n sequences it returns (n, p, 20) float32; shorter sequences end in zeros.
 
-    length: residues of a sequence; None where the training rows have several lengths.
-    positions: (p,), those that vary; None for all.   mean: (p, 20), taken off; None for none.
-    longest: residues of the longest training row, or of a longer row that is to come: so many positions are made.
+    length: residues in every sequence; None if the training rows have several lengths.
+    positions: (p,), the positions that vary; None: all.   mean: (p, 20), subtracted; None: nothing is.
+    longest: if lengths vary, the number of positions p: residues in the longest training row, or in a longer row to come.
     """
     name: str
     length: int | None
@@ -224,16 +225,16 @@ class Encoding(NamedTuple):
     longest: int
 
     def __call__(self, sequences):
-        """ValueError: a letter that is no residue; another length than all training rows have, or one above `longest`."""
+        """ValueError: a letter that is not a residue, or a length that the training rows do not allow."""
         known, least, most = set(RESIDUES), self.length or 1, self.length or self.longest
-        for i, one in enumerate(sequences, 1):
-            if known.issuperset(one) and least <= len(one) <= most:
+        for i, text in enumerate(sequences, 1):
+            if known.issuperset(text) and least <= len(text) <= most:
                 continue
-            what, other = f"sequence {i} of {len(sequences)}, {one[:30]!r}{'...' * (len(one) > 30)},", set(one) - known
+            what, other = f"sequence {i} of {len(sequences)}, {text[:30]!r}{'...' * (len(text) > 30)},", set(text) - known
             if other:
-                raise ValueError(f"{what} has the letter {min(other)!r}; expected {RESIDUES} only. Leave it out")
-            raise ValueError(f"{what} has {len(one)} residues; expected {'' if self.length else '1 to '}{most}, as the "
-                             "training rows have. Leave it out, or train on sequences of its length too")
+                raise ValueError(f"{what} has the letter {min(other)!r}; expected only {RESIDUES}. Leave it out")
+            raise ValueError(f"{what} has {len(text)} residues; expected {'' if self.length else '1 to '}{most}, as in the "
+                             "training rows. Leave it out, or train on sequences of its length too")
         codes = letters(sequences, most)
         codes = codes if self.positions is None else codes[:, self.positions]
         table = np.zeros((256, 20))
@@ -243,44 +244,44 @@ class Encoding(NamedTuple):
 
     @property
     def key(self):
-        """Its name and a digest of what was fitted: two of one key encode every sequence alike."""
-        fitted = [one.tolist() if isinstance(one, np.ndarray) else one for one in self]
+        """The name and a digest of what was fitted: encodings with the same key encode every sequence in the same way."""
+        fitted = [field.tolist() if isinstance(field, np.ndarray) else field for field in self]
         return f"{self.name}-{hashlib.blake2b(repr(fitted).encode(), digest_size=6).hexdigest()}"
 
 
 def letters(sequences, longest):
-    """The letters as bytes, (n, longest), spaces at the ends of shorter sequences."""
+    """The letters as bytes, (n, longest) uint8, with spaces at the end of shorter sequences."""
     return np.frombuffer("".join(s.ljust(longest) for s in sequences).encode(), np.uint8).reshape(-1, longest)
 
 
 def fit(sequences, name, longest=0):
     """The Encoding `name`, fitted on training sequences.
 
-    longest: residues of the longest sequence that is to come, where lengths vary; padding never changes the kernel.
-    Raises ValueError: unknown encoding; no sequence; no position varies; centred sequences of several lengths.
+    longest: if lengths vary, residues in the longest sequence to be encoded later; padding never changes the kernel.
+    Raises ValueError: unknown encoding; no sequences; no position varies; "centred" for sequences of several lengths.
     """
     if name not in ENCODINGS:
         raise ValueError(f"encoding {name!r} is unknown; choose one of {', '.join(ENCODINGS)}")
     if not sequences:
-        raise ValueError("an encoding is fitted on training sequences; got none")
+        raise ValueError("got no training sequences; an encoding is fitted on them")
     lengths = {len(sequence) for sequence in sequences}
     most = max(lengths)
     if len(lengths) > 1:
         if name == "centred":
-            raise ValueError(f"centred sequences of {min(lengths)} to {most} residues: positions of different lengths are "
-                             "not comparable; take onehot or blosum")
+            raise ValueError(f"encoding centred with sequences of {min(lengths)} to {most} residues: the same position means "
+                             "different things in them; use onehot or blosum")
         return Encoding(name, None, None, None, max(most, longest))
     codes = letters(sequences, most)
     positions = np.flatnonzero((codes != codes[:1]).any(axis=0))
     if not len(positions):
-        raise ValueError(f"all {len(sequences)} sequences are the same: no position varies")
+        raise ValueError(f"all {len(sequences)} training sequences are equal, so no position varies")
     encoding = Encoding(name, most, positions, None, most)
     return encoding if name != "centred" else encoding._replace(
         mean=encoding(sequences).mean(axis=0, dtype=np.float64).astype(np.float32))
 
 
 def blosum():
-    """(20, 20) V sqrt(max(S, 0)) of BLOSUM62 = V S V^T, rows scaled to length 1 as those of onehot are."""
+    """V sqrt(max(S, 0)) of BLOSUM62 = V S V^T, (20, 20), with each row scaled to norm 1, as in onehot."""
     B = np.zeros((20, 20))
     B[np.tril_indices(20)] = BLOSUM62_ROWS.split()
     S, V = np.linalg.eigh(B + np.tril(B, -1).T)
@@ -289,21 +290,21 @@ def blosum():
 
 
 def transform(name, y):
-    """(forward, inverse): the function of TARGETS fitted on y (n,), and the way back, both (m,) -> (m,).
+    """(forward, inverse): the function `name` of TARGETS fitted on y (n,), and its inverse, both (m,) -> (m,).
 
-    Beyond the range of y, `log` takes less than min y for min y, and `rank` is constant both ways.
-    Raises ValueError: unknown name; y all the same.
+    Outside the range of y, `log` replaces values below min y by min y, and `rank` is constant in both directions.
+    Raises ValueError: unknown name; all y are equal.
     """
     if name not in TARGETS:
         raise ValueError(f"target {name!r} is unknown; choose one of {', '.join(TARGETS)}")
     if np.ptp(y) == 0:
-        raise ValueError(f"the {len(y)} training targets are all {y[0]:g}: there is nothing to learn")
+        raise ValueError(f"the {len(y)} training targets are all {y[0]:g}, so there is nothing to learn")
     low, floor = y.min(), y.std() / 100
     values, where = np.unique(y, return_index=True)
     scores = norm.ppf((rankdata(y) - 0.5) / len(y))[where]
-    there, back = {
+    function, undo = {
         "raw": (lambda y: y, lambda z: z),
         "log": (lambda y: np.log(np.maximum(y - low, 0) + floor), lambda z: np.exp(z) - floor + low),
         "rank": (lambda y: np.interp(y, values, scores), lambda z: np.interp(z, scores, values))}[name]
-    mean, sd = there(y).mean(), there(y).std()
-    return lambda y: (there(y) - mean) / sd, lambda z: back(z * sd + mean)
+    mean, sd = function(y).mean(), function(y).std()
+    return lambda y: (function(y) - mean) / sd, lambda z: undo(z * sd + mean)

@@ -27,12 +27,12 @@ from results import report
 
 GB1 = os.path.join(HERE, "..", "shared", "data", "protein")
 PEPTIDES = ["M", "GIVEQCCTSICSLYQLENYCN", "NLYIQWLKDGGPSSGRPPPS"]  # one residue, insulin's A chain, Trp-cage
-needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 is not beside the project")
+needs_gb1 = pytest.mark.skipif(not os.path.exists(GB1), reason="FLIP's GB1 files are missing")
 
 # ----------------------------------------------------------------------------------------- kernel
 
 def encode(sequences, encoding, n_train):
-    """All sequences, by the encoding fitted on the first n_train, or on all."""
+    """All sequences encoded, with the encoding fitted on the first n_train, or on all if n_train is 0."""
     return seqs.fit(sequences[:n_train or None], encoding, max(map(len, sequences)))(sequences)
 
 
@@ -69,7 +69,7 @@ def recursion(layers, x, y):
 
 @every_sequence_network
 def test_kernel_of_sequences_is_neural_tangents(name):
-    """K of sequences of one length is neural_tangents', to 1e-10 in float64 and 1e-5 in float32."""
+    """K of sequences of one length equals neural_tangents' to 1e-10 in float64 and 1e-5 in float32."""
     x1, x2 = np.random.default_rng(0).normal(size=(2, 3, 6, 4))
     options = {"depth": 1, "w_std": 1.3, "b_std": 0.4}
     fn = kernel.kernel_fn(name, kernel.KINDS, **options)
@@ -81,8 +81,8 @@ def test_kernel_of_sequences_is_neural_tangents(name):
 @pytest.mark.parametrize("name, options", [("seq_cnn", {"depth": 1}), ("seq_cnn_gap", {"depth": 2, "b_std": 0.4})],
                          ids=str)
 def test_kernel_of_peptides_is_neural_tangents(name, options):
-    """Real sequences of different lengths, one residue among them, against neural_tangents' masks; its flatten
-    divides by the length of the array, ours by the geometric mean of theirs."""
+    """K of real sequences of different lengths, one of a single residue, equals neural_tangents' with masks, except that its
+    flatten divides by the length of the array and ours by the geometric mean of the two lengths."""
     x, lengths = encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
     means = x.shape[1] / np.sqrt(lengths[:, None] * lengths[None]) if name == "seq_cnn" else np.ones((1, 1))
     for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
@@ -96,8 +96,8 @@ def test_kernel_of_peptides_is_neural_tangents(name, options):
 @pytest.mark.parametrize("name, options", [(name, options) for name in sequence_layers.SEQUENCES for options in (
     {"depth": 1}, {"depth": 3, "w_std": 1.2, "b_std": 0.5})], ids=str)
 def test_kernel_of_sequences_in_plain_loops(name, options):
-    """Every pair of peptides is the recursion in loops over their own positions to 1e-10, so that padding changes
-    nothing, bias or not; and K is positive definite."""
+    """For every pair of peptides K equals the recursion in loops over their own positions to 1e-10, with and without bias,
+    so padding changes nothing; and K is positive definite."""
     x = encode(PEPTIDES, "blosum", 0).astype(np.float64)
     own, layers = [z[:len(s)] for z, s in zip(x, PEPTIDES)], kernel.network(name, **options)
     fn = kernel.kernel_fn(name, kernel.KINDS, **options)
@@ -111,8 +111,8 @@ def test_kernel_of_sequences_in_plain_loops(name, options):
 
 @pytest.mark.parametrize("name, tail", [("seq_fc", 0), ("seq_cnn", 0), ("seq_cnn_gap", 2)])
 def test_fused_sequences(name, tail, monkeypatch):
-    """Sequences of 1 to 21 residues with bias, several blocks of columns: kernel.py to 1e-5; also with a relu
-    after the ending, which reads k(x, x)."""
+    """fused.py equals kernel.py to 1e-5 on sequences of 1 to 21 residues, with bias and several blocks of columns, also
+    with a relu after the readout, which reads k(x, x)."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
     x = encode(PEPTIDES * 4, "blosum", 0)
     x[3:] *= np.random.default_rng(0).uniform(0.5, 1, size=x[3:].shape).astype(np.float32)
@@ -127,8 +127,8 @@ def test_fused_sequences(name, tail, monkeypatch):
 
 @pytest.mark.parametrize("name", ["seq_cnn", "seq_cnn_gap"])
 def test_fused_sequences_symmetry_and_blocks(name, monkeypatch):
-    """fused.py's fn(x) of sequences is symmetric to the last bit and fn(x, x) up to rounding, diagonal included, whatever the
-    block of columns and however many rows."""
+    """fused.py's fn(x) of sequences is symmetric to the last bit and equals fn(x, x) up to rounding, diagonal included, for
+    any block of columns and number of rows."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
     fn = fused.kernel_fn(name, "ntk")
     for n in (1, 19):
@@ -140,7 +140,7 @@ def test_fused_sequences_symmetry_and_blocks(name, monkeypatch):
 
 
 def test_fused_sequences_on_a_gpu(monkeypatch):
-    """gpu.py, run by Pallas' interpreter, on peptides: kernel.py to 1e-5 in float32 and 1e-12 in float64."""
+    """gpu.py, run by Pallas' interpreter, equals kernel.py on peptides to 1e-5 in float32 and 1e-12 in float64."""
     x, layers = encode(PEPTIDES, "blosum", 0).astype(float), kernel.network("seq_cnn", b_std=0.3, depth=2)
     exact, conv_relu = kernel.kernel_fn(layers, kernel.KINDS)(x, x[2:]), fused.conv_relu
 
@@ -160,16 +160,16 @@ def test_fused_sequences_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("call, words", [
     (lambda: kernel.kernel_fn([("conv1d", 1.0, 0.0), ("gap",)], "ntk")(np.ones((2, 5, 1, 3))),
-     r"sequences begins with \(\"mask\",\)"),
+     r"for sequences begins with \(\"mask\",\)"),
     (lambda: kernel.kernel_fn([("seq_gap",), ("dense", 1.0, 0.0)], "ntk")(np.ones((2, 5, 1, 3))), "sequences begins with"),
-    (lambda: kernel.kernel_fn([("mask",), ("pool",), ("gap",)], "ntk"), r"\('pool',\).*sequences is \(\"mask\",\), then"),
+    (lambda: kernel.kernel_fn([("mask",), ("pool",), ("gap",)], "ntk"), r"\('pool',\).*expected \(\"mask\",\), then"),
     (lambda: kernel.kernel_fn([("mask",), ("conv1d", 1.0, 0.0), ("gap",)], "ntk"),
-     r"\('gap',\).*\(\"seq_flatten\",\) or \(\"seq_gap\",\), and"),
-    (lambda: kernel.kernel_fn([("mask",), ("dense", 1.0, 0.0), ("seq_gap",)], "ntk"), r"sequences is \(\"mask\",\), then"),
+     r"\('gap',\).*\(\"seq_flatten\",\) or \(\"seq_gap\",\), then"),
+    (lambda: kernel.kernel_fn([("mask",), ("dense", 1.0, 0.0), ("seq_gap",)], "ntk"), r"expected \(\"mask\",\), then"),
     (lambda: kernel.kernel_fn("seq_cnn", "ntk")(np.ones((3, 9))), r"\(3, 9\).*sequences \(n, length, channels\)"),
 ])
 def test_kernel_of_sequences_errors(call, words):
-    """What does not fit is refused in one sentence: what was got, what was expected."""
+    """An argument that does not fit is refused with one line: what was got, what was expected."""
     with pytest.raises(ValueError, match=words) as error:
         call()
     assert "\n" not in str(error.value)
@@ -183,8 +183,8 @@ def protein(tmp_path, *flags):
 
 @needs_gb1
 def test_proteins_gb1(capsys):
-    """FLIP's files: rows fitted, held out and test as its README counts them, 4 of 265 residues vary, the wild
-    type has fitness 1; the landscape's test rows are the same for every seed, its training rows in another order."""
+    """FLIP's files give the numbers of rows in FLIP's README, 4 of 265 residues vary, and the wild type has fitness 1. The
+    landscape has the same test rows for every seed, and its training rows in another order."""
     for split, counts in zip(seqs.FLIP, ((25, 28), (381, 424), (2691, 2990), (4580, 5089), (6289, 6988))):
         loaded = seqs.load(split, GB1, quiet=False)
         assert loaded[2:] == counts and len(loaded.sequences) == len(loaded.targets) == 8733
@@ -201,8 +201,8 @@ def test_proteins_gb1(capsys):
 
 
 def test_proteins_made():
-    """The made landscape is what it says: 1,296 sequences, variance 1, of which least squares on one-hot explains
-    exactly the share of the main effects."""
+    """The artificial landscape has 1,296 sequences and variance 1. Least squares on one-hot explains exactly the share
+    MADE_LINEAR of that variance."""
     sequences, y = seqs._made()
     assert len(set(sequences)) == 6**4 and abs(y.mean()) < 1e-12 and abs(y.var() - 1) < 1e-12
     x = encode(sequences, "onehot", 0).reshape(1296, -1).astype(float)
@@ -211,9 +211,9 @@ def test_proteins_made():
 
 
 def test_proteins_encodings():
-    """onehot: inner products count equal residues. blosum: residues of length 1, cosines in the order of BLOSUM62,
-    whose triangle is symmetric with the published sums; centred: mean 0 over training rows. Constant positions are
-    left out, shorter sequences end in zeros."""
+    """onehot: inner products count equal residues. blosum: residues have norm 1, and their cosines are positive for similar
+    residues, negative for others. centred: mean 0 over the training rows. Constant positions are left out, and shorter
+    sequences end in zeros."""
     sequences = ["MAGIW", "MLGIW", "MLGVW", "MAGVY"]
     x = encode(sequences, "onehot", 4)
     assert x.shape == (4, 3, 20) and x.dtype == np.float32
@@ -232,8 +232,8 @@ def test_proteins_encodings():
 
 @pytest.mark.parametrize("name", seqs.TARGETS)
 def test_proteins_targets(name):
-    """Each function of the target keeps the order, has mean 0 and variance 1 on the rows it was fitted on, and its
-    inverse gives them back; ties stay ties; beyond the range it stays finite."""
+    """Each function of the target keeps order and ties, has mean 0 and variance 1 on the rows it was fitted on, and has an
+    inverse; outside the range of those rows both are finite."""
     y = np.array([3.0, 0, 0, 1, 8, 0.5])
     forward, inverse = seqs.transform(name, y)
     z = forward(y)
@@ -247,13 +247,13 @@ def test_proteins_targets(name):
     ("", "has no column 'sequence', but is empty"),
     ("sequence,target,set,validation\n", "has no row below its header"),
     ("sequence,target,set,validation\nM*,1,train,\nMXA,2,test,\n",
-     r"two_vs_rest.csv: 2 of 2 rows left out, .*: '\*' in 1, 'X' in 1; no row is left. Correct the column sequence"),
-    ("sequence,target,set,validation\n,2,test,\n", "1 of 1 rows left out, .*: no letter in 1; no row is left"),
+     r"two_vs_rest.csv: 2 of 2 rows are left out; .*: '\*' in 1, 'X' in 1; no row remains. Correct the column sequence"),
+    ("sequence,target,set,validation\n,2,test,\n", "1 of 1 rows are left out; .*: no letter in 1; no row remains"),
     ("sequence,target,set,validation\nMA,-inf,train,\n", "line 2: target '-inf'; expected a finite number"),
     ("sequence,target,set,validation\nMA,1_5,train,\n", "line 2: target '1_5'; expected a finite number"),
     ("sequence,target,set,validation\nMA,,train,\n", "line 2: target ''; expected a finite number"),
     ("sequence,target,set,validation\nMA,1,,\n", "line 2: set ''; expected train or test"),
-    ("sequence,target,set,validation\nMA,1,train,2\n", "line 2: validation '2'; expected True, yes, 1 or False"),
+    ("sequence,target,set,validation\nMA,1,train,2\n", "line 2: validation '2'; expected True, yes, 1; or False"),
     ("Sequence,target,set,validation\nMA,1,train,\n", "has no column 'sequence', but 'Sequence', 'target', 'set'"),
     ("sequence;target;set;validation\nMA;1.5;train;\n", "has no column 'sequence', but 'sequence;target;set;"),
     ("sequence,target,set,validation\nMA,1,test,\nML,2,test,True\n", "0 rows to fit, 0 to validate and 2 to test"),
@@ -261,7 +261,7 @@ def test_proteins_targets(name):
     ("sequence,target,set,validation\nMA,1.5,train,\nML,0,5,test,\n", "line 3: 5 fields, and 4 in the header"),
     ('sequence,target,set,validation\nMA,"1,5",train,\n', "line 2: target '1,5'; expected .* decimal point"),
     ("sequence,target,set,validation\nMA,inf,train,\n", "line 2: target 'inf'; expected a finite number"),
-    ("sequence,target,set,validation\nMA,1,train,maybe\n", "line 2: validation 'maybe'; expected True, yes, 1 or False"),
+    ("sequence,target,set,validation\nMA,1,train,maybe\n", "line 2: validation 'maybe'; expected True, yes, 1; or False"),
     ("sequence,target,set,set,validation\nMA,1,train,train,\n", "has 2 columns 'set'; expected one"),
     ("sequence,target,set,validation\nMA,?,train,\n", "line 2: target '\\?'; expected a finite number"),
     ("sequence,target,set,validation\nMA,nan,train,\n", "line 2: target 'nan'; expected a finite number"),
@@ -271,7 +271,7 @@ def test_proteins_targets(name):
     ("sequence,target,set,validation\nMA,1,train,\nML,2,train,True\n", "1 rows to fit, 1 to validate and 0 to test"),
 ])
 def test_proteins_bad_files(tmp_path, text, words):
-    """What is wrong in a file is said in one sentence, with its name and line."""
+    """A faulty table is refused with one line that has the name of the file, and the line of the fault if there is one."""
     (tmp_path / "two_vs_rest.csv").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
         seqs.load("two_vs_rest", str(tmp_path))
@@ -281,7 +281,7 @@ def test_proteins_bad_files(tmp_path, text, words):
 @pytest.mark.parametrize("encoding, words", [
     ("utf-8-sig", None), ("utf-16", "zero bytes"), ("utf-16-le", "zero bytes"), ("latin-1", "not UTF-8")])
 def test_proteins_encodings_of_text(tmp_path, encoding, words):
-    """A table in UTF-8 is read, with a byte order mark too; any other encoding is refused by the name of the file."""
+    """A table in UTF-8 is read, also with a byte order mark; any other encoding is refused with the name of the file."""
     table = "sequence,target,set,validation,\xe9tat\nMA,1,train,,\nML,2,test,,\n"
     (tmp_path / "two_vs_rest.csv").write_bytes(table.encode(encoding))
     if words is None:
@@ -292,8 +292,8 @@ def test_proteins_encodings_of_text(tmp_path, encoding, words):
 
 
 def test_proteins_tables_as_people_have_them(tmp_path, capsys):
-    """Lower case is upper case, rows with other letters are left out and counted in one line, also where their target is
-    none, and test rows that are training rows too are counted in one note."""
+    """Lower case is read as upper case. Rows with other letters are left out and counted in one line, even if they have no
+    target. Test rows that are training rows too are counted in one note."""
     lines = ["ma,1,train,True", "ML,2,train,", "MW,3,TRAIN,1", "MX,4,train,", "MXB*,?,train,", "M-,4,test,", "MK,5,test,",
              "MR,6,train,False", "ML,2,test,", "ml,2.5,test,", "M\u00df,1,train,", "M.U,1,test,", ",1,test,", " MC ,7,test,"]
     (tmp_path / "two_vs_rest.csv").write_text("sequence,target,set,validation\n" + "\n".join(lines) + "\n\n", "utf-8")
@@ -301,7 +301,7 @@ def test_proteins_tables_as_people_have_them(tmp_path, capsys):
     assert split.sequences == ["ML", "MR", "MA", "MW", "MK", "ML", "ML", "MC"] and split[2:] == (2, 4)
     assert split.targets.tolist() == [2, 6, 1, 3, 5, 2, 2.5, 7]
     _, left_out, note = capsys.readouterr().out.splitlines()  # the first line says that this is not FLIP's file
-    assert "two_vs_rest.csv: 6 of 14 rows left out, whose sequence is not of ARNDCQEGHILKMFPSTWYV: 'X' in 2" in left_out
+    assert "two_vs_rest.csv: 6 of 14 rows are left out; expected only the letters ARNDCQEGHILKMFPSTWYV: 'X' in 2" in left_out
     assert all(f"{letter!r} in 1" in left_out for letter in "B*-\u00df.U") and "no letter in 1" in left_out
     assert note.startswith("note: 2 of 4 test rows of splits/two_vs_rest.csv in") and note.endswith("too, such as ML")
 
@@ -309,7 +309,7 @@ def test_proteins_tables_as_people_have_them(tmp_path, capsys):
 @pytest.mark.parametrize("words, held_out", [
     (("TRUE", "True", "true", "1", "1.0", "yes"), True), (("FALSE", "False", "0", "0.0", "", " "), False)])
 def test_proteins_truth_in_any_words(tmp_path, words, held_out):
-    """Every usual way to write true makes a validation row, every usual way to write false does not."""
+    """Every usual way to write true makes a row a validation row; every usual way to write false does not."""
     rows = [f"M{residue},{i},Train,{word}" for i, (residue, word) in enumerate(zip(seqs.RESIDUES, words))]
     rows = ["sequence,target,set,validation", "MW,8,train,False", "MY,9,TEST,", *rows]
     (tmp_path / "sampled.csv").write_text("\n".join(rows))
@@ -317,8 +317,8 @@ def test_proteins_truth_in_any_words(tmp_path, words, held_out):
 
 
 def test_proteins_landscape_tables(tmp_path, capsys):
-    """A landscape too short to hold a fifth out is refused; a variant that was measured twice may be trained on and tested,
-    which is said, with the number of test rows."""
+    """A landscape that is too small to hold out a fifth is refused. A note counts the test rows whose variant, measured
+    twice, is among the training rows too."""
     path = tmp_path / "four_mutations_full_data.csv"
     path.write_text("sequence,Fitness\nMA,1\nML,2\n")
     with pytest.raises(ValueError, match="four_mutations_full_data.csv in .* has 2 rows to fit, 0 to validate and 0 to test"):
@@ -330,8 +330,8 @@ def test_proteins_landscape_tables(tmp_path, capsys):
 
 @pytest.mark.parametrize("encoding", seqs.ENCODINGS)
 def test_proteins_encoding_is_fitted_on_training_rows(encoding):
-    """A row is encoded alike whatever other rows are encoded with it; padding to a longer row keeps the kernel; a row that
-    does not fit is one sentence."""
+    """The encoding of a row does not depend on the rows encoded with it, and padding to a longer row keeps the kernel. A row
+    that does not fit is refused with one line."""
     train, new = ["MAGIW", "MLGIW", "MLGVW"], ["MCGVY", "AAAAA"]
     fitted = seqs.fit(train, encoding)
     assert (fitted(new + train)[:2] == fitted(new)).all() and (fitted(new)[1:] == fitted(new[1:])).all()
@@ -341,7 +341,7 @@ def test_proteins_encoding_is_fitted_on_training_rows(encoding):
     if encoding != "blosum":
         assert np.abs(fitted(new) - [by_hand[row] - mean for row in new]).max() < 1e-7
     assert fitted(new).shape == (2, 2, 20)
-    for bad, words in (("MAGIWW", "'MAGIWW', has 6 residues; expected 5, as the training rows have"),
+    for bad, words in (("MAGIWW", "'MAGIWW', has 6 residues; expected 5, as in the training rows"),
                        ("MAGI", "'MAGI', has 4 residues; expected 5"), ("MAGXW", "'MAGXW', has the letter 'X'; expected"),
                        ("magiw", "'magiw', has the letter 'a'"), ("", "'', has 0 residues"),
                        ("MA IW", "'MA IW', has the letter ' '")):
@@ -356,18 +356,18 @@ def test_proteins_encoding_is_fitted_on_training_rows(encoding):
 
 
 def test_proteins_several_lengths(tmp_path, monkeypatch):
-    """Sequences of several lengths run with all defaults: auto compares the encodings that can take them; a test row that no
-    encoding of the training rows can take is one sentence, with its number and its letters."""
+    """Sequences of several lengths run with all defaults: auto compares only the encodings that can take them. A test row
+    that does not fit the encoding is refused with one line that has its number and its letters."""
     rng = np.random.default_rng(0)
     peptides = ["".join(rng.choice(list(seqs.RESIDUES), size=rng.integers(5, 9))) for _ in range(60)]
     split = seqs.Split(peptides, np.array([p.count("A") + 0.1 * len(p) for p in peptides]), 40, 48)
     monkeypatch.setattr(seqs, "load", lambda *_: split)
     result = protein(tmp_path, "--kernel", "seq_fc")
     assert {row[0]["encoding"] for row in result["compared"]} == {"onehot", "blosum"} and result["cg_converged"]
-    with pytest.raises(ValueError, match="centred sequences of 5 to 8 residues: .*; take onehot or blosum"):
+    with pytest.raises(ValueError, match="centred with sequences of 5 to 8 residues: .*; use onehot or blosum"):
         protein(tmp_path, "--kernel", "seq_fc", "--encoding", "centred")
     split = seqs.Split([peptide[:5] for peptide in peptides[:50]] + peptides[50:], split.targets, 40, 48)
-    with pytest.raises(ValueError, match="sequence [3-9] of 12, '[A-Y]{6,8}', has [6-8] residues; expected 5, as the"):
+    with pytest.raises(ValueError, match="sequence [3-9] of 12, '[A-Y]{6,8}', has [6-8] residues; expected 5, as in"):
         protein(tmp_path, "--kernel", "seq_fc")
 
 
@@ -377,8 +377,8 @@ SIZES = ["--target", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"
 @pytest.mark.parametrize("encoding", seqs.ENCODINGS)
 @pytest.mark.parametrize("name", [*sequence_layers.SEQUENCES, "linear"])
 def test_proteins_sizes_equal_runs_alone(tmp_path, monkeypatch, name, encoding):
-    """Each size of a row gives what it gives alone under the configuration that is recorded for it, with every kernel and
-    encoding, though four rows vary at fewer positions than forty; and both go on from one store."""
+    """With --sizes, every size has the result of a run with that size alone and the recorded configuration, for every kernel
+    and encoding, although 4 rows vary at fewer positions than 40; and both continue from one store."""
     split = seqs.load("made")
     order = sorted(range(split.n_train), key=lambda i: split.sequences[i][:2] != "AR")  # rows that begin with AR first
     rows, n = [*order, *range(split.n_train, len(split.targets))], split.n_train
@@ -397,8 +397,8 @@ def test_proteins_sizes_equal_runs_alone(tmp_path, monkeypatch, name, encoding):
 
 
 def test_proteins_sizes_are_scikit_learn(tmp_path):
-    """At each size of a row, ridge regression on centred sequences is scikit-learn's with an intercept on the first rows
-    alone, one-hot by hand: n = 20 and 700 do not share a mean."""
+    """With --sizes 20,700, ridge regression on centred sequences equals scikit-learn's with an intercept, fitted on the first
+    n one-hot rows: the two sizes do not share a mean."""
     from sklearn.linear_model import Ridge
     result = protein(tmp_path, "--kernel", "linear", "--encoding", "centred", "--target", "raw", "--ridge", "1", "--sizes",
                      "20,700")
@@ -412,8 +412,8 @@ def test_proteins_sizes_are_scikit_learn(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["onehot", "centred"])
 def test_proteins_sizes_are_dense_solves(tmp_path, encoding):
-    """At each size of a row, a network of one hidden layer is the arc-cosine formula (Cho and Saul 2009) and a dense solve in
-    NumPy: its own mean, its own mean and sd of the target, ridge relative to its own diagonal."""
+    """With --sizes, a network with one hidden layer equals the arc-cosine formula (Cho and Saul 2009) and a dense solve in
+    NumPy: every size has its own mean, its own mean and sd of the target, and a ridge relative to its own diagonal."""
     result = protein(tmp_path, "--kernel", "seq_fc", "--depth", "1", "--encoding", encoding, "--target", "raw", "--ridge",
                      "0.1", "--b_std", "0.3", "--sizes", "10,200", "--tol", "1e-8")
     split = seqs.load("made")
@@ -432,7 +432,7 @@ def test_proteins_sizes_are_dense_solves(tmp_path, encoding):
 
 
 def test_proteins_choices_for_a_row_are_recorded(tmp_path):
-    """What is chosen once for all sizes, on the smallest, is recorded for each: the recorded values alone give that result."""
+    """Choices made at the smallest size are recorded for every size, and a run with the recorded values has that result."""
     row = protein(tmp_path, "--kernel", "seq_fc", "--sizes", "30,60", "--depth", "1,2", "--b_std", "0,1", "--n_test", "60")
     for n in (30, 60):
         config = row[n]["config"]
@@ -444,9 +444,9 @@ def test_proteins_choices_for_a_row_are_recorded(tmp_path):
 
 
 def test_proteins_files_elsewhere(tmp_path, capsys):
-    """The same rows from an archive, from its folder unpacked, from a bare table; a sentence where there is none."""
+    """An archive, its unpacked folder and a bare table give the same rows; if none exists, one line says what to download."""
     text = "sequence,target,set,validation\nMA,1,train,\nMW,3,test,\nML,2,train,True\n"
-    with pytest.raises(FileNotFoundError, match="flip_gb1_splits.zip, .* is there; fetch it from https"):
+    with pytest.raises(FileNotFoundError, match="found none of .*flip_gb1_splits.zip, .*; download one of them from https"):
         seqs.load("sampled", str(tmp_path))
     with zipfile.ZipFile(tmp_path / "flip_gb1_splits.zip", "w") as file:
         file.writestr("splits/sampled.csv", text)
@@ -469,8 +469,8 @@ def test_proteins_files_elsewhere(tmp_path, capsys):
 
 
 def test_proteins_smoke(tmp_path, capsys):
-    """With no flags, a landscape that is known: an interaction between neighbours that ridge regression cannot
-    see, seq_cnn does; one line of runs.jsonl, and what to pass for the real thing."""
+    """Without data flags, the artificial landscape is learned, with an interaction between neighbours that ridge regression
+    cannot represent. runs.jsonl gets one line, and the flags for real data are printed."""
     result = train_protein.main(["--out", str(tmp_path), "--kernel", "seq_fc"])
     assert "--split two_vs_rest --data DIR" in capsys.readouterr().out
     assert result["test_spearman"] > 0.99 and result["test_rmse"] < 0.1 and result["cg_converged"]
@@ -484,8 +484,8 @@ def test_proteins_smoke(tmp_path, capsys):
 @pytest.mark.parametrize("split, published", [("one_vs_rest", 0.28), ("two_vs_rest", 0.59), ("three_vs_rest", 0.76),
                                               ("low_vs_high", 0.34)])
 def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
-    """Ridge regression by this solver, with an intercept by centring, is scikit-learn's on one-hot, test rows'
-    RMSE to 1e-4, and has the published Spearman's correlation to two digits: the check of data and metric."""
+    """Ridge regression with this solver, on centred sequences, has the test RMSE of scikit-learn's with an intercept on
+    one-hot to 1e-4, and the published Spearman correlation to two digits, which checks data and metric."""
     from sklearn.linear_model import Ridge
     result = protein(tmp_path, "--split", split, "--data", GB1, "--kernel", "linear", "--encoding", "centred",
                      "--target", "raw", "--ridge", "1")
@@ -497,8 +497,8 @@ def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
 
 
 def test_proteins_is_a_dense_solve(tmp_path):
-    """Choices and predictions are those of dense float64 formulas: with --select validation, validation rows are the
-    last fifth of the training rows, functions of the target are fitted on the others, then all are fitted."""
+    """Choices and predictions equal those of dense float64 formulas: with --select validation, validation rows are the last
+    fifth of the training rows, functions of the target are fitted on the others, and in the end all rows are fitted."""
     result = protein(tmp_path, "--n_train", "100", "--encoding", "onehot", "--ridge", "0.1,0.001", "--depth", "1",
                      "--kind", "ntk", "--tol", "1e-9", "--select", "validation")
     sequences, y, *_ = seqs.load("made")
@@ -526,8 +526,8 @@ def test_proteins_is_a_dense_solve(tmp_path):
 
 @pytest.mark.parametrize("most", [train_protein.COMPARED, 20])
 def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
-    """By n refits in float64: encoding, target, depth and b_std have the best Spearman correlation of leave-one-out
-    predictions, each at the ridge with the least mse; of 40 rows where 20 may be compared, on every second one. Then
+    """By n refits in float64: encoding, target, depth and b_std are those with the best Spearman correlation of leave-one-out
+    predictions, each at the ridge with the least mse; if at most 20 of 40 rows may be compared, on every second row. Then
     the ridge is chosen in the same way on all rows."""
     monkeypatch.setattr(train_protein, "COMPARED", most)
     result = protein(tmp_path, "--n_train", "40", "--kernel", "seq_fc", "--depth", "1,2", "--b_std", "0,1", "--ridge",
@@ -555,8 +555,8 @@ def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
 
 
 def test_proteins_networks_are_compared(tmp_path):
-    """Each flag of the network takes several values: the run is that with the chosen values alone, which are recorded;
-    each has its row of the table; linear has no such flag."""
+    """With several values for flags of the network, the result is that of a run with the chosen values alone, which are
+    recorded; every combination has its row in the table."""
     flags = ["--n_train", "60", "--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc"]
     several = protein(tmp_path, *flags, "--w_std", "1,2", "--b_std", "0.5", "--head", "linear,exp", "--gamma", "1,2")
     assert [row[0] for row in several["compared"]] == [{"w_std": w_std, "head": head, "gamma": gamma} for w_std in (
@@ -571,8 +571,8 @@ def test_proteins_networks_are_compared(tmp_path):
 
 @pytest.mark.parametrize("select", ["loo", "validation"])
 def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select):
-    """Other or permuted targets in the test rows change nothing but the test results: the same encoding, target, depth,
-    w_std and ridge."""
+    """Negating or permuting the targets of the test rows changes only the test results: encoding, target, depth, w_std and
+    ridge stay the same."""
     flags = ["--n_train", "60", "--kernel", "seq_fc", "--depth", "1,2", "--w_std", "1,2", "--b_std", "1", "--select",
              select, "--ridge", "1,0.1,0.01"]
     first, load = protein(tmp_path, *flags), seqs.load
@@ -589,8 +589,8 @@ def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select):
 
 
 def test_proteins_criteria(tmp_path, monkeypatch):
-    """Without --select: leave-one-out up to choose.DENSE rows, beyond them validation; a set of 4 rows is solved, and one
-    of FLIP's form that names no validation rows; GCV chooses a ridge where there is nothing else to choose."""
+    """Without --select: leave-one-out up to choose.DENSE rows, validation above. 4 rows can be solved, and so can a table of
+    FLIP's form without validation rows. GCV chooses a ridge if nothing else is to be chosen."""
     one = ["--kernel", "seq_fc", "--encoding", "onehot", "--target", "raw"]
     assert protein(tmp_path, *one, "--n_train", "4")["select"] == "loo"
     gcv, loo = (protein(tmp_path, *one, "--n_train", "100", "--select", select) for select in ("gcv", "loo"))
@@ -607,7 +607,7 @@ def test_proteins_criteria(tmp_path, monkeypatch):
 
 
 def table_of(path, validation, targets, test=None):
-    """A table of FLIP's form with 20 training rows of these targets and 5 test rows, validation said of each training row."""
+    """Writes a table of FLIP's form: 20 training rows with these targets and words for validation, and 5 test rows."""
     rows = [f"M{'ACDEF'[i // 5]}{'GHIKL'[i % 5]}" for i in range(25)]
     rows = [f"{row},{y},train,{held}" for row, y, held in zip(rows, targets, validation)] + [
         f"{row},{y},test," for row, y in zip(rows[20:], range(5) if test is None else test)]
@@ -618,10 +618,10 @@ def table_of(path, validation, targets, test=None):
     (0, False, "n_train=20 has 0 validation rows with 0 different targets"),
     (1, False, "n_train=20 has 1 validation rows with 1 different targets"),
     (6, True, "n_train=20 has 6 validation rows with 1 different targets"),
-    (20, True, "the targets of all 14 rows to fit are 3, so that there is nothing to learn")])
+    (20, True, "the targets of all 14 rows to fit are 3, so there is nothing to learn")])
 def test_proteins_validation_rows_that_say_nothing(tmp_path, monkeypatch, held_out, same, words):
-    """Validation rows that are too few or all equal choose nothing, asked for or by default on many rows: one sentence, also
-    where they say nothing only after thinning; leave-one-out on the same rows chooses, and one value of each needs none."""
+    """Validation rows that are too few or have equal targets are refused with one line, whether validation is asked for or
+    is the default. Leave-one-out chooses on the same rows, and with one value for each flag no validation is needed."""
     y = [i % 7 for i in range(20)]
     if held_out == 20:
         y[6:], held_out = [3] * 14, 6
@@ -643,7 +643,7 @@ def test_proteins_validation_rows_that_say_nothing(tmp_path, monkeypatch, held_o
 
 
 def test_proteins_thinned_validation_rows(tmp_path, monkeypatch):
-    """Of 2 validation rows, thinned to one where networks are compared, nothing is chosen: one sentence."""
+    """If thinning leaves only 1 of 2 validation rows for comparing networks, the run is refused with one line."""
     table_of(tmp_path / "two_vs_rest.csv", [i < 2 for i in range(20)], range(20))
     monkeypatch.setattr(train_protein, "COMPARED", 10)
     with pytest.raises(ValueError, match="n_train=20 has 1 validation rows with 1 different targets.* use --select loo"):
@@ -651,8 +651,8 @@ def test_proteins_thinned_validation_rows(tmp_path, monkeypatch):
 
 
 def test_proteins_equal_targets(tmp_path, capsys):
-    """Equal training targets are refused in one sentence, at each size of a row; of equal test targets it is said that they
-    have no order, and the root mean squared error stands, here that of the mean."""
+    """Equal training targets are refused with one line, at every size. Equal test targets give a note and a Spearman
+    correlation of 0, and the root mean squared error is still computed."""
     table_of(tmp_path / "two_vs_rest.csv", [""] * 20, [1.5] * 20)
     flags = ["--split", "two_vs_rest", "--data", str(tmp_path), "--kernel", "linear", "--encoding", "centred"]
     with pytest.raises(ValueError, match="two_vs_rest with n_train=20: the targets of all 20 rows to fit are 1.5") as error:
@@ -660,7 +660,7 @@ def test_proteins_equal_targets(tmp_path, capsys):
     assert "\n" not in str(error.value)
     table_of(tmp_path / "two_vs_rest.csv", [""] * 20, range(20), [2] * 5)
     result = protein(tmp_path, *flags, "--target", "raw", "--ridge", "1e9")
-    assert "note: all 5 test targets of two_vs_rest are 2, so that Spearman's" in capsys.readouterr().out
+    assert "note: all 5 test targets of two_vs_rest are 2, so Spearman's" in capsys.readouterr().out
     assert result["test_spearman"] == 0 and abs(result["test_rmse"] - (np.arange(20).mean() - 2)) < 1e-6
     (tmp_path / "four_mutations_full_data.csv").write_text("sequence,Fitness\n" + "".join(
         f"M{a}{b},{(a, b) == ('A', 'A'):d}\n" for a in seqs.RESIDUES for b in "ACDEF"))
@@ -669,8 +669,8 @@ def test_proteins_equal_targets(tmp_path, capsys):
 
 
 def test_proteins_stores_know_their_network(tmp_path, monkeypatch):
-    """A store never serves tiles of another network: another w_std, b_std or head, another default of them, another layer of a
-    named network or another engine is refused in one sentence; what another encoding was fitted to has tiles of its own."""
+    """A store never returns tiles of another network: another w_std, b_std or head, another default, another layer in a named
+    network or another engine is refused with one line. Every fitted encoding has its own tiles."""
     flags = ["--n_train", "20", "--target", "raw", "--kernel", "seq_fc", "--ridge", "0.1"]
     kept, onehot = ["--store", str(tmp_path / "K")], ["--encoding", "onehot"]
     first = protein(tmp_path, *flags, *onehot, *kept)
@@ -703,8 +703,8 @@ def test_proteins_stores_know_their_network(tmp_path, monkeypatch):
 
 
 def test_proteins_sizes_store_and_kinds(tmp_path):
-    """A size is its own run, on blocks of one kernel; tiles that are kept, or none, or both kinds in one pass give
-    the same; and the sizes are a curve that scaling.py fits and draws."""
+    """With --sizes, --kind both and --store, every result equals that of a run alone, in memory, from the store or with
+    --store none; and the sizes form a curve that results/report.py fits and draws."""
     flags = ["--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc", "--tile", "32", "--n_test", "120"]
     sizes = protein(tmp_path, *flags, "--sizes", "25,50,100", "--kind", "both", "--store", str(tmp_path / "K"))
     for kind, n, kept in (("nngp", 100, []), ("ntk", 100, ["--store", str(tmp_path / "K")]),
@@ -720,7 +720,7 @@ def test_proteins_sizes_store_and_kinds(tmp_path):
 
 
 def test_proteins_variance(tmp_path):
-    """Mean and variance are those of a dense Gaussian process, and calibration is its formulas'."""
+    """Mean and variance equal those of a dense Gaussian process, and the calibration equals SciPy's formulas."""
     result = protein(tmp_path, "--n_train", "60", "--n_test", "30", "--encoding", "blosum", "--target", "raw",
                      "--ridge", "0.1", "--kernel", "seq_fc", "--variance", "--tol", "1e-9")
     sequences, y, _, n_train = seqs.load("made")
@@ -740,37 +740,37 @@ def test_proteins_variance(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--split", "two_vs_rest"], "needs --data FOLDER, the folder that holds flip_gb1_splits.zip"),
-    (["--split", "landscape", "--data", "nowhere"], "nowhere.*is there; fetch it from https"),
-    (["--n_train", "2000"], "n_train=2000, but made has 2 to 1037 rows"),
+    (["--split", "landscape", "--data", "nowhere"], "found none of nowhere.*; download one of them from https"),
+    (["--n_train", "2000"], "n_train=2000: made allows 2 to 1037 rows"),
     (["--devices", "5"], "--devices 5, but JAX sees 4 here"),
-    (["--n_test", "300"], "n_test=300, but made has 2 to 259 rows"),
+    (["--n_test", "300"], "n_test=300: made allows 2 to 259 rows"),
     (["--n_train", "4", "--select", "validation"],
-     "n_train=4 has 0 validation rows with 0 different targets: .* use --select loo"),
+     "n_train=4 has 0 validation rows with 0 different targets, .* use --select loo"),
     (["--n_train", "4", "--select", "validation", "--encoding", "onehot", "--target", "raw"],
-     "n_train=4 has 0 validation rows with 0 different targets: .* use --select loo"),
+     "n_train=4 has 0 validation rows with 0 different targets, .* use --select loo"),
     (["--head", "cos"], "head='cos', gamma=1.0: expected one of linear, cosine, relu, exp"),
     (["--w_std", "0"], "w_std=0.0, b_std=0.0: expected w_std > 0"),
 ])
 def test_proteins_errors(flags, words, tmp_path):
-    """What does not fit is one sentence."""
+    """An argument that does not fit is refused with one line."""
     with pytest.raises((ValueError, OSError), match=words) as error:
         protein(tmp_path, *flags)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--data", "x"], "--data changes nothing here: the sequences of --split made are made here"),
+    (["--data", "x"], "--data changes nothing here: --split made needs no file"),
     (["--gamma", "2"], "--gamma changes nothing here: it belongs to --head exp"),
     (["--ridge", "1", "--encoding", "onehot", "--target", "raw", "--select", "loo"], "--select changes nothing here")])
 def test_proteins_flags_without_effect(flags, words, capsys):
-    """A flag that changes nothing in a run is an error of one line that says why."""
+    """A flag without effect is refused with one line that says why."""
     with pytest.raises(SystemExit):
         train_protein.parse(flags)
     assert words in capsys.readouterr().err
 
 
 def test_proteins_commands(capsys):
-    """The commands of README and docstring are understood, and what contradicts is refused at once."""
+    """The commands of README and docstring are accepted, and flags that contradict each other are refused."""
     assert len(shown := commands("proteins.train", train_protein.__doc__)) > 3
     for command in shown:
         train_protein.parse(command)
@@ -797,8 +797,8 @@ def test_proteins_commands(capsys):
 @pytest.mark.parametrize("length, engine", [(length, engine) for length in (4, 56)
                                             for engine in ("fused", "neural_tangents")])
 def test_benchmark_sequences(benchmark, name, kind, length, engine):
-    """Seconds for a block of n x n entries of two different sets of sequences of 20 letters, float32: the positions
-    of GB1 that vary, and all of its domain; devices as above."""
+    """Seconds for a block of n x n entries between two different sets of sequences, float32: of 4 residues, as many as vary in
+    GB1, and of 56, its whole domain; one CPU device for each core."""
     if benchmark.disabled and (length, kind) != (4, "nngp"):
         pytest.skip("one length shows that it runs; --benchmark-only times both")
     benchmark.group = f"{name} {kind}, {length} residues"

@@ -2,15 +2,14 @@
 
   f(x) = k(x, X) (K + lambda I)^-1 y,   K = k(X, X),   lambda = ridge * mean(diag K)
 
-the same tiles and solver as for images (train_cifar.py), other kernels (proteins/layers.py). y is the measured
-fitness, or a monotone function of it. What is chosen is chosen on training rows alone: by leave-one-out where K is
-small (choose.py), else on validation rows, which are training rows too (FLIP names them; else the last fifth). The
-ridge has the least mean squared error, whose curve is smooth. Encoding of residues, function of the target, and every
-flag of the network that is given several values have the best Spearman correlation, which does not depend on that
-function. Then all training rows are fitted, and the test rows are read once. proteins/sequences.py defines data, encodings and
-functions.
+Tiles and solver are those used for images (train_cifar.py); the kernels are others (proteins/layers.py). y is the measured
+fitness, or a monotone function of it. Every choice is made on training rows alone: by leave-one-out if K is small
+(choose.py), else on validation rows, which are training rows too (FLIP names them; otherwise the last fifth). The ridge is
+chosen by mean squared error, whose curve is smooth. The encoding of residues, the function of the target and every flag of
+the network that has several values are chosen by Spearman's correlation, which does not depend on that function. Then all
+training rows are fitted, and the test rows are read once. Data, encodings and functions: proteins/sequences.py.
 
-  python -m proteins.train                                     1,296 made sequences, ten seconds, no file needed
+  python -m proteins.train                                     1,296 artificial sequences, ten seconds, no file
   python -m proteins.train --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
   python -m proteins.train --split three_vs_rest --data DIR --kernel seq_cnn --kind both
   python -m proteins.train --split one_vs_rest --data DIR --w_std 1,1.41,2 --b_std 0,0.5 --depth 1,3
@@ -37,63 +36,65 @@ from proteins.layers import SEQUENCES
 
 try:
     from fast.fused import kernel_fn as engine
-except ModuleNotFoundError:  # fused.py may be deleted: then kernel.py computes the same, slowly
+except ModuleNotFoundError:  # without fast/, kernel.py computes the same, more slowly
     from kernel import kernel_fn as engine
 
-COMPARED = choose.DENSE  # rows on which encodings, functions of the target and networks are compared, at most
-NETWORK = ("depth", "w_std", "b_std", "head", "gamma")  # flags that describe a network; linear has none of them
-WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # not what was computed: not recorded
+COMPARED = choose.DENSE  # most rows on which encodings, functions of the target and networks are compared
+NETWORK = ("depth", "w_std", "b_std", "head", "gamma")  # flags that describe a network; linear takes none of them
+WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # do not change the result, so they are not recorded
 
 
 def flags():
-    """The command line."""
+    """The parser of the command line."""
     parser = experiment.Parser(
         description="Exact kernel regression with infinitely wide networks on proteins.",
         epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in sequences.FILES.values()}))}, from "
-               f"{sequences.SOURCE} (there without flip_gb1_). --data is the folder they are in, packed or not.")
+               f"{sequences.SOURCE} (there without the prefix flip_gb1_). --data is the folder that holds them, packed or "
+               "unpacked.")
     rows = parser.add_argument_group("sequences")
-    rows.add_argument("--split", default="made", choices=sequences.SPLITS)
-    rows.add_argument("--data", metavar="DIR", help="folder that holds FLIP's files")
-    rows.add_argument("--n_train", type=int, help="training rows of landscape and made; None is all")
-    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these many training rows too, the first ones of "
-                      "n_train, as if alone, but on blocks of one kernel where the encoding is the same; encoding, target and "
-                      "network are chosen for the smallest")
-    rows.add_argument("--n_test", type=int, help="test rows, the first ones; None is all")
-    rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS])
+    rows.add_argument("--split", default="made", choices=sequences.SPLITS, help="data set and split; made is artificial")
+    rows.add_argument("--data", metavar="DIR", help="folder with FLIP's files")
+    rows.add_argument("--n_train", type=int, help="number of training rows, for landscape and made; None: all")
+    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training rows too, each time the first "
+                      "of the n_train, on blocks of one kernel if the encoding is the same; encoding, target and network are "
+                      "chosen once, at the smallest size")
+    rows.add_argument("--n_test", type=int, help="number of test rows, the first ones; None: all")
+    rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS],
+                      help="numbers for residues; auto: the best by Spearman's correlation, as for --target")
     rows.add_argument("--target", default="auto", choices=["auto", *sequences.TARGETS],
-                      help="function of the target to regress on; its inverse is applied to predictions")
+                      help="function of the target that is fitted; its inverse is applied to predictions")
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="seq_cnn", choices=[*SEQUENCES, "linear"],
-                         help="linear: <x, x'>, ridge regression; its --ridge is lambda itself, scikit-learn's alpha")
+                         help="linear: <x, x'>, ridge regression; its --ridge is lambda itself (scikit-learn's alpha)")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
-                         help="both: two runs on one pass over the kernel; choices are those of nngp")
-    network.add_argument("--depth", help="hidden layers or convolutions; None is 3. This and the next four take "
-                         "several values with commas: the best is chosen by Spearman's correlation")
+                         help="both: two runs, with both kernels computed in one pass and the choices made for nngp")
+    network.add_argument("--depth", help="number of hidden layers or convolutions; None: 3. This flag and the next four take "
+                         "several values, separated by commas: the best is chosen by Spearman's correlation")
     experiment.network_flags(network)
-    network.add_argument("--tile", type=int, help="side of a tile of K; None: from n_train")
-    network.add_argument("--store", metavar="DIR", help="keep tiles there, and go on from what is there; none: keep "
-                         "no tile, compute all in every product; None: in memory")
+    network.add_argument("--tile", type=int, help="side of a tile of K, in rows; None: chosen from n_train")
+    network.add_argument("--store", metavar="DIR", help="keep tiles in this folder and continue from the tiles there; none: "
+                         "keep no tiles and compute them in every product; None: tiles stay in memory")
     solver = parser.add_argument_group("solver")
-    solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by "
-                        "commas, or auto (10 down to 1e-6): chosen on training rows")
-    experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, beyond that validation, on the rows that FLIP "
-                        "names or the last fifth of the training rows")
-    solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
-    solver.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
-    solver.add_argument("--variance", action="store_true", help="predictive variance too, a solve for each test "
-                        "row, and its calibration; nngp only")
+    solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): one number; or several, separated by "
+                        "commas, or auto (10 down to 1e-6): the best on training rows is chosen")
+    experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, validation for more, on the rows that FLIP names "
+                        "or else on the last fifth of the training rows")
+    solver.add_argument("--tol", type=float, default=1e-6, help="stop when |y - A x| <= tol |y|")
+    solver.add_argument("--rank", type=int, help="rank of the preconditioner; None: chosen by a cost model")
+    solver.add_argument("--variance", action="store_true", help="also compute predictive variances (one solve for each test "
+                        "row) and their calibration; nngp only")
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="of the order of training rows, and of pivots")
-    run.add_argument("--devices", type=int, help="devices to use; None is every GPU, or else every core")
-    run.add_argument("--out", default="runs", metavar="DIR", help="runs.jsonl in it gets a line")
-    run.add_argument("--quiet", action="store_true", help="print the result line only")
+    run.add_argument("--seed", type=int, default=0, help="seed of the order of training rows, and of pivots")
+    run.add_argument("--devices", type=int, help="number of devices to use; None: every GPU, or else every core")
+    run.add_argument("--out", default="runs", metavar="DIR", help="append a line to runs.jsonl in this folder")
+    run.add_argument("--quiet", action="store_true", help="print only the result line")
     return parser
 
 
 def parse(argv):
-    """The flags, checked against each other; ridge, sizes and those of the network as lists."""
+    """The flags, checked against each other; ridge, sizes and the flags of the network are lists."""
     parser = flags()
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(NETWORK)))  # None where one is not given
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(NETWORK)))  # None if a flag is not given
     given = [flag for flag in NETWORK if getattr(args, flag) is not None]
     if args.kernel == "linear" and given:
         parser.error(f"--{given[0]} with --kernel linear: it has no layers to set; leave it out")
@@ -101,27 +102,27 @@ def parse(argv):
         vars(args).update({flag: parser.get_default(flag) for flag in set(NETWORK) - set(given)})
     experiment.check(parser, args, "n_test", "rank", "devices", "tile", "depth")
     if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1):
-        parser.error("--select gcv has no rank correlation to compare encodings, targets and networks by: give one "
+        parser.error("--select gcv gives no rank correlation by which to compare encodings, targets and networks: give one "
                      "value of each, or use --select loo or validation")
-    for flag, why in {"data": args.split == "made" and "the sequences of --split made are made here",
+    for flag, why in {"data": args.split == "made" and "--split made needs no file",
                       "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
-                      "select": not several(args) and "there is nothing to choose"}.items():
+                      "select": not has_choices(args) and "there is nothing to choose"}.items():
         if why and flag in experiment.given(parser, argv):
             parser.error(f"--{flag} changes nothing here: {why}. Leave it out")
     if args.split in sequences.FLIP and (args.n_train or args.sizes):
-        parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; they are "
-                     "for landscape and made")
+        parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; use these "
+                     "flags with landscape or made")
     return args
 
 
-def several(args):
-    """Whether there is anything to choose."""
+def has_choices(args):
+    """Whether anything is to be chosen: a ridge, an encoding, a function of the target or a network."""
     return len(args.ridge) > 1 or "auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1
 
 
 def main(argv=None):
-    """Run one experiment; returns what is written to runs.jsonl, as a dict; with --kind both a dict of these by
-    kind, with --sizes by size."""
+    """Run one experiment. Returns the line written to runs.jsonl, as a dict; with --sizes {size: line}, with --kind both
+    {kind: line or {size: line}}."""
     args = parse(argv)
     experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
@@ -148,9 +149,9 @@ def main(argv=None):
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
                 results[kind][n] = result
     if args.split == "made" and not args.quiet:
-        print(f"These sequences are made; a linear model explains {100 * sequences.MADE_LINEAR:.0f} % of the variance "
-              "at most. For a real protein: --split two_vs_rest --data DIR; --help says what DIR must hold")
-    results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
+        print(f"These sequences are artificial; a linear model explains at most {100 * sequences.MADE_LINEAR:.0f} % of the "
+              "variance. For a real protein: --split two_vs_rest --data DIR; --help lists the files that DIR must hold")
+    results = {kind: by_size if len(by_size) > 1 else by_size[args.n_train] for kind, by_size in results.items()}
     return results if args.kind == "both" else results[args.kind]
 
 
@@ -160,115 +161,116 @@ def parts(args, split, n):
 
 
 def encodings(args, split):
-    """[(sizes, Encoding), ...]: for each size the encoding fitted on its training rows; sizes with one encoding together."""
-    found, longest = [], max(map(len, sum(parts(args, split, args.n_train), [])))
+    """[(sizes, Encoding), ...]: each size has the encoding fitted on its training rows; sizes that share one are grouped."""
+    groups, longest = [], max(map(len, sum(parts(args, split, args.n_train), [])))
     for n in args.sizes:
         encoding = sequences.fit(split.sequences[:n], args.encoding, longest)
-        if found and found[-1][1].key == encoding.key:
-            found[-1][0].append(n)
+        if groups and groups[-1][1].key == encoding.key:
+            groups[-1][0].append(n)
         else:
-            found.append(([n], encoding))
-    return found
+            groups.append(([n], encoding))
+    return groups
 
 
 def kernels(args, kinds, encoding, x, x_test):
-    """[(K, K_test) of each kind].  With --store, tiles of each fitted encoding are in a folder of its own: what is fitted on
-    few rows is not what is fitted on many."""
-    about = {"kernel": args.kernel, "layers": layers(args, x), "engine": engine.__module__, "encoding": encoding.key}
+    """[(K, K_test), ...], one for each kind.  With --store, every fitted encoding has its own folder of tiles, because an
+    encoding fitted on few rows can differ from one fitted on many."""
+    known_by = {"kernel": args.kernel, "layers": layers(args, x), "engine": engine.__module__, "encoding": encoding.key}
     folder = os.path.join(args.store, encoding.key) if args.store not in (None, "none") else args.store
-    return experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, folder, about,
+    return experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, folder, known_by,
                                args.tile, devices=experiment.devices(args.devices), quiet=args.quiet)
 
 
 def derive(args, split):
-    """Fill in what was not asked for: sizes and tile side."""
+    """Fill in n_train, n_test, sizes and tile if they were not given.  ValueError: too few or too many rows, or targets
+    from which nothing can be learned."""
     args.n_train = args.n_train or split.n_train
     args.n_test = args.n_test or len(split.targets) - split.n_train
     args.sizes = args.sizes or [args.n_train]
     for what, n, have in (("n_train", args.n_train, split.n_train), ("n_train", args.sizes[0], split.n_train),
                           ("n_test", args.n_test, len(split.targets) - split.n_train)):
         if not 2 <= n <= have:
-            raise ValueError(f"{what}={n}, but {args.split} has 2 to {have} rows to give")
-    for n in args.sizes:  # ridges are compared at every size, all else at the smallest
+            raise ValueError(f"{what}={n}: {args.split} allows 2 to {have} rows")
+    for n in args.sizes:  # ridges are compared at every size, everything else at the smallest
         choosing = len(args.ridge) > 1 or n == args.sizes[0] and len(candidates(args, split)) > 1
         fit = n_fit(split, n) if choosing and criterion(args, n) == "validation" else None
         check_targets(args, n, split.targets[:fit or n], fit and split.targets[fit:n])
     y_test = split.targets[split.n_train:][:args.n_test]
     if np.ptp(y_test) == 0:
-        print(f"note: all {len(y_test)} test targets of {args.split} are {y_test[0]:g}, so that Spearman's correlation is "
-              "undefined; it stands as 0")
+        print(f"note: all {len(y_test)} test targets of {args.split} are {y_test[0]:g}, so Spearman's correlation is "
+              "undefined; it is recorded as 0")
     if args.tile is None:
         side = 256 if args.kernel == "seq_cnn_gap" else 1024
         args.tile = experiment.tile_side(side, 8192, args.n_train)
 
 
 def check_targets(args, n, fitted, held_out=None):
-    """ValueError: the targets to fit are all equal, or those held out, where something is chosen on such, have no order."""
+    """ValueError: the targets to fit are all equal, or so are the held-out targets on which something is chosen."""
     if np.ptp(fitted) == 0:
         raise ValueError(f"{args.split} with n_train={n}: the targets of all {len(fitted)} rows to fit are {fitted[0]:g}, so "
-                         "that there is nothing to learn; train on more rows, or on rows whose targets differ")
+                         "there is nothing to learn; train on more rows, or on rows whose targets differ")
     if held_out is not None and len(set(held_out)) < 2:
         raise ValueError(f"{args.split} with n_train={n} has {len(held_out)} validation rows with {len(set(held_out))} "
-                         "different targets: they have no order to choose by; use --select loo, or give one value of "
-                         "--ridge, --encoding, --target and each flag of the network")
+                         "different targets, but choosing needs two; use --select loo, or give one value of --ridge, "
+                         "--encoding, --target and each flag of the network")
 
 
 def layers(args, x):
-    """The network of these flags for inputs like x (n, length, channels), as kernel.network lists it."""
-    if args.kernel == "linear":  # a network of one layer, without the means over channels and positions
+    """The list of layers for these flags and inputs shaped like x (n, length, channels)."""
+    if args.kernel == "linear":  # one layer; its w_std undoes the means over channels and positions
         return [("mask",), ("seq_flatten",), ("dense", (x.shape[1] * x.shape[2]) ** 0.5, 0.0)]
     return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
 
 
 def network_kernel(args, kind, x):
-    """kernel_fn(x1, x2) of these flags for inputs like x; kind: one, or a tuple of them."""
+    """kernel_fn(x1, x2) for these flags and inputs shaped like x; kind: one kind, or a tuple of kinds."""
     return compiled(tuple(layers(args, x)), kind)
 
 
-compiled = lru_cache(engine)  # one function for all encodings: a new one would compile anew
+compiled = lru_cache(engine)  # cached, because JAX compiles every new function again
 
 
 def scale(args, K):
-    """(n,), to whose mean ridges are relative."""
+    """(n,): lambda = ridge * mean of this; the diagonal of K, or ones for linear, whose ridge is lambda itself."""
     return np.ones(K.shape[0]) if args.kernel == "linear" else K.diagonal()
 
 
 def spearman(f, y):
-    """Spearman's rank correlation of f and y, (n,); 0 where one of them is constant and so has no order."""
+    """Spearman's rank correlation of f and y, both (n,); 0 if one of them is constant."""
     ranks = rankdata(f), rankdata(y)
     return 0.0 if min(map(np.ptp, ranks)) == 0 else float(np.corrcoef(*ranks)[0, 1])
 
 
 def n_fit(split, n):
-    """How many of n training rows are fitted while something is chosen on the others."""
+    """How many of n training rows are fitted while something is chosen on the other rows."""
     return split.n_fit if n == split.n_train else n - n // 5
 
 
 def criterion(args, n):
-    """How n training rows choose: --select, or where it is not given leave-one-out up to choose.DENSE rows."""
+    """The criterion for n training rows: --select, or else leave-one-out up to choose.DENSE rows and validation above."""
     return args.select or ("loo" if n <= choose.DENSE else "validation")
 
 
 def candidates(args, split):
-    """[{flag: value}, ...]: every combination of network, encoding and target that may be chosen."""
+    """[{flag: value}, ...]: every combination of network, encoding and function of the target to compare."""
     encodings = sequences.ENCODINGS if args.encoding == "auto" else [args.encoding]
     if args.encoding == "auto" and len(set(map(len, split.sequences[:args.n_train]))) > 1:
-        encodings = [name for name in encodings if name != "centred"]  # needs one length
+        encodings = [name for name in encodings if name != "centred"]  # which needs sequences of one length
     targets = sequences.TARGETS if args.target == "auto" else [args.target]
     return [{**network, "encoding": encoding, "target": target}
             for network, encoding, target in itertools.product(experiment.settings(args), encodings, targets)]
 
 
 def compare(args, split, kind):
-    """Sets args.encoding, args.target and the flags of the network to one value each: those whose predictions of
-    training rows have the best Spearman correlation, each at the ridge with the least mse.
+    """Sets args.encoding, args.target and the flags of the network to the values whose predictions of training rows have
+    the best Spearman correlation, each at the ridge with the least mse.
 
-    The rows are those of the smallest size, evenly thinned to COMPARED at most. Each is predicted from all others
-    (loo), or the validation rows from the fitted ones; functions of the target are fitted on all of them, or on the
-    fitted ones.  Returns [[{flag: value}, ridge, Spearman, mse], ...], [] where there is nothing to choose.
+    Rows: the training rows of the smallest size, evenly thinned to at most COMPARED. With loo, each row is predicted from all
+    others and functions of the target are fitted on all rows; with validation, both use the fitted rows only, and the
+    validation rows are predicted.  Returns [[{flag: value}, ridge, Spearman, mse], ...], or [] if there is nothing to choose.
     """
-    found, table, n = candidates(args, split), [], args.sizes[0]
-    several = [flag for flag in found[0] if len({one[flag] for one in found}) > 1]
+    tried, table, n = candidates(args, split), [], args.sizes[0]
+    several = [flag for flag in tried[0] if len({setting[flag] for setting in tried}) > 1]
     step = -(-n // COMPARED)
     loo = criterion(args, -(-n // step)) == "loo"
     end = n if loo else n_fit(split, n)
@@ -276,7 +278,7 @@ def compare(args, split, kind):
     fitted, y = -(-end // step), split.targets[rows]
     if several:
         check_targets(args, n, y[:fitted], None if loo else y[fitted:])
-    for shared, group in itertools.groupby(found if several else [], lambda one: {**one, "target": None}):
+    for shared, group in itertools.groupby(tried if several else [], lambda setting: {**setting, "target": None}):
         network = argparse.Namespace(**{**vars(args), **shared})
         x = sequences.fit(split.sequences[:n], network.encoding)([split.sequences[row] for row in rows])
         K = tiles.gram(network_kernel(network, kind, x), x, args.tile, experiment.devices(args.devices),
@@ -286,28 +288,28 @@ def compare(args, split, kind):
             spectrum = choose.Spectrum(K.columns(np.arange(len(y))), prior.mean())
         else:
             solver = regression.Solver(K, ridges=args.ridge, tol=choose.SEARCH, seed=args.seed, prior=prior)
-        for one in group:
-            z = sequences.transform(one["target"], y[:fitted])[0](y)[:, None]
+        for setting in group:
+            z = sequences.transform(setting["target"], y[:fitted])[0](y)[:, None]
             ridges = (choose.leave_one_out(spectrum, z, args.ridge, score(y)) if loo else choose.validation(
                 solver, z, args.ridge, fitted, np.arange(fitted, len(y)), score(y)))
-            table.append([{flag: one[flag] for flag in several}, *choose.best(ridges)[:3]])
+            table.append([{flag: setting[flag] for flag in several}, *choose.best(ridges)[:3]])
             if not args.quiet:
                 print(" ".join(f"{flag}={value}" for flag, value in table[-1][0].items())
                       + ": ridge {:.2g}, Spearman {:.4f}, mse {:.5f}".format(*table[-1][1:]))
     best = max(range(len(table)), key=lambda i: table[i][2], default=0)
-    vars(args).update(found[best])
+    vars(args).update(tried[best])
     if table and not args.quiet:
         print("chosen: " + " ".join(f"{flag}={value}" for flag, value in table[best][0].items()))
     return table
 
 
 def score(y):
-    """(predictions (m, 1), their rows) -> their Spearman correlation with y[rows]."""
+    """The function (predictions (m, 1), their rows) -> Spearman's correlation of the predictions with y[rows]."""
     return lambda f, rows: spearman(f[:, 0], y[rows])
 
 
 def one_size(args, kind, K, K_test, split, n, x_test):
-    """Choose the ridge, solve, predict, for one size: what came of it, as a dict."""
+    """Choose the ridge, solve and predict for one size; returns the result as a dict."""
     y, y_test = split.targets[:n], split.targets[split.n_train:][:args.n_test]
     forward, inverse = sequences.transform(args.target, y)
     fitted, z = n_fit(split, n), forward(y)[:, None]
@@ -316,7 +318,7 @@ def one_size(args, kind, K, K_test, split, n, x_test):
         rank=args.rank, seed=args.seed, quiet=args.quiet, prior=scale(args, K))
     result = {"test_spearman": spearman(f[:, 0], y_test),
               "test_rmse": float(np.sqrt(np.mean((inverse(f[:, 0]) - y_test) ** 2))),
-              "test_mse": float(np.mean((f[:, 0] - forward(y_test)) ** 2)), **result}  # of forward(y)
+              "test_mse": float(np.mean((f[:, 0] - forward(y_test)) ** 2)), **result}  # test_mse: of forward(y)
     if args.variance:
         with regression.phase("variance", result["seconds"]):
             k_test = tiles.diagonal(network_kernel(args, kind, x_test), x_test, 16, experiment.devices(args.devices))
@@ -326,10 +328,10 @@ def one_size(args, kind, K, K_test, split, n, x_test):
 
 
 def calibration(f, sd, z):
-    """How well sd says how far f is from z, (m,) each: {name: number}.
+    """How well the predicted sd describes the errors f - z; all (m,). Returns {name: number}, each name after test_:
 
-    gaussian_nll: -log density of z under N(f, sd^2), mean over rows.   coverage_P: share of rows within the
-    central P % interval of N(f, sd^2), P % if sd is right.   sd_spearman: of sd and |f - z|.
+    gaussian_nll: mean over rows of -log density of z under N(f, sd^2).   coverage_P: share of rows within the central P %
+    interval of N(f, sd^2); P % if sd is right.   sd_spearman: Spearman's correlation of sd and |f - z|.
     """
     off = np.abs(f - z)
     return {"test_gaussian_nll": float(np.mean(np.log(2 * np.pi * sd**2) / 2 + (off / sd) ** 2 / 2)),
@@ -338,7 +340,7 @@ def calibration(f, sd, z):
 
 
 def config(args, kind, n):
-    """What decides the result of this run; dataset and whiten as results/ calls them."""
+    """The settings that decide the result; results/ reads the split as `dataset`, encoding and target as `whiten`."""
     return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
             "dataset": args.split, "whiten": f"{args.encoding} {args.target}"}
 

@@ -1,13 +1,13 @@
-"""What was run, and what came of it.
+"""All runs, and the tables and pictures made from them.
 
   README.md            every table, and how each number was measured
-  runs.jsonl           a line for each run: configuration, result, versions, commit
+  runs.jsonl           one line for each run: configuration, result, versions, commit
   laws.py              the power law of a learning curve
-  tables.py            runs to tables
-  report.py            the command that writes them: python -m results.report
+  tables.py            from runs to tables
+  report.py            the command that writes the tables: python -m results.report
   pictures.py          the pictures of the front page
   plot.py              the picture of one run (--plot)
-  compare_solvers.py   the solver beside others
+  compare_solvers.py   our solver compared with others
 
-Only --plot needs this folder.
+No other folder needs this one; only the flag --plot does.
 """

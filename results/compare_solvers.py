@@ -1,20 +1,18 @@
-"""(K + ridge I) X = Y by this repository and by others, to the same true residual: steps and seconds.
+"""(K + ridge I) X = Y solved by this repository and by others, to the same true residual: steps and seconds.
 
-  none, jacobi, rank k    pcg.py with the preconditioners of pcg.py; k automatic or given;
-                          K in float32 tiles, the upper half; seconds include the preconditioner
+  none, jacobi, rank k    pcg.py with its preconditioners; k is given, or chosen automatically ("rank chosen");
+                          K is the upper half in float32 tiles; the seconds include making the preconditioner
   Cholesky                scipy.linalg.cho_factor and cho_solve, K dense in float64
-  jax cg                  jax.scipy.sparse.linalg.cg under jit, K dense in float64; compiled before
-  linear_operator         its linear_cg, rank 15 (its default) and larger ones of its pivoted Cholesky, K
-                          dense in float64; GPyTorch's solver. Left out where it is not installed:
-                          pip install linear_operator
+  jax cg                  jax.scipy.sparse.linalg.cg under jit, K dense in float64; compiled before it is timed
+  linear_operator         GPyTorch's solver, linear_cg, with its pivoted Cholesky of rank 15 (its default) and larger,
+                          K dense in float64. Left out if it is not installed: pip install linear_operator
 
-Y is one-hot, ten columns. The stopping rules of the last two are over all columns together: they are
-called with ever smaller tolerances, and the first with which |y - A x| <= tol |y| holds in every column
-counts, not the search for it. Medians of --repeats rounds over all methods; what takes ten seconds is
-called once.
+Y is one-hot, ten columns. jax cg and linear_operator stop on all columns together. They are therefore called with smaller and
+smaller tolerances until |y - A x| <= tol |y| holds in every column; only the call that reaches this is timed. Seconds are
+medians over --repeats rounds, each of which calls all methods; a method that takes over ten seconds is called once.
 
-    python compare_solvers.py --data DIR --n 10000                      fc, NTK
-    python compare_solvers.py --data DIR --n 2048 --kernel myrtle5 --kind nngp --store STORE
+    python -m results.compare_solvers --data DIR --n 10000                      fc, NTK
+    python -m results.compare_solvers --data DIR --n 2048 --kernel myrtle5 --kind nngp --store STORE
 """
 
 import argparse
@@ -32,11 +30,11 @@ import kernel
 import regression
 import tiles
 from large import plan, processes, store
-from train_cifar import ENGINES  # fused where it is there
+from train_cifar import ENGINES  # the fused engine first, if fast/ is there
 
-MOST = 5000  # steps allowed
-GIVE_UP = 300  # seconds of a call after which no smaller tolerance is tried
-EXACT = {"eps": 1e-30, "stop_updating_after": 1e-30}  # of linear_operator: with 1e-10, its own, it stalls above 1e-6
+MOST = 5000  # most steps of a solver
+GIVE_UP = 300  # if a call takes longer, in seconds, no smaller tolerance is tried
+EXACT = {"eps": 1e-30, "stop_updating_after": 1e-30}  # for linear_operator: its default 1e-10 stalls above 1e-6
 
 
 def ours(name, rank=None):
@@ -77,25 +75,25 @@ def linear_operator_cg(rank):
                 operators.DenseLinearOperator(A),
                 operators.ConstantDiagLinearOperator(torch.tensor([ridge], dtype=A.dtype), len(A)))._preconditioner()[0]
             alpha = linear_cg(product, torch.from_numpy(y), tolerance=tol, max_iter=MOST, preconditioner=P, **EXACT)
-        return alpha.numpy(), len(steps) - 1, None  # the first product is for the start
+        return alpha.numpy(), len(steps) - 1, None  # the first product computes the initial residual
     return run
 
 
 def methods(n, ranks):
-    """{name: function}, those that can be run here."""
+    """{name: function (K, A, y, ridge, tol) -> (solution, steps, rank)} of the methods that can run here."""
     out = {"Cholesky": cholesky, "jax cg": jax_cg, "none": ours("none"), "jacobi": ours("jacobi")}
     out.update({f"rank {k}": ours("lowrank", k) for k in ranks if k < n}, **{"rank chosen": ours("lowrank")})
     try:
         import linear_operator  # noqa: F401
         out.update({f"linear_operator rank {k}": linear_operator_cg(k) for k in (15, *ranks[:2]) if k < n})
     except ModuleNotFoundError:
-        print("linear_operator is not installed: its rows are left out", file=sys.stderr)
+        print("linear_operator is not installed, so its rows are left out: pip install linear_operator", file=sys.stderr)
     return out
 
 
 def reach(run, K, A, y, ridge, tol):
-    """The first call of `run` whose every column has |y - A x| <= tol |y|: (tolerance it was asked for,
-    seconds, steps, rank); None where no tolerance does that."""
+    """(tolerance asked for, seconds, steps, rank) of the first call of `run` that reaches |y - A x| <= tol |y| in every
+    column; None if no tolerance does."""
     for asked in tol * 10.0 ** -np.arange(0, 4.5, 0.5):
         start = time.perf_counter()
         alpha, steps, rank = run(K, A, y, ridge, float(asked))
@@ -109,10 +107,10 @@ def reach(run, K, A, y, ridge, tol):
 
 
 def measure(runs, K, A, y, ridge, tol, repeats):
-    """{method: (median seconds, steps, rank)}, None where tol was not reached, of {method: function}.
+    """{method: function} -> {method: (median seconds, steps, rank)}, None for a method that did not reach tol.
 
-    Round by round, every method in each, for the speed of a machine changes by the minute. The first
-    round may compile and counts only for what takes ten seconds, which is called no more.
+    Every round calls every method, because the speed of a machine varies from minute to minute. The first round may include
+    compilation. It counts only for methods that take over ten seconds, which are not called again.
     """
     first = {name: reach(run, K, A, y, ridge, tol) for name, run in runs.items()}
     taken = {name: [call[1]] if call and call[1] > 10 else [] for name, call in first.items()}
@@ -126,7 +124,7 @@ def measure(runs, K, A, y, ridge, tol, repeats):
 
 
 def problem(args):
-    """K as a TiledMatrix and y, one-hot."""
+    """K as a TiledMatrix, and y, one-hot."""
     x, labels, _, _ = data.load("cifar10" if args.data else "digits", args.data, args.n, 1)
     x, y = np.asarray(data.whitening("channel", x)()(x)), data.one_hot(labels)
     if not args.store:
@@ -135,8 +133,8 @@ def problem(args):
     K = tiles.empty(args.n, args.n, kept.about["tile"], True)
     missing = set(K.keys()) - set(kept.lines)
     if missing:
-        raise ValueError(f"{args.store} lacks {len(missing)} of the {len(list(K.keys()))} tiles of n = {args.n}: "
-                         "let train_cifar.py finish them")
+        raise ValueError(f"--store {args.store} lacks {len(missing)} of the {len(list(K.keys()))} tiles for n = {args.n}; "
+                         "compute them with train_cifar.py")
     return dataclasses.replace(K, tiles={key: kept[key].copy() for key in K.keys()}).merged(), y
 
 
@@ -151,18 +149,18 @@ def cell(name, result):
 
 def main(argv=None):
     """Print the table, and return {(method, ridge): (seconds, steps, rank)}."""
-    parser = argparse.ArgumentParser(description="Solvers compared on the kernel of CIFAR-10 or digits.",
+    parser = argparse.ArgumentParser(description="Compare solvers on a kernel matrix of CIFAR-10 or digits.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", metavar="DIR", help="CIFAR-10's folder; None is scikit-learn's digits")
-    parser.add_argument("--n", type=int, default=1000, help="images")
+    parser.add_argument("--data", metavar="DIR", help="folder of CIFAR-10; None: scikit-learn's digits")
+    parser.add_argument("--n", type=int, default=1000, help="number of images")
     parser.add_argument("--kernel", default="fc", choices=kernel.IMAGES)
     parser.add_argument("--kind", default="ntk", choices=kernel.KINDS)
-    parser.add_argument("--store", metavar="DIR", help="tiles of this K that train_cifar.py has made")
-    parser.add_argument("--ranks", default="100,300,1000", help="to compare with the rank chosen")
-    parser.add_argument("--ridges", default="1e-6,1e-4,1e-2", help="relative to mean(diag K)")
-    parser.add_argument("--tol", type=float, default=1e-6, help="true residual of every column")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", metavar="NAME,...", help="these methods only")
+    parser.add_argument("--store", metavar="DIR", help="folder with the tiles of this K, computed by train_cifar.py")
+    parser.add_argument("--ranks", default="100,300,1000", help="ranks to compare with the rank that is chosen")
+    parser.add_argument("--ridges", default="1e-6,1e-4,1e-2", help="ridges, relative to mean(diag K)")
+    parser.add_argument("--tol", type=float, default=1e-6, help="true residual to reach in every column, |y - A x| / |y|")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over which the median is taken")
+    parser.add_argument("--only", metavar="NAME,...", help="compare only these methods")
     args = parser.parse_args(argv)
     ridges = [float(ridge) for ridge in args.ridges.split(",")]
     runs = methods(args.n, [int(k) for k in args.ranks.split(",")])
@@ -174,9 +172,9 @@ def main(argv=None):
     K, y = problem(args)
     A, results = K.dense().astype(np.float64), {}
     for ridge in ridges:
-        found = measure(runs, K, A, y, ridge * K.diagonal().mean(), args.tol, args.repeats)
-        results.update({(name, ridge): found[name] for name in runs})
-        print(f"ridge {ridge:g}: " + "; ".join(f"{name} {cell(name, found[name])}" for name in runs), file=sys.stderr)
+        measured = measure(runs, K, A, y, ridge * K.diagonal().mean(), args.tol, args.repeats)
+        results.update({(name, ridge): measured[name] for name in runs})
+        print(f"ridge {ridge:g}: " + "; ".join(f"{name} {cell(name, measured[name])}" for name in runs), file=sys.stderr)
     print(f"{args.kernel} {args.kind}, n = {args.n:,}, residual {args.tol:g}, median of {args.repeats}, "
           f"{tiles.cores()} cores, {jax.local_devices()[0].device_kind}\n")
     print("| method | " + " | ".join(f"ridge {ridge:g}: steps, seconds" for ridge in ridges) + " |")

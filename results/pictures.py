@@ -1,8 +1,8 @@
-"""The pictures of the README, from real computations: kernel, sheets, solve, curves.
+"""The pictures of the README, drawn from real computations: kernel, sheets, solve, curves.
 
-    python -m results.pictures [FOLDER]           half a minute; results/pictures by default
+    python -m results.pictures [FOLDER]           half a minute; FOLDER is results/pictures by default
 
-SVG with real text, no background, in greys and colours that are read on white and on black.
+They are SVG with real text and no background, in greys and colours that are legible on white and on black.
 Proved by: results/test_pictures.py
 """
 
@@ -28,35 +28,35 @@ except ModuleNotFoundError:
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUNS, FOLDER = os.path.join(HERE, "runs.jsonl"), os.path.join(HERE, "pictures")
-GREY = "#7d8590"  # read on white and on black
+GREY = "#7d8590"  # legible on white and on black
 COLOURS = ["#2f81c7", "#d5652b", "#c25a9c", "#b98900", "#2a9d7c", "#8a6fd1", "#5b9bd5", "#a05a2c"]
 style = matplotlib.rc_context({"svg.hashsalt": "pictures", "svg.fonttype": "none", "text.color": GREY, "axes.edgecolor": GREY,
                                "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.titlecolor": GREY,
                                "figure.facecolor": "none", "axes.facecolor": "none"})
 
 
-def saved(figure, folder, name):
+def save(figure, folder, name):
     figure.savefig(os.path.join(folder, f"{name}.svg"), metadata={"Date": None}, transparent=True)
 
 
 def owners(K, devices):
-    """{tile (i, j): device}: as tiles.computed deals out the tiles of a matrix, runs of neighbours."""
+    """{tile (i, j): device}: like tiles.computed, which gives each device a run of neighbouring tiles."""
     keys = sorted(K.keys(), key=lambda key: (key[1], key[0]))
     return {tuple(key.tolist()): device for device, run in enumerate(np.array_split(np.array(keys), devices)) for key in run}
 
 
 @style
 def draw_kernel(folder, n=300, tile=60, devices=4):
-    """K of n digits in the order of their classes, its tiles, and the device that computes each."""
+    """Draw K of n digits, sorted by class, its tiles, and the device that computes each. Returns {tile: device}."""
     x, y, _, _ = data.load("digits", n_train=n)
     order = np.argsort(y, kind="stable")
     K = tiles.gram(kernel.kernel_fn("fc", "nngp"), (x[order] / 16).astype(np.float32), tile=tile, quiet=True)
-    of = owners(K, devices)
+    owner = owners(K, devices)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     dense = K.dense()
     axes.imshow(dense[::4, ::4], cmap="viridis", extent=(0, n, n, 0), interpolation="nearest")
-    for (i, j), device in of.items():
+    for (i, j), device in owner.items():
         axes.add_patch(Rectangle((j * tile + 2, i * tile + 2), tile - 4, tile - 4, fill=False, linewidth=2.2,
                                  edgecolor=["#ffffff", "#ff9a3c", "#ff6fae", "#7fd4ff"][device]))
         axes.text((j + 0.5) * tile, (i + 0.5) * tile, str(device), color="white", ha="center", va="center", fontsize=12)
@@ -68,13 +68,14 @@ def draw_kernel(folder, n=300, tile=60, devices=4):
     figure.text(0.76, 0.5, "the number in a tile:\nthe device that\ncomputes and keeps it\n\nbright: k(x, x′) is large,\n"
                 "the images are alike\n\nbelow the diagonal:\nthe same, mirrored", fontsize=10, va="center")
     figure.get_layout_engine().set(rect=(0, 0, 0.76, 1))
-    saved(figure, folder, "kernel")
-    return of
+    save(figure, folder, "kernel")
+    return owner
 
 
 @style
 def draw_sheets(folder):
-    """K[p, q] by rows r and r' of two images of 4 x 4 pixels, and the same letters cut into sheets a = r' - r."""
+    """Draw K[p, q] of two images of 4 x 4 pixels, one letter for each pair of rows r and r', and the same letters cut into
+    sheets a = r' - r."""
     figure = Figure(figsize=(8.6, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     letters = "ABCDEFGHIJKLMNOP"
@@ -100,28 +101,28 @@ def draw_sheets(folder):
     right.set_title("the same letters, one sheet a column: r′ = r + a\n(zeros are rows outside the image)", fontsize=11)
     figure.supxlabel("blue: a 3 × 3 window moves in both images together, so it stays in one sheet     "
                      "orange: a 2 × 2 pool takes four letters", fontsize=9, color=GREY)
-    saved(figure, folder, "sheets")
+    save(figure, folder, "sheets")
 
 
 @style
 def draw_solve(folder, n=1000, ridge=1e-5):
-    """Residual against step for no preconditioner, Jacobi and low rank."""
+    """Draw the residual against the step without preconditioner, with Jacobi and with low rank. Returns {name: Info}."""
     x, y, _, _ = data.load("digits", n_train=n)
     K = tiles.gram(engine("fc", "ntk"), (x / 16).astype(np.float32), quiet=True)
     Y, absolute = data.one_hot(y), ridge * K.diagonal().mean()
-    ways = {"no preconditioner": pcg.none(K), "Jacobi: the diagonal": pcg.jacobi(K),
-            "low rank: 100 columns of K": pcg.low_rank(K, 100), "low rank: 300 columns": pcg.low_rank(K, 300)}
+    preconditioners = {"no preconditioner": pcg.none(K), "Jacobi: the diagonal": pcg.jacobi(K),
+                       "low rank: 100 columns of K": pcg.low_rank(K, 100), "low rank: 300 columns": pcg.low_rank(K, 300)}
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot(yscale="log")
     infos = {}
-    for colour, (name, look) in zip([GREY, *COLOURS], ways.items()):
-        infos[name] = info = pcg.solve(K.matvec, Y, absolute, look(absolute), tol=1e-6, max_iters=3000)[1]
+    for colour, (name, precondition) in zip([GREY, *COLOURS], preconditioners.items()):
+        infos[name] = info = pcg.solve(K.matvec, Y, absolute, precondition(absolute), tol=1e-6, max_iters=3000)[1]
         axes.plot(info.history, color=colour, linewidth=1.4, label=f"{name}: {info.iterations} steps")
     axes.set(xlabel="steps (one product with K each)", ylabel="residual |y − A x| / |y|, worst column")
     axes.set_title(f"Solving (K + λI) x = y for {n:,} digits, ridge {ridge:g}", fontsize=11)
     axes.legend(frameon=False, labelcolor=GREY, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    saved(figure, folder, "solve")
+    save(figure, folder, "solve")
     return infos
 
 
@@ -133,7 +134,8 @@ CURVES = {("fc", "ntk", False): "fc", ("fc", "ntk", True): "fc, flips", ("cnn_ve
 
 @style
 def draw_curves(folder, path=RUNS):
-    """Test accuracy against n for eight kernels on CIFAR-10: mean over subsets, with its sd where there are several."""
+    """Draw test accuracy against n for eight kernels on CIFAR-10: the mean over subsets, with the sd if there are several.
+    Returns {(kernel, kind, flips): {n: {seed: accuracy in %}}}."""
     points = {}
     with open(path) as lines:
         for run in map(json.loads, lines):
@@ -158,7 +160,7 @@ def draw_curves(folder, path=RUNS):
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, labelcolor=GREY, fontsize=9)
-    saved(figure, folder, "curves")
+    save(figure, folder, "curves")
     return points
 
 

@@ -2,21 +2,22 @@
 
     python train_cifar.py --n_train 600 --plot ridge.png
 
-Left, up to choose.DENSE rows: leave-one-out error, test error and effective dimension for every ridge, and the one that was
-chosen. Right: the same system solved with every preconditioner.   Proved by: results/test_pictures.py
+Left, for up to choose.DENSE rows: leave-one-out error, test error and effective dimension at every ridge, and the ridge that
+was chosen. Right: the same system solved with every preconditioner.   Proved by: results/test_pictures.py
 """
 
 import numpy as np
-from matplotlib.figure import Figure  # no window, no global state
+from matplotlib.figure import Figure  # opens no window and has no global state
 
 import choose
 import regression
 
 
 def draw(path, title, K, K_test, prior, y, ridge, y_test, copies=1, tol=1e-6, **options):
-    """Write the picture to `path`.
+    """Write the picture to `path`; every preconditioner is tried.
 
-    copies: rows of K for each training image.   options: of regression.Solver; every preconditioner is tried.
+    prior: (n,), to whose mean ridges are relative.   copies: rows of K for each training image (mirror images, crops).
+    options: of regression.Solver.
     """
     infos, rows = {}, K.shape[0]
     for name in regression.PRECONDITIONERS:
@@ -33,14 +34,14 @@ def draw(path, title, K, K_test, prior, y, ridge, y_test, copies=1, tol=1e-6, **
     residuals(axes[-1], infos)
     if K.team.index == 0:
         figure.suptitle(title)
-        for one in figure.axes:
-            one.spines["top"].set_visible(False)
+        for ax in figure.axes:
+            ax.spines["top"].set_visible(False)
         figure.savefig(path, dpi=150)
 
 
 def errors(axes, spectrum, y, ridge, K_test=None, y_test=None, copies=1):
-    """Leave-one-out error, and with K_test (m, n) and y_test (m, c) the test error, against the ridge, as the root of
-    the mean square; on the right axis the effective dimension; a line at the ridge that was chosen."""
+    """Draw the root mean squared leave-one-out error against the ridge, and the test error if K_test (m, n) and y_test
+    (m, c) are given; on the right axis the effective dimension; a vertical line at the chosen `ridge`."""
     ridges = [r for r in np.geomspace(10, 1e-7, 65) if r * spectrum.scale > 4 * spectrum.noise]
     table = choose.leave_one_out(spectrum, y, ridges, copies=copies)
     axes.plot(ridges, np.sqrt([row.mse for row in table]), label="leave-one-out error")
@@ -56,7 +57,7 @@ def errors(axes, spectrum, y, ridge, K_test=None, y_test=None, copies=1):
 
 
 def residuals(axes, infos):
-    """Residual against step, a line for each of {name: Info}."""
+    """Draw the residual against the step, one line for each entry of infos {name: Info}."""
     for name, info in infos.items():
         axes.plot(info.history, label=f"{name}: {info.iterations} steps, {info.seconds:.2g} s")
     axes.set(xlabel="steps (products with K)", yscale="log", ylabel="largest |y - A x| / |y| over columns")

@@ -1,8 +1,8 @@
-"""The command that writes the tables and the long figure: runs.jsonl -> results/README.md, results/curves.svg.
+"""The command that writes the tables and the figure of all curves: runs.jsonl -> results/README.md, results/curves.svg.
 
-    python -m results.report                       tables between their markers, and the figure
-    python -m results.report --check               exit with 1 where they are not what the runs say
-    python -m results.report --runs curve/runs.jsonl --dataset digits --figure curve.png       print and draw these
+    python -m results.report                       write the tables, the table of the front page and the figure
+    python -m results.report --check               write nothing; exit with 1 if they differ from the runs
+    python -m results.report --runs curve/runs.jsonl --dataset digits --figure curve.png       print and draw other runs
 
 Proved by: results/test_results.py
 """
@@ -33,18 +33,18 @@ from results.tables import (
 
 
 def figure(groups, dataset, path):
-    """Test error against n, both logarithmic: every size with its sd, the law through them; .svg, .png or .pdf.
+    """Draw test error against n, both logarithmic: the mean and sd at every size, and the law; .svg, .png or .pdf.
 
-    Grey that is read on white and on black, no background; a marker of its own for NNGP and NTK, hollow
-    and dashed with mirror images or crops, half full and dotted with another whitening than by channel."""
+    NNGP has round markers, NTK square ones. Hollow markers and dashed lines: with mirror images or crops. Half-filled
+    markers and dotted lines: a whitening other than "channel". The grey is legible on white and on black."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    grey, found = "#7d8590", curves(groups, dataset)
+    grey, drawn = "#7d8590", curves(groups, dataset)
     page = Figure(figsize=(8.5, 4.6), layout="constrained", facecolor="none")
     axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
     colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 3))
-    for key, points in found.items():
+    for key, points in drawn.items():
         config, n = dict(zip(CURVE, key)), np.array(list(points))
         mean = np.array([np.mean(errors) for errors in points.values()])
         sd = [np.std(errors, ddof=1) if len(errors) > 1 else 0 for errors in points.values()]
@@ -68,18 +68,18 @@ def figure(groups, dataset, path):
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grey)
     page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8)
-    metadata = {"Description": digest(found), "Date": None} if path.endswith(".svg") else None
+    metadata = {"Description": digest(drawn), "Date": None} if path.endswith(".svg") else None
     with matplotlib.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "path"}):
         page.savefig(path, dpi=150, metadata=metadata)
 
 
-def digest(found):
-    """What a figure of these curves is drawn from, as a number that it carries."""
-    return f"curves {zlib.crc32(repr(found).encode()):08x}"
+def digest(drawn):
+    """A checksum of the curves from which a figure is drawn; an .svg figure contains it, so --check can compare."""
+    return f"curves {zlib.crc32(repr(drawn).encode()):08x}"
 
 
 def parts(groups, dataset):
-    """{marker: table} of results/README.md."""
+    """{marker: table} for results/README.md."""
     out = {part.__name__: part(groups, dataset) for part in (results, learning, laws, augmentation, cost)}
     for marker, metric in (("proteins", "test_spearman"), ("molecules", "test_auc"), ("numbers", "test_rmse"),
                            ("assays", "test_ap")):
@@ -89,38 +89,39 @@ def parts(groups, dataset):
 
 
 def filled(text, tables, where):
-    """The page `where` with every <!-- NAME: written by results/report.py --> ... <!-- end of NAME --> filled anew."""
+    """The text of the page `where` with the tables {NAME: table} put between <!-- NAME: written by results/report.py -->
+    and <!-- end of NAME -->.  ValueError: a marker is missing or occurs twice."""
     for marker, table in tables.items():
         begin, end = f"<!-- {marker}: written by results/report.py -->", f"<!-- end of {marker} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{where} needs the markers {begin} and {end}, once each")
+            raise ValueError(f"{where}: expected the markers {begin} and {end} exactly once each")
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
     return text
 
 
 def main(argv=None):
-    """Write tables and figure, or check them; returns 1 where --check finds one stale."""
-    parser = argparse.ArgumentParser(description="Tables, power laws and figure of the runs.",
+    """Write tables and figure, or check them; returns 1 if --check finds a stale one, else 0."""
+    parser = argparse.ArgumentParser(description="Write the tables, power laws and figure of the runs.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--runs", default=os.path.join(HERE, "runs.jsonl"), metavar="FILE")
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--figure", metavar="FILE", help="print the tables and draw this figure; None: "
-                        "results/README.md and results/curves.svg")
-    parser.add_argument("--readme", default=os.path.join(HERE, "README.md"), metavar="FILE", help="the page of all tables")
-    parser.add_argument("--front", default=os.path.join(HERE, "..", "README.md"), metavar="FILE", help="the front page")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
+    parser.add_argument("--runs", default=os.path.join(HERE, "runs.jsonl"), metavar="FILE", help="the runs to read")
+    parser.add_argument("--dataset", default="cifar10", help="data set of the learning curves")
+    parser.add_argument("--figure", metavar="FILE", help="print the tables and draw this figure; None: write the pages, and "
+                        "curves.svg into the folder of the runs")
+    parser.add_argument("--readme", default=os.path.join(HERE, "README.md"), metavar="FILE", help="page with all tables")
+    parser.add_argument("--front", default=os.path.join(HERE, "..", "README.md"), metavar="FILE", help="front page")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page or figure is stale")
     args = parser.parse_args(argv)
     groups = load(args.runs)
-    found = curves(groups, args.dataset)
-    if not found:
-        raise ValueError(f"{args.runs} has no kernel with three sizes of {args.dataset}; run --sizes of three or more, "
-                         "or give --dataset another")
+    drawn = curves(groups, args.dataset)
+    if not drawn:
+        raise ValueError(f"{args.runs} has no kernel with three sizes of {args.dataset}; run three or more --sizes, or give "
+                         "another --dataset")
     if args.figure:
         print(learning(groups, args.dataset), laws(groups, args.dataset), sep="\n\n")
         figure(groups, args.dataset, args.figure)
         return 0
-    drawn = os.path.join(os.path.dirname(args.runs), "curves.svg")
+    picture = os.path.join(os.path.dirname(args.runs), "curves.svg")
     stale = []
     for page, tables in ((args.readme, parts(groups, args.dataset)), (args.front, {"front": front(groups, args.dataset)})):
         with open(page) as file:
@@ -132,10 +133,10 @@ def main(argv=None):
             with open(page, "w") as file:
                 file.write(new)
     if not args.check:
-        figure(groups, args.dataset, drawn)
+        figure(groups, args.dataset, picture)
         return 0
-    if not os.path.exists(drawn) or digest(found) not in open(drawn).read():
-        stale.append(drawn)
+    if not os.path.exists(picture) or digest(drawn) not in open(picture).read():
+        stale.append(picture)
     if stale:
         print(f"{' and '.join(stale)}: stale; run python -m results.report", file=sys.stderr)
     return int(bool(stale))

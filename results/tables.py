@@ -1,8 +1,8 @@
-"""Runs to tables: runs.jsonl read and grouped, each table as Markdown.
+"""From runs to tables: reads and groups runs.jsonl and makes each table as Markdown.
 
-runs.jsonl holds a line for every run: configuration, result, versions, commit. Runs that differ only in the seed are
+runs.jsonl holds one line for every run: configuration, result, versions, commit. Runs that differ only in the seed are
 repetitions: each draws another subset of the training set, and the test images are the same. A curve is the test error of one
-kernel at three sizes or more, all else equal.
+kernel at three or more sizes, with all other settings equal.
 
     print(tables.learning(tables.load("results/runs.jsonl"), "cifar10"))
 
@@ -23,7 +23,7 @@ KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc
 NETWORK = {"w_std": 2**0.5, "b_std": 0.0, "head": "linear", "gamma": None}
 CURVE = ("dataset", "kernel", "kind", "depth", *NETWORK, "whiten", "zca_eps", "flips", "crops", "n_test")
 SAME = (*CURVE, "n_train")
-ABSENT = {**NETWORK, "zca_eps": None, "flips": None, "crops": 1}  # what runs mean that do not have it
+ABSENT = {**NETWORK, "zca_eps": None, "flips": None, "crops": 1}  # the values of these settings in runs that lack them
 SCORES = ("test_accuracy", "test_auc", "test_ap", "test_spearman", "test_rmse")
 FEW = 100  # runs with fewer test images only measure time; their accuracy is left out of the tables
 
@@ -32,19 +32,19 @@ def load(path):
     """Runs of a jsonl file, grouped: [[run, ...], ...]; if a seed was run twice, the later run is used."""
     groups = {}
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is not there; --runs takes the runs.jsonl that a run writes into its --out")
+        raise FileNotFoundError(f"{path} does not exist; give --runs the runs.jsonl that a run writes into its --out folder")
     with open(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 run = json.loads(line)
             except ValueError:
-                print(f"note: {path}, line {number} is not whole, as of a run killed while it wrote it: left out")
+                print(f"note: {path}, line {number} is incomplete (perhaps its run was killed while writing) and is left out")
                 continue
             try:
                 config = run["config"] = {**ABSENT, **run["config"]}
-                config["flips"] = bool(config["flips"])  # symmetric and explicit ones: the same predictions
+                config["flips"] = bool(config["flips"])  # symmetric and explicit flips give the same predictions
                 config["zca_eps"] = config["zca_eps"] if str(config["whiten"]).startswith("zca") else None
-                run["search"] = run.pop("validation", None) or run.get("search")  # as it was called before
+                run["search"] = run.pop("validation", None) or run.get("search")  # its former name
                 solver = run["ridge"], config.get("rank"), config.get("precondition")
                 fixed = () if run["search"] else solver
                 key = tuple(config[name] for name in SAME) + fixed
@@ -55,14 +55,14 @@ def load(path):
 
 
 def test_error(run):
-    """1 - accuracy, and where there is none 1 - area under the curve, average precision or Spearman's correlation,
-    or the root mean squared error."""
+    """1 - score, for the first of accuracy, area under the ROC curve, average precision and Spearman's correlation that the
+    run has; else the root mean squared error."""
     score = next(name for name in SCORES if name in run)
     return run[score] if score == "test_rmse" else 1 - run[score]
 
 
 def curves(groups, dataset):
-    """{what is equal: {n: [test error, ...]}} of a data set's runs whose ridge was chosen, at three sizes or more."""
+    """{values of CURVE: {n: [test error, ...]}} for a data set's kernels with three or more sizes whose ridge was chosen."""
     out = {}
     for runs in groups:
         config = runs[0]["config"]
@@ -74,7 +74,7 @@ def curves(groups, dataset):
 
 
 def name(key):
-    """What a curve is called: "fc NTK, flips, 10 crops"."""
+    """The name of a curve, such as "fc NTK, flips, 10 crops"."""
     config = dict(zip(CURVE, key))
     return " ".join([config["kernel"] + (f" {config['depth']}" if config["depth"] else ""),
                      config["kind"].upper()]) + "".join(
@@ -87,31 +87,31 @@ def name(key):
 
 
 def percent(errors, sign=1):
-    """Mean ± sd of accuracies (sign 1) or errors (-1), in %."""
+    """Mean ± sd of test errors in %, as accuracies (sign 1) or as errors (sign -1)."""
     values = [100 * (1 - e if sign > 0 else e) for e in errors]
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def table(head, rows):
-    """Markdown; the first column to the left, the others to the right."""
+    """A Markdown table; the first column is aligned left, the others right."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def learning(groups, dataset):
-    """Accuracy against size: a table for each family of kernels (myrtle5 and myrtle10 are one), in it a column for
-    each curve."""
+    """Accuracy against size: one table for each family of kernels (myrtle5 and myrtle10 are one family), with one column
+    for each curve."""
     families = {}
     for key, points in curves(groups, dataset).items():
         families.setdefault(key[1].rstrip("0123456789"), {})[key] = points
     return "\n\n".join(
-        table(["n", *map(name, found)], [
-            [f"{n:,}", *(percent(points[n]) if n in points else "" for points in found.values())]
-            for n in sorted({n for points in found.values() for n in points})]) for found in families.values())
+        table(["n", *map(name, family)], [
+            [f"{n:,}", *(percent(points[n]) if n in points else "" for points in family.values())]
+            for n in sorted({n for points in family.values() for n in points})]) for family in families.values())
 
 
 def laws(groups, dataset):
-    """a, b, c of each such curve."""
+    """a, b, c of the power law of each curve, with intervals."""
     rows = []
     for key, points in curves(groups, dataset).items():
         values, intervals = law(points)
@@ -122,48 +122,49 @@ def laws(groups, dataset):
 
 
 def augmentation(groups, dataset):
-    """Accuracy of the same images in more and more copies, crops x mirror images; a row for each kernel and n."""
-    found = {}
+    """Accuracy with the same images in more and more copies (crops x mirror images); one row for each kernel and n."""
+    accuracies = {}
     for runs in groups:
         config = runs[0]["config"]
         if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0]["search"]:
             key = tuple(1 if k == "crops" else k != "flips" and config[k] for k in CURVE), config["n_train"]
-            found.setdefault(key, {})[config["crops"], config["flips"]] = percent(
+            accuracies.setdefault(key, {})[config["crops"], config["flips"]] = percent(
                 [test_error(run) for run in runs])
-    found = {key: copies for key, copies in found.items() if any(crops > 1 for crops, _ in copies)}
-    columns = sorted({key for copies in found.values() for key in copies})
+    accuracies = {key: copies for key, copies in accuracies.items() if any(crops > 1 for crops, _ in copies)}
+    columns = sorted({key for copies in accuracies.values() for key in copies})
     head = [f"{crops}{' × 2' if flips else ''}" for crops, flips in columns]
     return table(["kernel", "n", "test images", *head], [
         [name(key), f"{n:,}", f"{key[-1]:,}", *(copies.get(column, "") for column in columns)]
-        for (key, n), copies in found.items()])
+        for (key, n), copies in accuracies.items()])
 
 
 def elsewhere(groups, metric):
-    """Proteins and molecules: the mean score of every kernel with its sd over seeds, at its largest n; a column for
-    each data set whose score is `metric`. Settings that were all run stand one after the other."""
-    found, most = {}, {}
+    """Proteins and molecules: the mean score of every kernel ± sd over seeds, at its largest n; one column for each data set
+    whose score is `metric`. If a kernel was run with several settings, their scores are separated by commas."""
+    scores, largest_n = {}, {}
     for runs in groups:
         config = runs[0]["config"]
         if next(name for name in SCORES if name in runs[0]) == metric and config["n_test"] >= FEW:
             row, n = f"{config['kernel']} {config['kind'].upper()}", config["n_train"]
             column = " ".join(dict.fromkeys([config["dataset"], config["split"]]))
-            most[column] = max(most.get(column, 0), n)
+            largest_n[column] = max(largest_n.get(column, 0), n)
             values = [run[metric] for run in runs]
             sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            found.setdefault(row, {}).setdefault(column, {}).setdefault(n, []).append(
+            scores.setdefault(row, {}).setdefault(column, {}).setdefault(n, []).append(
                 f"{statistics.mean(values):.3f}{sd}")
 
     def cell(sizes, largest):
         n = max(sizes, default=largest)
         return ", ".join(sizes.get(n, [])) + ("" if n == largest else f" (n = {n:,})")
-    rows = sorted(found, key=lambda row: KERNELS.index(row.split()[0]))
-    most = dict(sorted(most.items(), key=lambda of: of[1]))
-    return table(["kernel", *(f"{column}, n = {n:,}" for column, n in most.items())], [
-        [row, *(cell(found[row].get(column, {}), n) for column, n in most.items())] for row in rows])
+    rows = sorted(scores, key=lambda row: KERNELS.index(row.split()[0]))
+    largest_n = dict(sorted(largest_n.items(), key=lambda of: of[1]))
+    return table(["kernel", *(f"{column}, n = {n:,}" for column, n in largest_n.items())], [
+        [row, *(cell(scores[row].get(column, {}), n) for column, n in largest_n.items())] for row in rows])
 
 
 def results(groups, dataset):
-    """A row for each experiment that is no point of such a curve, or its largest, nor has crops."""
+    """One row for each experiment with a fixed ridge; and, without crops, for the largest size of each curve and every
+    experiment that belongs to no curve."""
     in_curve = curves(groups, dataset)
     rows = []
     for runs in sorted(groups, key=lambda runs: (KERNELS.index(runs[0]["config"]["kernel"]), *(
@@ -193,24 +194,24 @@ def results(groups, dataset):
 
 
 def cost(groups, dataset):
-    """Kernel seconds and CG steps against n, from runs with few test images and one ridge; the last column
-    is the slope of a line through their logarithms."""
-    found = {}
+    """Kernel seconds and CG steps against n, from runs with fewer than FEW test images; the last column is the slope of a
+    line through their logarithms."""
+    measured = {}
     for runs in groups:
         config, seconds = runs[0]["config"], statistics.median(run["seconds"]["kernel"] for run in runs)
         if config["n_test"] < FEW and config["dataset"] == dataset:
-            what = f"{config['kernel']} {config['kind'].upper()}"
+            kernel = f"{config['kernel']} {config['kind'].upper()}"
             if runs[0].get("entries_computed"):
-                found.setdefault(f"{what}: kernel, s", {}).setdefault(config["n_train"], []).append(seconds)
+                measured.setdefault(f"{kernel}: kernel, s", {}).setdefault(config["n_train"], []).append(seconds)
             rank = config["rank"] or "chosen" if config["precondition"] == "lowrank" else config["precondition"]
-            found.setdefault(f"{what}: CG steps, ridge {runs[0]['ridge']:g}, rank {rank}", {})[
+            measured.setdefault(f"{kernel}: CG steps, ridge {runs[0]['ridge']:g}, rank {rank}", {})[
                 config["n_train"]] = [statistics.median(run["cg_iterations"] for run in runs)]
-    sizes = sorted({n for points in found.values() for n in points})
+    sizes = sorted({n for points in measured.values() for n in points})
     rows = []
-    for what, points in sorted(found.items()):
+    for label, points in sorted(measured.items()):
         points = {n: min(values) for n, values in points.items()}
         slope = np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0] if len(points) > 2 else None
-        rows.append([what, *(f"{points[n]:.3g}" if n in points else "" for n in sizes),
+        rows.append([label, *(f"{points[n]:.3g}" if n in points else "" for n in sizes),
                      "" if slope is None else f"{slope:.2f}"])
     return table(["", *(f"n = {n:,}" for n in sizes), "slope"], rows)
 
@@ -220,14 +221,14 @@ FRONT = (("fc", "ntk", False), ("fc", "ntk", True), ("cnn_vec", "nngp", False), 
 
 
 def front(groups, dataset):
-    """The table of the front page: of each kernel in FRONT the run with the most images, the ridge chosen."""
+    """The table of the front page: for each kernel in FRONT the run with the most images whose ridge was chosen."""
     rows = []
-    for what in FRONT:
-        found = [runs for runs in groups if runs[0]["config"]["dataset"] == dataset and runs[0]["search"]
-                 and runs[0]["config"]["crops"] == 1 and runs[0]["config"]["n_test"] >= 1000
-                 and tuple(runs[0]["config"][k] for k in ("kernel", "kind", "flips")) == what]
-        if found:
-            runs = max(found, key=lambda runs: (runs[0]["config"]["n_train"], -min(test_error(run) for run in runs)))
+    for wanted in FRONT:
+        matching = [runs for runs in groups if runs[0]["config"]["dataset"] == dataset and runs[0]["search"]
+                    and runs[0]["config"]["crops"] == 1 and runs[0]["config"]["n_test"] >= 1000
+                    and tuple(runs[0]["config"][k] for k in ("kernel", "kind", "flips")) == wanted]
+        if matching:
+            runs = max(matching, key=lambda runs: (runs[0]["config"]["n_train"], -min(test_error(run) for run in runs)))
             config, seconds = runs[0]["config"], statistics.median(run["seconds"]["kernel"] for run in runs)
             rows.append([name(tuple(config[k] for k in CURVE)), f"{config['n_train']:,}", f"{config['n_test']:,}",
                          percent([test_error(run) for run in runs]), f"{seconds / 60:.1f} min, {runs[-1].get('device')}"])

@@ -1,4 +1,4 @@
-"""The pictures of the README: each is drawn from a real computation, small, and has real text."""
+"""The pictures of the README: each is drawn from a real computation, is small and has real text."""
 
 import re
 
@@ -24,14 +24,14 @@ def drawn(tmp_path_factory):
     ("kernel", ["K of 300 digits", "the device that"]), ("sheets", ["a=4", "r′=3", "3 × 3 window"]),
     ("solve", ["no preconditioner", "Jacobi", "low rank"]), ("curves", ["cnn_vec", "myrtle10", "test accuracy"])])
 def test_pictures_are_small_and_have_text(drawn, name, words):
-    """Each is an SVG under 60 KB, whose words are text, without a background of its own."""
+    """Each picture is an SVG under 60 KB whose words are text."""
     text = (drawn[0] / f"{name}.svg").read_text()
     assert text.startswith("<?xml") and len(text.encode()) < 60 * 1024
     assert all(re.search(rf"<text[^>]*>[^<]*{re.escape(word)}|<tspan[^>]*>[^<]*{re.escape(word)}", text) for word in words)
 
 
 def test_pictures_owners_are_those_of_tiles(drawn):
-    """The device written in a tile is the one that tiles.computed gives it to."""
+    """The device written in a tile is the one to which tiles.computed gives the tile."""
     x = data.load("digits", n_train=300)[0].astype("float32")
     seen, fn = {}, kernel.kernel_fn("fc", "nngp")
     K = tiles.empty(300, 300, 60, True)
@@ -44,13 +44,13 @@ def test_pictures_owners_are_those_of_tiles(drawn):
 
 
 def test_pictures_solve_says_that_rank_helps(drawn):
-    """The picture of the solver shows what it is for: low rank needs fewer than half of the steps, more rank fewer still."""
+    """In the picture of the solver, low rank needs fewer than half of the steps, and a higher rank fewer still."""
     steps = [info.iterations for info in drawn[1]["draw_solve"].values()]
     assert 2 * steps[2] < min(steps[:2]) and steps[3] < steps[2]
 
 
 def test_pictures_curves_are_at_most_eight(drawn):
-    """At most eight curves, each rising with n."""
+    """There are four to eight curves, each with at least three sizes."""
     points = drawn[1]["draw_curves"]
     assert 4 <= len(points) <= 8 and all(len(of) >= 3 for of in points.values())
 
@@ -67,7 +67,8 @@ def test_plot_of_residuals():
 
 
 def test_plot_of_errors(tmp_path):
-    """The picture of error against ridge has leave-one-out, test error and effective dimension in it."""
+    """The picture of error against ridge has leave-one-out error, test error and effective dimension; the test error equals
+    that of a dense solve."""
     x, labels = digits(80)
     fn, y = kernel.kernel_fn("fc", "nngp"), data.one_hot(labels)
     K = np.asarray(fn(x), np.float64)
@@ -81,7 +82,7 @@ def test_plot_of_errors(tmp_path):
 
 @pytest.mark.parametrize("more, names", [(["--kind", "both", "--crops", "2"], ["p-nngp.png", "p-ntk.png"]), ([], ["p.png"])])
 def test_plot_of_a_run(tmp_path, more, names):
-    """--plot draws both pictures for each kind, beside an unchanged run."""
+    """--plot draws a picture for each kind and does not change the result of the run."""
     flags = ["--n_train", "40", "--n_test", "20", "--ridge", "0.1", *more]
     run, plain = train(tmp_path, *flags, "--plot", str(tmp_path / "p.png")), train(tmp_path, *flags)
     assert [(tmp_path / name).stat().st_size > 10_000 for name in names] == [True] * len(names)

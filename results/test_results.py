@@ -1,4 +1,4 @@
-"""Runs to tables, laws and figures; solvers compared.
+"""From runs to tables, laws and figures; the comparison of solvers.
 
 Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
 """
@@ -18,8 +18,8 @@ from results import compare_solvers, laws, report, tables
 # ------------------------------------------------------------------------------------------ hosts
 
 def test_train_solvers_compared(capsys):
-    """compare_solvers.py solves one system by all it knows, to the same residual in every column; low rank
-    takes half the steps of none, or fewer; a line of its table for each."""
+    """compare_solvers.py solves one system with every method to the same residual in every column. Low rank takes at most
+    half the steps of none. Every method has a line in the table."""
     with as_users_have_it(x64=True):
         results = compare_solvers.main(["--n", "300", "--ranks", "100", "--ridges", "1e-4", "--repeats", "1"])
     steps = {name: steps for (name, _), (seconds, steps, _) in results.items() if seconds > 0}
@@ -28,12 +28,12 @@ def test_train_solvers_compared(capsys):
     assert all(f"\n| {name} | " in said for name in steps)
 
 
-
 # ---------------------------------------------------------------------------------------- scaling
 
 @pytest.mark.parametrize("a, b, c", [(2.0, 0.3, 0.0), (1.5, 0.5, 0.2), (0.9, 0.1, 0.0)])
 def test_scaling_finds_a_known_law(a, b, c):
-    """Points on a n^-b + c give a, b and c back, to the grid of b; with noise of 1 %, b within 0.15."""
+    """From points on a n^-b + c the fit recovers a, b and c up to the grid of b; with 1 % noise the mean error of b is below
+    0.15."""
     n = 2.0 ** np.arange(5, 15)
     found = np.array(laws.fit(n, (a * n**-b + c)[None], np.ones(10)))[:, 0]
     assert np.allclose(found, [a, b, c], rtol=0.05, atol=0.01)
@@ -43,8 +43,8 @@ def test_scaling_finds_a_known_law(a, b, c):
 
 
 def test_scaling_fit_is_the_least():
-    """No b of the grid with scipy's non-negative least squares for a and c does better than what is found, on
-    noisy points whose best a or c is zero too."""
+    """The fit is at least as good as SciPy's non-negative least squares for a and c at every b of the grid, also on noisy
+    points whose best a or c is zero."""
     rng, n, weight = np.random.default_rng(0), np.array([10.0, 30, 100, 300, 1000]), np.array([3, 3, 3, 2, 1])
     for shape in (n**-0.3, n**-0.3 - 0.1, np.full(5, 0.5), n**0.1):
         error = shape * (1 + 0.05 * rng.normal(size=5))
@@ -55,8 +55,8 @@ def test_scaling_fit_is_the_least():
 
 
 def test_scaling_interval_covers():
-    """The 95 % interval of b holds the b that made the points in 90 to 99 of 100 experiments: 8 sizes, three
-    subsets each but one of the largest, whose errors scatter by 2 %, less for larger n."""
+    """The 95 % interval contains the true b in 90 to 99 of 100 experiments with 8 sizes, three subsets each but only one of
+    the largest, and errors that scatter by 2 %, less for larger n."""
     n, inside = 2 ** np.arange(7, 15), 0
     for experiment in range(100):
         rng = np.random.default_rng(experiment)
@@ -82,10 +82,9 @@ def fake_run(n, accuracy, seed=0, validation=((0.1, 0.5, 0.1),), **config):
 
 
 def test_scaling_tables_of_known_runs(tmp_path, capsys):
-    """Two seeds of one experiment are one row, mean ± sd; sizes are a curve, explicit and symmetric flips the
-    same, and kernels of a family share a table; copies of the same images are a row; scores of proteins are those
-    at the largest n, and have their curve; runs with few test images are cost; the figure is noticed as well as the
-    page where it is stale; a bad line is named, and what is missing."""
+    """Two seeds of one experiment are one row, mean ± sd. Sizes form a curve, with explicit and symmetric flips alike, and
+    kernels of a family share a table. Scores of proteins are those at the largest n. Runs with few test images appear only as
+    cost. --check finds a stale page and a stale figure. A bad line and a missing file are refused with one line."""
     runs, page = tmp_path / "runs.jsonl", tmp_path / "README.md"
     lines = [fake_run(1000, 0.52, 1), fake_run(1000, 0.5), fake_run(1000, 0.52, 1), fake_run(10, 0.1, n_test=9),
              fake_run(100, 0.1, n_test=9), fake_run(1000, 0.1, n_test=9, depth=None),
@@ -129,15 +128,15 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     with pytest.raises(ValueError, match="line 1 is not a run"):
         report.main(paths)
     runs.write_text(json.dumps(fake_run(1000, 0.5)) + "\n")
-    with pytest.raises(ValueError, match="no kernel with three sizes of cifar10; run --sizes"):
+    with pytest.raises(ValueError, match="no kernel with three sizes of cifar10; run three or more --sizes"):
         report.main(paths)
     runs.unlink()
-    with pytest.raises(FileNotFoundError, match="runs.jsonl is not there; --runs takes"):
+    with pytest.raises(FileNotFoundError, match="runs.jsonl does not exist; give --runs"):
         report.main(paths)
 
 
 def test_scaling_of_a_learning_curve(tmp_path, capsys):
-    """Two kernels on digits at four sizes, one command each way: table, laws and a figure that is a picture."""
+    """One command runs two kernels on digits at four sizes; another prints table and laws and draws the figure."""
     train(tmp_path, "--kind", "both", "--sizes", "45,90,180,360", "--whiten", "none")
     path = tmp_path / "curve.png"
     assert report.main(["--runs", str(tmp_path / "runs.jsonl"), "--dataset", "digits", "--figure", str(path)]) == 0
@@ -146,19 +145,18 @@ def test_scaling_of_a_learning_curve(tmp_path, capsys):
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
-
 # ------------------------------------------------------------------------------------------- docs
 
 def test_docs_results_are_what_the_runs_say():
-    """README's tables and its figure are what scaling.py makes of results/runs.jsonl."""
-    assert report.main(["--check"]) == 0, "python scaling.py writes it anew"
+    """The tables of both pages and the figure are what results/report.py makes of results/runs.jsonl."""
+    assert report.main(["--check"]) == 0, "run python -m results.report"
 
 
 def test_results_leave_out_a_torn_line(tmp_path, capsys):
-    """A line of runs.jsonl that a killed run left half written is left out, and named."""
+    """An incomplete line of runs.jsonl, as a killed run may leave it, is left out and named."""
     train(tmp_path, "--n_train", "50", "--n_test", "20")
     with open(tmp_path / "runs.jsonl", "a") as lines:
         lines.write('{"config": {"ker\n')
     train(tmp_path, "--n_train", "50", "--n_test", "20", "--seed", "1")
     (runs,) = tables.load(tmp_path / "runs.jsonl")
-    assert len(runs) == 2 and "line 2 is not whole" in capsys.readouterr().out
+    assert len(runs) == 2 and "line 2 is incomplete" in capsys.readouterr().out
