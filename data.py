@@ -65,8 +65,8 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
     Raises ValueError: unknown name, more rows than there are, a damaged file, wrong labels.   FileNotFoundError.
     """
     if name not in DATASETS and not os.path.exists(name):
-        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}, or give the path of an .npz file "
-                         "or of a folder with a folder of images for each class")
+        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}, or give the path of an .npz "
+                         "file or of a folder with a folder of images for each class")
     if name == "cifar5m":
         from large import cifar5m
         return cifar5m.load(folder or "data", n_train, n_test, seed, balanced, n_fit)

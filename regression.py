@@ -166,7 +166,7 @@ def _worth(*cost):
     """large/rank.py's model of what a rank costs and saves, or None where that room is not there."""
     try:
         from large import rank
-    except ModuleNotFoundError:
+    except ImportError:
         return None
     return rank.Worth(*cost)
 

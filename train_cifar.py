@@ -36,7 +36,7 @@ ENGINES = {"plain": kernel.kernel_fn, "nt": kernel.reference_fn}
 try:
     from fast import fused
     ENGINES = {"fused": fused.kernel_fn, **ENGINES}
-except ModuleNotFoundError:  # fast/ may be deleted: kernel.py computes the same, slowly
+except ImportError:  # fast/ may be deleted: kernel.py computes the same, slowly
     pass
 HELD_OUT = 5000  # images of the validation split, at most
 FIT_ON = 50_000  # images that the whitening is fitted on, at most
@@ -343,8 +343,8 @@ def parse(argv):
     if (args.plan or args.load) and len(experiment.settings(args)) > 1:
         parser.error("--plan and --load take one network: one value for each of its flags")
     if args.dataset not in data.DATASETS and not os.path.exists(args.dataset):
-        parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or of "
-                     "a folder of images")
+        parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or of a "
+                     "folder of images")
     effective(parser, args, given)
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")

@@ -749,7 +749,7 @@ def test_plan_adds_up():
     assert out["tiles"] == 9 and out["entries"] == 144 and out["bytes"] == 576
     assert out["kernel_seconds"] == 144 / 36 and out["bytes_a_host"] == 288
     assert out["pass_bytes"] == 6 * 16 * 4 / 2 and out["pass_seconds"] == 192 / 24
-    assert out["reduce_bytes"] == 800 and out["step_seconds"] == 8 + 1600 / plan.NETWORK
+    assert out["reduce_bytes"] == 1600 and out["step_seconds"] == 8 + 3200 / plan.NETWORK
     assert out["solve_seconds"] == 100 * out["step_seconds"]
     memory = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, ridges=4)
     assert memory["pass_seconds"] == 6 * 16 * 4 / 48 and memory["reduce_bytes"] == 0

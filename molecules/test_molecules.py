@@ -97,8 +97,9 @@ def test_graphs_are_neural_tangents(options):
 @pytest.mark.parametrize("side, options", [
     (32, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}), (16, {"jump": True})], ids=str)
 def test_graphs_are_the_formula(side, options, monkeypatch):
-    """graphs.py, with bins of 32 nodes and 3 graphs, equals the dense formula in NumPy to 1e-10 in float64, the default network
-    to 1e-5 in float32, and so does kernel.py with jump. side: a bin is computed in blocks, as on a CPU, or whole, as on a GPU."""
+    """graphs.py, with bins of 32 nodes and 3 graphs, equals the dense formula in NumPy to 1e-10 in float64, the default
+    network to 1e-5 in float32, and so does kernel.py with jump. side: a bin is computed in blocks, as on a CPU, or whole, as
+    on a GPU."""
     for what, number in (("SMALL", 32), ("SIDE", side), ("STRIPE", side)):
         monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     monkeypatch.setattr(graphs, "NODES", 32)

@@ -45,12 +45,12 @@ def read(path, seed=0, resize=None, quiet=True):
     train, test = (folder if os.path.isdir(path) else archive)(path, resize, quiet)
     names = tuple(np.unique(train[1]).tolist())
     if len(names) < 2:
-        raise ValueError(f"{path}: all {len(train[1])} training images are of class {names[0]!r}; expected two classes or more")
+        raise ValueError(f"{path}: all {len(train[1])} training images are of class {names[0]!r}; expected two or more")
     if test is None:
         held_out = fifth(train[1], seed)
         test = train[0][held_out], train[1][held_out]
         train = train[0][~held_out], train[1][~held_out]
-        print(f"note: {path} has no test set: {len(test[1])} of its {len(held_out)} images, a fifth of each class drawn with "
+        print(f"note: {path} has no test set: {len(test[1])} of its {len(held_out)} images, a fifth of each class, drawn with "
               f"seed {seed}, are kept for testing")
     unknown = set(np.unique(test[1]).tolist()) - set(names)
     if unknown:

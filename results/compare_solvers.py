@@ -26,10 +26,11 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 import data
+import experiment
 import kernel
 import regression
 import tiles
-from large import plan, processes, store
+from large import plan, store
 from train_cifar import ENGINES  # the fused engine first, if fast/ is there
 
 MOST = 5000  # most steps of a solver
@@ -187,5 +188,5 @@ def main(argv=None):
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", tiles.cores())
-    with processes.guard(ValueError, OSError, MemoryError, ArithmeticError):
+    with experiment.guard(ValueError, OSError, MemoryError, ArithmeticError):
         main()
