@@ -17,8 +17,10 @@ import itertools
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from contextlib import contextmanager
 
@@ -32,6 +34,7 @@ import tiles
 SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOMS = ("fast", "large", "own", "proteins", "molecules", "results")
+PATIENCE = 5  # seconds
 HEADS = ("linear", "cosine", "relu", "exp")
 
 
@@ -258,15 +261,36 @@ def guard(*expected, store=None):
         elif isinstance(error, expected):
             message = f"{type(error).__name__}: {error}"
         elif isinstance(error, KeyboardInterrupt):
-            message = (f"interrupted: finished tiles and the state of the solve are in {store}; run the same command again to "
-                       "go on" if store else "interrupted: nothing was kept; with --store DIR a run goes on where it was")
+            message = interrupted(store)
         elif isinstance(error, SystemExit):
             raise
         else:
             message = "".join(traceback.format_exception(error))
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        end(message, 130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def interrupted(store):
+    """What a run says that Ctrl-C has ended."""
+    return (f"interrupted: finished tiles and the state of the solve are in {store}; run the same command again to go on"
+            if store else "interrupted: nothing was kept; with --store DIR a run goes on where it was")
+
+
+def end(message, code):
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def on_interrupt(store):
+    """Makes Ctrl-C end this process in any case. Python swallows an exception that is raised in a callback of the garbage
+    collector, where JAX has one; so the process also ends if it is still there PATIENCE seconds later."""
+    def handler(signum, frame):
+        timer = threading.Timer(PATIENCE, end, (interrupted(store), 130))
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else it is ignored on purpose, as by nohup
+        signal.signal(signal.SIGINT, handler)
 
 
 def run(main, args):
@@ -277,5 +301,6 @@ def run(main, args):
     jax.config.update("jax_num_cpu_devices", args.devices or tiles.cores())  # without a GPU
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
     store = None if getattr(args, "store", None) in (None, "none") else args.store
+    on_interrupt(store)
     with guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError, store=store):
         main()

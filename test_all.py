@@ -989,7 +989,7 @@ def test_data_cifar10_is_the_real_one():
 
 @pytest.mark.parametrize("damage, words", [
     (lambda d: (d / "data_batch_3.bin").unlink(), "data_batch_3.bin is not there; give --data"),
-    (lambda d: (d / "test_batch.bin").write_bytes(b"x" * 100), "has 100 bytes; 10,000 records of CIFAR have"),
+    (lambda d: (d / "test_batch.bin").write_bytes(b"x" * 100), "has 100 bytes; 20 records of CIFAR have"),
     (lambda d: (d / "data_batch_1.bin").write_bytes(b"\x0b" * 20 * 3073), "label 11 at row 0; expected"),
     (lambda d: np.save(d / "cifar10.1_v6_data.npy", np.ones((7, 3, 3, 3))), "float64.*expected uint8"),
     (lambda d: np.save(d / "cifar10.1_v6_data.npy", np.array([{}] * 7)), "without pickle"),
@@ -1467,7 +1467,7 @@ def imbalanced(monkeypatch, n=2000):
     x = np.random.default_rng(0).integers(0, 17, (n, 8, 8, 1), dtype=np.uint8)
     y = np.array([0] * (n - 200) + [1] * 100 + [2] * 100)
     rows = data.order(y, 0)
-    monkeypatch.setattr(data, "load", lambda *_, n_fit=0: (x[rows], y[rows], x[:50], y[:50]))
+    monkeypatch.setattr(data, "load", lambda *_, **__: (x[rows], y[rows], x[:50], y[:50]))
 
 
 def test_train_validation_that_says_nothing(tmp_path, monkeypatch, capsys):
@@ -1479,7 +1479,7 @@ def test_train_validation_that_says_nothing(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="the last 400 training images, which are held out, are of 1 of 3 classes"):
         train(tmp_path, "--ridge", "1,0.1", "--select", "validation")
     zeros = np.zeros((20, 8, 8, 1), np.uint8)
-    monkeypatch.setattr(data, "load", lambda *_, n_fit=0: (zeros, np.full(20, 3), zeros, np.full(20, 3)))
+    monkeypatch.setattr(data, "load", lambda *_, **__: (zeros, np.full(20, 3), zeros, np.full(20, 3)))
     with pytest.raises(ValueError, match="all 20 training images are of class 3"):
         train(tmp_path)
 
@@ -1547,6 +1547,19 @@ def test_train_interrupted(tmp_path, store):
     last = err.splitlines()[-1]
     assert running.returncode == 130 and "Traceback" not in err and last.startswith("interrupted: "), err
     assert (f"are in {tmp_path / 'K'}; run the same command" if store else "with --store DIR") in last
+
+
+def test_train_interrupted_in_a_callback(tmp_path):
+    """Ctrl-C ends the run also where its exception is swallowed, as in a callback of the garbage collector."""
+    code = ("import argparse, experiment, time\ndef deaf():\n    print(1, flush=True)\n    while True:\n        try:\n"
+            "            time.sleep(100)\n        except KeyboardInterrupt:\n            pass\n"
+            "experiment.run(deaf, argparse.Namespace(devices=1))")
+    pipe = subprocess.PIPE
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=pipe, stderr=pipe, text=True)
+    assert running.stdout.readline()
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and err.splitlines()[-1].startswith("interrupted: nothing was kept")
 
 
 def test_train_out_that_cannot_be_written(tmp_path, monkeypatch, capsys):

@@ -41,7 +41,7 @@ except ImportError:  # fast/ may be deleted: kernel.py computes the same, slowly
 HELD_OUT = 5000  # images of the validation split, at most
 FIT_ON = 50_000  # images that the whitening is fitted on, at most
 PLOTS = ".png", ".svg", ".pdf"
-WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca", 10.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
+WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca", 30.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
              "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
          "predict", "plot", "rate", "verbose", "wait")  # not what was computed: not recorded
@@ -343,8 +343,8 @@ def parse(argv):
     if (args.plan or args.load) and len(experiment.settings(args)) > 1:
         parser.error("--plan and --load take one network: one value for each of its flags")
     if args.dataset not in data.DATASETS and not os.path.exists(args.dataset):
-        parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or of a "
-                     "folder of images")
+        parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or "
+                     "of a folder of images")
     effective(parser, args, given)
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")

@@ -1,13 +1,17 @@
-"""Fitted models in files, and their predictions.
+"""Fitted models in files, their predictions, and images of one's own.
 
 Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
 """
 
+import shutil
+
 from test_all import flip, train  # isort: skip
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
+from own import images
 
 # ------------------------------------------------------------------------------------------ model
 
@@ -42,3 +46,80 @@ def test_model_damaged(tmp_path, spoil, words):
     spoil(tmp_path / "m.npz", tmp_path / "x.npy")
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
+
+
+# ----------------------------------------------------------------------------------------- images
+
+def pictures(folder, classes=3, each=5, side=8, seed=0):
+    """A folder with a folder of grey PNG files for each class: noise around an image of the class."""
+    rng = np.random.default_rng(seed)
+    for name in range(classes):
+        (folder / f"class{name}").mkdir(parents=True)
+        base = rng.integers(0, 256, (side, side))
+        for i in range(each):
+            image = np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / f"class{name}" / f"{i}.png")
+    return folder
+
+
+def test_own_folder_is_its_files(tmp_path, capsys):
+    """A folder of images: the pixels of its files, classes by the names of folders, a fifth of each class to test, the same
+    for one seed; train/ and test/ are taken as they are; every class of more than ten is counted."""
+    pictures(tmp_path / "mine", classes=12, each=5)
+    own = images.read(str(tmp_path / "mine"), 0)
+    assert own.names == tuple(sorted(f"class{i}" for i in range(12))) and own.x_train.shape == (48, 8, 8, 1)
+    assert (np.bincount(own.y_test) == 1).all() and "12 of its 60 images" in capsys.readouterr().out
+    files = [np.asarray(Image.open(tmp_path / "mine" / "class3" / f"{i}.png")) for i in range(5)]
+    kept = own.x_train[own.y_train == own.names.index("class3")][..., 0]
+    assert sum(any((one == x).all() for x in kept) for one in files) == 4
+    for part in ("train", "test"):
+        pictures(tmp_path / "both" / part, classes=3, each={"train": 6, "test": 2}[part])
+    both = images.read(str(tmp_path / "both"))
+    assert (len(both.y_train), len(both.y_test)) == (18, 6)
+    result = train(tmp_path, "--dataset", str(tmp_path / "mine"), "--ridge", "0.1")
+    assert result["test_accuracy"] == 1.0 and result["config"]["classes"] == 12
+
+
+def test_own_archive_is_the_digits(tmp_path):
+    """The digits in an .npz, as bytes (n, h, w) with words for labels, and as float64, give the accuracy and the mse of the
+    digits by name, whose training and test sets they hold."""
+    x, y, x_test, y_test = data.load("digits", n_train=100)
+    words = np.array(["nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+    alone = train(tmp_path, "--n_train", "100", "--fit_on", "100", "--ridge", "0.1")
+    for change in (lambda x: x[..., 0], lambda x: x.astype(float)):
+        np.savez(tmp_path / "x.npz", x_train=change(x), y_train=words[y], x_test=change(x_test), y_test=words[y_test])
+        images.read.cache_clear()
+        own = train(tmp_path, "--dataset", str(tmp_path / "x.npz"), "--ridge", "0.1")
+        assert own["test_accuracy"] == alone["test_accuracy"] and abs(own["test_mse"] / alone["test_mse"] - 1) < 1e-4
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda d: [shutil.rmtree(d / f"class{i}") for i in range(3)], "has no folder with"),
+    (lambda d: shutil.rmtree(d / "class0") or shutil.rmtree(d / "class1"), "are of class 'class2'; expected two or more"),
+    (lambda d: (d / "class1" / "2.png").write_bytes(b"no"), "2.png cannot be read as an image"),
+    (lambda d: Image.new("L", (9, 8)).save(d / "class1" / "2.png"), "2.png has 8 x 9 pixels .* with --resize H"),
+])
+def test_own_folder_errors(tmp_path, spoil, words):
+    """An empty folder, one class, an image that is none, sizes that differ: one sentence that names the file."""
+    images.read.cache_clear()
+    folder = pictures(tmp_path / "mine")
+    spoil(folder)
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, "--dataset", str(folder))
+
+
+@pytest.mark.parametrize("arrays, words", [
+    ({"a": np.ones(3)}, "holds a; expected x and y"),
+    ({"x": np.ones((4, 2, 2)), "y": np.arange(3)}, "4 images in x and 3 labels"),
+    ({"x": np.full((4, 2, 2), np.nan), "y": np.arange(4) % 2}, "4 images hold numbers that are not finite"),
+    ({"x": np.ones((4, 2, 2)), "y": np.array([0, 1, np.nan, 1])}, "has nan at row 2; expected classes"),
+    ({"x": np.ones((4, 2, 2)), "y": np.array([0, 1, None, 1])}, "without pickle"),
+    ({"x_train": np.ones((4, 2, 2)), "y_train": np.arange(4) % 2, "x_test": np.ones((1, 2, 2)), "y_test": np.array([7])},
+     "the test set has class 7"),
+])
+def test_own_archive_errors(tmp_path, arrays, words):
+    """Arrays that are missing or do not fit, labels that are no classes: one sentence with the name of the file."""
+    images.read.cache_clear()
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ValueError, match=f"x.npz.*{words}"):
+        train(tmp_path, "--dataset", str(tmp_path / "x.npz"))
