@@ -6,7 +6,6 @@
   cifar10.2   train on cifar10, test on cifar102_test.npz in the folder
   cifar100    the binary version: a folder with train.bin and test.bin; its 100 fine labels
   cifar5m     part0.npz ... part4.npz to train, part5.npz to test, 1,000,448 images each
-  a path      your own images: an .npz file, or a folder with a folder for each class (own/images.py)
 
 Training rows are shuffled by `seed`, and the classes are dealt out in turn: for every k the first k rows are a balanced
 training set, and a larger n_train begins with the smaller one. Test rows are the same for every seed: the first n_test of
@@ -46,17 +45,8 @@ HINT = "give --data the folder that holds it"
 BATCH = 10_000  # records in a file of CIFAR-10
 
 
-def about(name, seed=0, resize=None):
-    """(shape of an image, training images, test images, classes) of a data set; arguments as of `load`."""
-    if name in DATASETS:
-        return DATASETS[name]
-    from own import images
-    own = images.read(name, seed, resize)
-    return own.x_train.shape[1:], len(own.y_train), len(own.y_test), len(own.names)
-
-
-def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0, resize=None):
-    """x_train, y_train, x_test, y_test of a data set named above.
+def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
+    """x_train, y_train, x_test, y_test of a data set named above, or of the four arrays that an own.images.Own begins with.
 
     folder: where its files are; without one, cifar10 is looked for and downloaded in ./data.
     n_train, n_test: rows wanted, None for all.   seed: of the order of the training rows.
@@ -64,16 +54,13 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
     balanced: deal the classes out in turn until they run out; else shuffle only.
     Raises ValueError: unknown name, more rows than there are, a damaged file, wrong labels.   FileNotFoundError.
     """
-    if name not in DATASETS and not os.path.exists(name):
-        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}, or give the path of an .npz "
-                         "file or of a folder with a folder of images for each class")
+    if isinstance(name, str) and name not in DATASETS:
+        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
     if name == "cifar5m":
         from large import cifar5m
         return cifar5m.load(folder or "data", n_train, n_test, seed, balanced, n_fit)
-    if name not in DATASETS:
-        from own import images
-        own = images.read(name, seed, resize)
-        train, test = own[:2], own[2:4]
+    if not isinstance(name, str):
+        train, test, name = name[:2], name[2:4], name.path
     elif name == "digits":
         train, test = _digits()
     elif name == "cifar100":
@@ -150,8 +137,8 @@ def compare(content, sha256, path):
     """Prints a note if the unpacked bytes of a file are not those that the published figures were made from."""
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        print(f"note: {path} is not the file that the figures in README.md were made from: sha256 {found}, there "
-              f"{sha256}")
+        print(f"note: {path} is not the file that the figures in results/README.md were made from: sha256 {found}, "
+              f"there {sha256}")
 
 
 def existing(path, hint=HINT):

@@ -987,6 +987,18 @@ def test_data_cifar10_is_the_real_one():
     assert np.allclose(x.std((0, 1, 2)) / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
 
 
+def test_data_cifar100(tmp_path):
+    """A record of CIFAR-100: a coarse label, the fine one, which counts, and three planes; a record too few is refused."""
+    rng = np.random.default_rng(0)
+    x, fine = rng.integers(0, 256, (5, 32, 32, 3), np.uint8), np.array([3, 99, 0, 42, 7])
+    rows = [bytes([1, label]) + image.transpose(2, 0, 1).tobytes() for image, label in zip(x, fine)]
+    (tmp_path / "train.bin").write_bytes(b"".join(rows))
+    images, labels = data._records(str(tmp_path / "train.bin"), 5, 2, 100)
+    assert (images == x).all() and (labels == fine).all()
+    with pytest.raises(ValueError, match="train.bin has 15370 bytes; 50,000 records of CIFAR have 153700000"):
+        data.load("cifar100", str(tmp_path))
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda d: (d / "data_batch_3.bin").unlink(), "data_batch_3.bin is not there; give --data"),
     (lambda d: (d / "test_batch.bin").write_bytes(b"x" * 100), "has 100 bytes; 20 records of CIFAR have"),
@@ -1675,13 +1687,14 @@ def run_small(command):
 
 def test_docs_commands_run(tmp_path, monkeypatch):
     """Every command with train_cifar.py that README and its docstring show runs, made small. Those with --store, --plan,
-    several processes, --save or --load are parsed only: the tests of large/ and own/ run them."""
+    several processes, --save, --load or --resize are parsed only: the tests of large/ and own/ run them."""
     monkeypatch.chdir(tmp_path)
+    os.mkdir("FOLDER")  # --dataset FOLDER
     shown = commands("train_cifar.py", train_cifar.__doc__)
     assert len(shown) > 10
     for command in shown:
         train_cifar.parse(command)
-        if not {"--store", "--plan", "--process", "--save", "--load"} & {*command}:
+        if not {"--store", "--plan", "--process", "--save", "--load", "--resize"} & {*command}:
             run_small(command)
 
 

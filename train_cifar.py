@@ -44,7 +44,7 @@ PLOTS = ".png", ".svg", ".pdf"
 WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca", 30.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
              "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
 WHERE = ("data", "out", "quiet", "store", "plan", "hosts", "coordinator", "process", "sizes", "save", "load",
-         "predict", "plot", "rate", "verbose", "wait")  # not what was computed: not recorded
+         "predict", "plot", "rate", "verbose", "wait", "names")  # not what was computed: not recorded
 
 
 def main(argv=None):
@@ -117,7 +117,7 @@ def main(argv=None):
                       data.one_hot(test_labels, args.classes), view.copies, tol=args.tol, **solver_options(args))
     if args.save and team.index == 0:
         from own import model
-        about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile")}
+        about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile", "names")}
         model.save(args.save, model.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
     for state in states:
         state.remove()
@@ -136,7 +136,7 @@ def plan(args):
     """--plan: what this run would take, measured and printed by large/plan.py."""
     from large import plan as planned
     experiment.compare(args, None)
-    shape, n_train, n_test, args.classes = data.about(args.dataset, args.seed, args.resize)
+    _, (shape, n_train, n_test, args.classes) = source(args)
     n_train, n_test = args.n_train or n_train, args.n_test or n_test
     rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
     derive(args, (n_train, *shape), n_test, rows)
@@ -145,11 +145,20 @@ def plan(args):
     return planned.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), shape, rows, test_rows)
 
 
+def source(args):
+    """What `data.load` takes, and its shape, training images, test images and classes: a name, or images of one's own."""
+    if args.dataset in data.DATASETS:
+        return args.dataset, data.DATASETS[args.dataset]
+    from own import images
+    own = images.read(args.dataset, args.seed, args.resize)
+    return own, (own.x_train.shape[1:], len(own.y_train), len(own.y_test), len(own.names))
+
+
 def load(args):
     """(x_train, labels, x_test, test_labels), images as bytes, and {protocol: zca_eps -> the whitening fitted so}."""
-    n_fit, args.classes = args.fit_on or FIT_ON, data.about(args.dataset, args.seed, args.resize)[-1]
-    x, labels, x_test, test_labels = data.load(args.dataset, args.data, args.n_train, args.n_test, args.seed,
-                                               n_fit=n_fit, resize=args.resize)
+    n_fit, (images, (*_, args.classes)) = args.fit_on or FIT_ON, source(args)
+    args.names = getattr(images, "names", None)
+    x, labels, x_test, test_labels = data.load(images, args.data, args.n_train, args.n_test, args.seed, n_fit=n_fit)
     n = args.n_train or len(x)
     if (args.fit_on or 0) > len(x):
         raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x)} training images")
@@ -444,7 +453,8 @@ def flags():
     fitted = parser.add_argument_group("fitted model")
     fitted.add_argument("--save", metavar="FILE", help="keep what predictions need, as .npz")
     fitted.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with this model")
-    fitted.add_argument("--predict", metavar="FILE", help="uint8 images (m, h, w, channels), .npy; their scores "
+    fitted.add_argument("--predict", metavar="FILE", help="images (m, h, w, channels), .npy, of the dtype and shape that the "
+                        "model was fitted on; their scores "
                         "(m, classes) go to predictions.npy in --out")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")

@@ -601,7 +601,7 @@ def test_molecules_files_are_ours(capsys, molecule_folder):
     for name, (file, columns) in tables.items():
         for folder, notes in ((MOLECULES, 0), (molecule_folder, 1)):
             files.table(os.path.join(folder, file), columns, sha256=files.SHA256[name])
-            assert capsys.readouterr().out.count("is not the file that the figures in README.md") == notes
+            assert capsys.readouterr().out.count("is not the file that the figures in results/README.md") == notes
 
 
 def test_molecules_need_rdkit(monkeypatch):

@@ -13,7 +13,6 @@ Proved by: own/test_own.py
 """
 
 import os
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -33,16 +32,16 @@ class Own(NamedTuple):
     x_test: np.ndarray
     y_test: np.ndarray
     names: tuple  # of the classes
+    path: str  # where they were read
 
 
-@lru_cache(maxsize=1)
-def read(path, seed=0, resize=None, quiet=True):
+def read(path, seed=0, resize=None):
     """The Own data set in a file or folder.
 
     seed: of the test set, where one is drawn.   resize: height and width to bring the files of a folder to.
     ValueError: nothing to read, arrays that do not fit, images of several sizes, one class.   FileNotFoundError.
     """
-    train, test = (folder if os.path.isdir(path) else archive)(path, resize, quiet)
+    train, test = (folder if os.path.isdir(path) else archive)(path, resize)
     names = tuple(np.unique(train[1]).tolist())
     if len(names) < 2:
         raise ValueError(f"{path}: all {len(train[1])} training images are of class {names[0]!r}; expected two or more")
@@ -59,7 +58,7 @@ def read(path, seed=0, resize=None, quiet=True):
         raise ValueError(f"{path}: training images are {train[0].dtype} {train[0].shape[1:]}, test images {test[0].dtype} "
                          f"{test[0].shape[1:]}; expected the same")
     y_train, y_test = (np.searchsorted(np.array(names), y).astype(np.int64) for y in (train[1], test[1]))
-    return Own(train[0], y_train, test[0], y_test, names)
+    return Own(train[0], y_train, test[0], y_test, names, path)
 
 
 def fifth(y, seed):
@@ -73,7 +72,7 @@ def fifth(y, seed):
     return out
 
 
-def archive(path, resize=None, quiet=True):
+def archive(path, resize=None):
     """((x, y) to train, (x, y) to test or None) of an .npz."""
     if resize:
         raise ValueError(f"--resize {resize} is for a folder of image files; {path} is an array")
@@ -91,7 +90,7 @@ def archive(path, resize=None, quiet=True):
     parts = [data.array(path, key) for key in wanted]
     pairs = []
     for x, y, key in zip(parts[::2], parts[1::2], wanted[::2]):
-        pairs.append((pictures(x, f"{path}, {key}"), words(y, f"{path}, y{key[1:]}")))
+        pairs.append((pictures(x, f"{path}, {key}"), classes(y, f"{path}, y{key[1:]}")))
         if len(pairs[-1][0]) != len(pairs[-1][1]):
             raise ValueError(f"{path}: {len(x)} images in {key} and {len(pairs[-1][1])} labels; expected as many")
     return pairs[0], pairs[1] if len(pairs) > 1 else None
@@ -110,7 +109,7 @@ def pictures(x, where):
     return x.astype(np.float32)
 
 
-def words(y, where):
+def classes(y, where):
     """Labels (n,), as they are: whole numbers, words, or True and False.  ValueError."""
     got = f"{where} is {y.dtype} {y.shape}"
     if y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind in "biuf" and np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all():
@@ -123,10 +122,10 @@ def words(y, where):
         if len(bad):
             raise ValueError(f"{where} has {y[bad[0]]} at row {bad[0]}; expected classes: whole numbers or words")
         y = y.astype(np.int64)
-    return y
+    return y.astype(str) if y.dtype.kind == "S" else y
 
 
-def folder(path, resize=None, quiet=True):
+def folder(path, resize=None):
     """((x, y) to train, (x, y) to test or None) of a folder."""
     inside = subfolders(path)
     parts = [os.path.join(path, part) for part in ("train", "test")] if {"train", "test"} == set(inside) else [path]
@@ -136,7 +135,7 @@ def folder(path, resize=None, quiet=True):
     counts = [sum(file.startswith(part + os.sep) for file, _ in found) for part in parts]
     if not all(counts):
         raise ValueError(f"{parts[counts.index(0)]} holds no images; expected a folder for each class")
-    x = opened([file for file, _ in found], resize, quiet)
+    x = opened([file for file, _ in found], resize)
     y = np.array([name for _, name in found])
     pairs = [(x[:counts[0]], y[:counts[0]]), (x[counts[0]:], y[counts[0]:])]
     return pairs[0], pairs[1] if len(parts) > 1 else None
@@ -151,10 +150,10 @@ def files(path):
     return [os.path.join(path, one) for one in sorted(os.listdir(path)) if one.lower().endswith(SUFFIXES)]
 
 
-def opened(paths, resize=None, quiet=True):
+def opened(paths, resize=None):
     """The images in these files, uint8 (n, h, w, 1 or 3): grey if all of them are, else RGB."""
     out = []
-    for path in tqdm(paths, unit=" images", desc="reading", disable=quiet or None, leave=False):
+    for path in tqdm(paths, unit=" images", desc="reading", disable=None, leave=False):
         try:
             with Image.open(path) as image:
                 if image.mode not in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):

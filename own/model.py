@@ -25,10 +25,10 @@ FORMAT = 2  # of the file
 class Model(NamedTuple):
     """A fitted model, as a file holds it."""
     alpha: np.ndarray  # (rows, c) float64
-    support: np.ndarray  # (n, h, w, channels) uint8, as they were read
+    support: np.ndarray  # (n, h, w, channels) uint8, or float32 if such images were read
     view: augment.View  # rows of alpha -> images
     whiten: data.Whitening
-    about: dict  # layers, kind, flips, tile, and the record of the run
+    about: dict  # names of the classes, layers, kind, flips, tile, and the record of the run
 
 
 def save(path, model):
@@ -52,7 +52,7 @@ def load(path):
         whiten = data.Whitening(*(arrays[f"whiten_{name}"] for name in data.Whitening._fields))
         model = Model(arrays["alpha"], arrays["support"], augment.View(**view), whiten,
                       json.loads(str(arrays["about"])))
-        if (len(model.alpha) != len(model.view.original) or model.support.dtype != np.uint8
+        if (len(model.alpha) != len(model.view.original) or model.support.dtype not in (np.uint8, np.float32)
                 or not np.isfinite(model.alpha).all()):
             raise ValueError("its arrays do not fit each other")
         return model
@@ -66,7 +66,7 @@ def predict(args, network_kernel):
     args: of train_cifar.py.   network_kernel: (engine, layers, flips, kind) -> kernel_fn.
     """
     fitted = load(args.load)
-    about, x = fitted.about, images(args.predict, fitted.support.shape[1:])
+    about, x = fitted.about, images(args.predict, fitted.support)
     kernel_fn = network_kernel(args.engine, [tuple(layer) for layer in about["layers"]], about["flips"], about["kind"])
     K = tiles.cross(kernel_fn, augment.expand(len(x)).of(x, fitted.whiten),
                     fitted.view.of(fitted.support, fitted.whiten), about["tile"], quiet=args.quiet)
@@ -74,16 +74,20 @@ def predict(args, network_kernel):
     os.makedirs(args.out, exist_ok=True)
     with data.replacing(path) as file:
         np.save(file, scores)
-    classes = scores.argmax(axis=1)
-    print(f"{len(x)} images, classes {' '.join(map(str, classes[:10]))}{' ...' if len(x) > 10 else ''}; "
+    names = about.get("names") or range(scores.shape[1])
+    classes = ", ".join(str(names[i]) for i in scores[:10].argmax(axis=1))
+    print(f"{len(x)} images, classes {classes}{', ...' if len(x) > 10 else ''}; "
           f"their scores {scores.shape} are in {path}")
     return {"scores": scores, "path": path}
 
 
-def images(path, shape):
-    """The images of an .npy file, checked: uint8 (m, *shape)."""
-    x = data.array(path, hint="--predict takes an .npy file of uint8 images, (m, h, w, channels)")
-    if x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):
-        raise ValueError(f"{path} holds {x.dtype} {x.shape}; the model was trained on images uint8 (m, "
-                         f"{', '.join(map(str, shape))})")
+def images(path, support):
+    """The images of an .npy file, checked: dtype and shape as of those that the model was trained on."""
+    x, want = data.array(path, hint="--predict takes an .npy file of images, (m, h, w, channels)"), support.dtype
+    x = x.astype(want) if x.dtype.kind == want.kind == "f" else x
+    if x.dtype != want or x.shape[1:] != support.shape[1:] or not len(x):
+        raise ValueError(f"{path} holds {x.dtype} {x.shape}; the model was trained on images {want} (m, "
+                         f"{', '.join(map(str, support.shape[1:]))})")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path} holds {np.sum(~np.isfinite(x))} numbers that are not finite: remove those images")
     return x

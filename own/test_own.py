@@ -24,7 +24,7 @@ def test_model_predicts(tmp_path, capsys):
     np.save(tmp_path / "x.npy", x_test)
     done = train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
     scores = np.load(tmp_path / "predictions.npy")
-    assert (done["scores"] == scores).all() and f"classes {scores[0].argmax()} " in capsys.readouterr().out
+    assert (done["scores"] == scores).all() and f"classes {scores[0].argmax()}, " in capsys.readouterr().out
     assert abs(np.mean((scores - data.one_hot(labels)) ** 2) / result["test_mse"] - 1) < 1e-6
 
 
@@ -34,7 +34,7 @@ def test_model_predicts(tmp_path, capsys):
     (lambda m, x: np.savez(m, alpha=np.ones(3)), "m.npz is not a model .*format"),
     (lambda m, x: np.save(x, np.zeros((2, 8, 8, 1))), r"holds float64 \(2, 8, 8, 1\); .* uint8 \(m, 8, 8, 1\)"),
     (lambda m, x: np.save(x, np.zeros((2, 9, 8, 1), np.uint8)), r"holds uint8 \(2, 9, 8, 1\)"),
-    (lambda m, x: x.unlink(), "x.npy is not there; --predict takes an .npy file of uint8 images"),
+    (lambda m, x: x.unlink(), "x.npy is not there; --predict takes an .npy file of images"),
     (lambda m, x: np.save(x, np.array([{}])), "x.npy is not a complete .npy array without pickle"),
     (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "it holds the arrays a"),
     (lambda m, x: (x.unlink(), x.mkdir()), "x.npy is a folder; --predict takes an .npy file"),
@@ -46,6 +46,24 @@ def test_model_damaged(tmp_path, spoil, words):
     spoil(tmp_path / "m.npz", tmp_path / "x.npy")
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
+
+
+def test_model_of_own_images(tmp_path, capsys):
+    """A model of one's own images, floats with words for labels, is loaded, predicts as the run that saved it, and says the
+    words; numbers that are not finite are refused."""
+    x, y, x_test, y_test = data.load("digits", n_train=60, n_test=50)
+    x, x_test, words = x / 16, x_test / 16, np.array([f"n{i}" for i in range(10)])
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=words[y], x_test=x_test, y_test=words[y_test])
+    flags = ["--ridge", "0.1", "--tol", "1e-9", "--crops", "2"]
+    result = train(tmp_path, "--dataset", str(tmp_path / "x.npz"), *flags, "--save", str(tmp_path / "m.npz"))
+    np.save(tmp_path / "new.npy", x_test)
+    load = ["--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "new.npy")]
+    scores = train(tmp_path, *load)["scores"]
+    assert abs(np.mean((scores - data.one_hot(y_test)) ** 2) / result["test_mse"] - 1) < 1e-6
+    assert f"classes n{scores[0].argmax()}, n{scores[1].argmax()}, " in capsys.readouterr().out
+    np.save(tmp_path / "new.npy", np.full_like(x_test, np.nan))
+    with pytest.raises(ValueError, match="new.npy holds 3200 numbers that are not finite"):
+        train(tmp_path, *load)
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -88,7 +106,6 @@ def test_own_archive_is_the_digits(tmp_path):
     alone = train(tmp_path, "--n_train", "100", "--fit_on", "100", "--ridge", "0.1")
     for change in (lambda x: x[..., 0], lambda x: x.astype(float)):
         np.savez(tmp_path / "x.npz", x_train=change(x), y_train=words[y], x_test=change(x_test), y_test=words[y_test])
-        images.read.cache_clear()
         own = train(tmp_path, "--dataset", str(tmp_path / "x.npz"), "--ridge", "0.1")
         assert own["test_accuracy"] == alone["test_accuracy"] and abs(own["test_mse"] / alone["test_mse"] - 1) < 1e-4
 
@@ -101,7 +118,6 @@ def test_own_archive_is_the_digits(tmp_path):
 ])
 def test_own_folder_errors(tmp_path, spoil, words):
     """An empty folder, one class, an image that is none, sizes that differ: one sentence that names the file."""
-    images.read.cache_clear()
     folder = pictures(tmp_path / "mine")
     spoil(folder)
     with pytest.raises(ValueError, match=words):
@@ -119,7 +135,6 @@ def test_own_folder_errors(tmp_path, spoil, words):
 ])
 def test_own_archive_errors(tmp_path, arrays, words):
     """Arrays that are missing or do not fit, labels that are no classes: one sentence with the name of the file."""
-    images.read.cache_clear()
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=f"x.npz.*{words}"):
         train(tmp_path, "--dataset", str(tmp_path / "x.npz"))

@@ -455,7 +455,7 @@ def test_proteins_files_elsewhere(tmp_path, capsys):
         seqs.load("one_vs_rest", str(tmp_path))
     os.replace(tmp_path / "flip_gb1_splits.zip", tmp_path / "splits.zip")  # FLIP's own name for it
     found.append(seqs.load("sampled", str(tmp_path), quiet=False))
-    assert "splits.zip is not the file that the figures in README.md were made from" in capsys.readouterr().out
+    assert "splits.zip is not the file that the figures in results/README.md were made from" in capsys.readouterr().out
     (tmp_path / "splits.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="truncated"):
         seqs.load("sampled", str(tmp_path))
