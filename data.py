@@ -325,6 +325,9 @@ def whitening(protocol, x, flips=False, quiet=True):
     if flips:
         mirror = np.arange(mean.size).reshape(mean.shape)[:, ::-1].reshape(-1)
         C = (C + C[np.ix_(mirror, mirror)]) / 2
+    if not C.any():
+        raise ValueError(f"all {len(x)} images are {'of one colour' if unit else 'the same'}: there is nothing to whiten. "
+                         "Take other images, or --whiten none")
     S, U = np.linalg.eigh(C)
 
     def of(zca_eps):

@@ -987,6 +987,14 @@ def test_data_cifar10_is_the_real_one():
     assert np.allclose(x.std((0, 1, 2)) / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
 
 
+def test_data_nothing_to_whiten():
+    """Images that are all the same, or each of one colour, have no covariance: one sentence says which."""
+    with pytest.raises(ValueError, match="all 8 images are the same"):
+        data.whitening("zca", np.full((8, 2, 2, 1), 7, np.uint8))
+    with pytest.raises(ValueError, match="all 8 images are of one colour"):
+        data.whitening("zca_unit", np.arange(8, dtype=np.uint8).repeat(4).reshape(8, 2, 2, 1))
+
+
 def test_data_cifar100(tmp_path):
     """A record of CIFAR-100: a coarse label, the fine one, which counts, and three planes; a record too few is refused."""
     rng = np.random.default_rng(0)

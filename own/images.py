@@ -13,6 +13,7 @@ Proved by: own/test_own.py
 """
 
 import os
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -79,9 +80,7 @@ def archive(path, resize=None):
     try:
         with np.load(data.existing(path, HINT), allow_pickle=False) as file:
             keys = set(file)
-    except (ValueError, EOFError, OSError, AttributeError, TypeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # an .npy, too, has no keys
         raise ValueError(f"{path} is not a complete .npz archive without pickle") from error
     wanted = ("x", "y") if "x" in keys else ("x_train", "y_train", "x_test", "y_test")
     wanted = wanted[:2] if not {"x_test", "y_test"} & keys else wanted

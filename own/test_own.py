@@ -138,3 +138,13 @@ def test_own_archive_errors(tmp_path, arrays, words):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=f"x.npz.*{words}"):
         train(tmp_path, "--dataset", str(tmp_path / "x.npz"))
+
+
+def test_own_archive_damaged(tmp_path):
+    """An archive cut short, and one array in place of an archive: one sentence that names the file."""
+    np.savez(tmp_path / "x.npz", x=np.ones((9, 4, 4)), y=np.arange(9))
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:500])
+    np.save(tmp_path / "y.npy", np.ones((9, 4)))
+    for name in ("x.npz", "y.npy"):
+        with pytest.raises(ValueError, match=f"{name} is not a complete .npz archive without pickle"):
+            train(tmp_path, "--dataset", str(tmp_path / name))
