@@ -116,6 +116,13 @@ def given(parser, argv=None):
             if value is not absent]
 
 
+def refuse_idle(parser, argv, idle):
+    """The parser's error for a flag on the command line that changes nothing in this run.  idle: {flag: why, or False}."""
+    for flag in given(parser, argv):
+        if idle.get(flag):
+            parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
+
+
 def settings(args):
     """[{flag: value}, ...]: every combination of the values of SETTINGS that were given; what is not used is None."""
     given, found = {flag: getattr(args, flag) for flag in SETTINGS if hasattr(args, flag)}, []

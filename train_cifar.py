@@ -341,7 +341,6 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    given = experiment.given(parser, argv)
     experiment.check(parser, args, "devices", "hosts", "resize", "fit_on", "rank", "max_iters", "average")
     protocol, zca_eps = WHITENING[args.kernel]
     args.whiten = [value or protocol for value in args.whiten]
@@ -354,7 +353,8 @@ def parse(argv):
     if args.dataset not in data.DATASETS and not os.path.exists(args.dataset):
         parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or "
                      "of a folder of images")
-    effective(parser, args, given)
+    if not args.plan:
+        experiment.refuse_idle(parser, argv, idle(args))
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
     if args.average and args.variance:
@@ -370,12 +370,15 @@ def parse(argv):
     return args
 
 
-def effective(parser, args, given):
-    """The parser's error where one of the flags that were given changes nothing in this run."""
+def idle(args):
+    """{flag: why it changes nothing in this run, or False}."""
+    if args.load:
+        return dict.fromkeys(set(vars(args)) - {"load", "predict", "out", "quiet", "engine", "devices"},
+                             "--load takes all that from the model's file")
     several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
     several_processes = args.coordinator or "SLURM_STEP_NODELIST" in os.environ
     named = args.dataset in data.DATASETS
-    idle = {"data": (args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read"
+    return {"data": (args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read"
                      or not named and "--dataset is a path"),
             "resize": named and f"the images of {args.dataset} are of one size",
             "zca_eps": not {"zca", "zca_unit"} & set(args.whiten) and f"--whiten {','.join(args.whiten)} has no such number",
@@ -383,14 +386,8 @@ def effective(parser, args, given):
             "rank": args.precondition != "lowrank" and f"--precondition {args.precondition} has no rank",
             "select": not several and "there is one ridge and one network, so nothing is chosen",
             "fit_on": args.whiten == ["none"] and args.crops == 1 and "--whiten none fits nothing",
-            "hosts": not args.plan and "it belongs to --plan", "rate": not args.plan and "it belongs to --plan",
+            "hosts": "it belongs to --plan", "rate": "it belongs to --plan",
             "wait": not several_processes and "there is one process"}
-    if args.load:
-        idle = dict.fromkeys(set(given) - {"load", "predict", "out", "quiet", "engine", "devices"},
-                             "--load takes all that from the model's file")
-    for flag in given:
-        if idle.get(flag) and not args.plan:
-            parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
 
 
 def flags():

@@ -39,7 +39,7 @@ from molecules.layers import gcn
 
 try:
     from fast.fused import kernel_fn as vector_kernel
-except ModuleNotFoundError:  # without fast/, kernel.py computes the same, more slowly
+except ImportError:  # without fast/, kernel.py computes the same, more slowly
     from kernel import kernel_fn as vector_kernel
 
 FEW = 1500  # rows of nci that are read: the run takes a minute
@@ -113,9 +113,7 @@ def parse(argv):
     idle = {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit",
             "pool": no_graphs, "jump": no_graphs, "weights": no_graphs,
             "fingerprints": args.kernel == "gcn" and "--kernel gcn uses none"}
-    for flag in experiment.given(parser, argv):
-        if idle.get(flag):
-            parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
+    experiment.refuse_idle(parser, argv, idle)
     return args
 
 

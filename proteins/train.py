@@ -36,7 +36,7 @@ from proteins.layers import SEQUENCES
 
 try:
     from fast.fused import kernel_fn as engine
-except ModuleNotFoundError:  # without fast/, kernel.py computes the same, more slowly
+except ImportError:  # without fast/, kernel.py computes the same, more slowly
     from kernel import kernel_fn as engine
 
 COMPARED = choose.DENSE  # most rows on which encodings, functions of the target and networks are compared
@@ -104,11 +104,9 @@ def parse(argv):
     if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1):
         parser.error("--select gcv gives no rank correlation by which to compare encodings, targets and networks: give one "
                      "value of each, or use --select loo or validation")
-    for flag, why in {"data": args.split == "made" and "--split made needs no file",
-                      "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
-                      "select": not has_choices(args) and "there is nothing to choose"}.items():
-        if why and flag in experiment.given(parser, argv):
-            parser.error(f"--{flag} changes nothing here: {why}. Leave it out")
+    experiment.refuse_idle(parser, argv, {"data": args.split == "made" and "--split made needs no file",
+                                          "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
+                                          "select": not has_choices(args) and "there is nothing to choose"})
     if args.split in sequences.FLIP and (args.n_train or args.sizes):
         parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; use these "
                      "flags with landscape or made")

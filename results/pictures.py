@@ -23,7 +23,7 @@ import tiles
 
 try:
     from fast.fused import kernel_fn as engine
-except ModuleNotFoundError:
+except ImportError:
     from kernel import kernel_fn as engine
 
 HERE = os.path.dirname(os.path.abspath(__file__))
