@@ -1533,11 +1533,17 @@ def test_train_more_than_ten_classes(tmp_path, monkeypatch):
     assert abs(result["test_mse"] / np.mean((f - np.eye(14)[y[84:]] + 1 / 14) ** 2) - 1) < 1e-4
 
 
+def begun(command, **env):
+    """A process that hears Ctrl-C, as one that was started in a terminal does; what starts the tests may ignore it."""
+    def hear():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, cwd=HERE, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, preexec_fn=hear)
+
+
 def script(tmp_path, *flags, before=(), **env):
     """train_cifar.py in a process of its own, which has begun; `before`: a command that runs it."""
-    command = [*before, sys.executable, os.path.join(HERE, "train_cifar.py"), "--out", tmp_path, *map(str, flags)]
-    return subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    return begun([*before, sys.executable, "train_cifar.py", "--out", tmp_path, *map(str, flags)], **env)
 
 
 def test_train_without_git(tmp_path):
@@ -1569,13 +1575,12 @@ def test_train_interrupted(tmp_path, store):
     assert (f"are in {tmp_path / 'K'}; run the same command" if store else "with --store DIR") in last
 
 
-def test_train_interrupted_in_a_callback(tmp_path):
+def test_train_interrupted_in_a_callback():
     """Ctrl-C ends the run also where its exception is swallowed, as in a callback of the garbage collector."""
     code = ("import argparse, experiment, time\ndef deaf():\n    print(1, flush=True)\n    while True:\n        try:\n"
             "            time.sleep(100)\n        except KeyboardInterrupt:\n            pass\n"
             "experiment.run(deaf, argparse.Namespace(devices=1))")
-    pipe = subprocess.PIPE
-    running = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=pipe, stderr=pipe, text=True)
+    running = begun([sys.executable, "-c", code])
     assert running.stdout.readline()
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
