@@ -1498,8 +1498,8 @@ def test_train_validation_that_says_nothing(tmp_path, monkeypatch, capsys):
     assert "held out, are of 1 of 3 classes, so gcv chooses" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the last 400 training images, which are held out, are of 1 of 3 classes"):
         train(tmp_path, "--ridge", "1,0.1", "--select", "validation")
-    zeros = np.zeros((20, 8, 8, 1), np.uint8)
-    monkeypatch.setattr(data, "load", lambda *_, **__: (zeros, np.full(20, 3), zeros, np.full(20, 3)))
+    x = np.random.default_rng(0).integers(0, 17, (20, 8, 8, 1), dtype=np.uint8)
+    monkeypatch.setattr(data, "load", lambda *_, **__: (x, np.full(20, 3), x, np.full(20, 3)))
     with pytest.raises(ValueError, match="all 20 training images are of class 3"):
         train(tmp_path)
 
