@@ -117,8 +117,11 @@ def main(argv=None):
                       data.one_hot(test_labels, args.classes), view.copies, tol=args.tol, **solver_options(args))
     if args.save and team.index == 0:
         from own import model
-        about = {name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile", "names")}
-        model.save(args.save, model.Model(alpha, x_train, view, whiten, {**about, "layers": layers(args), **run}))
+        about = {**{name: getattr(args, name) for name in ("kernel", "kind", "flips", "tile", "names", "resize")}, **run,
+                 **model.fitted(result, solver, y[:rows], alpha), "layers": layers(args)}
+        model.save(args.save, "images", {**about, "pad": view.pad, "copies": view.copies}, alpha=alpha, support=x_train,
+                   view_original=view.original, view_flip=view.flip, view_offset=view.offset,
+                   **{f"whiten_{name}": value for name, value in whiten._asdict().items()})
     for state in states:
         state.remove()
     results = {kind: of if len(of) > 1 else of[args.n_train] for kind, of in results.items()}
@@ -373,7 +376,8 @@ def parse(argv):
 def idle(args):
     """{flag: why it changes nothing in this run, or False}."""
     if args.load:
-        return dict.fromkeys(set(vars(args)) - {"load", "predict", "out", "quiet", "engine", "devices"},
+        return dict.fromkeys(set(vars(args)) - {"load", "predict", "out", "quiet", "engine", "devices",
+                                                    "variance"},
                              "--load takes all that from the model's file")
     several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
     several_processes = args.coordinator or "SLURM_STEP_NODELIST" in os.environ
@@ -450,9 +454,9 @@ def flags():
     fitted = parser.add_argument_group("fitted model")
     fitted.add_argument("--save", metavar="FILE", help="keep what predictions need, as .npz")
     fitted.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with this model")
-    fitted.add_argument("--predict", metavar="FILE", help="images (m, h, w, channels), .npy, of the dtype and shape that the "
-                        "model was fitted on; their scores "
-                        "(m, classes) go to predictions.npy in --out")
+    fitted.add_argument("--predict", metavar="FILE", help="new images: a folder of PNG or JPEG files, or .npy or .npz "
+                        "(m, h, w, channels), of the model's shape and dtype. Their classes and probabilities go to "
+                        "predictions.csv in --out; with --variance, whose standard deviations need K again, those too")
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")
     run.add_argument("--out", default="runs", metavar="DIR", help="runs.jsonl in it gets a line")

@@ -77,11 +77,7 @@ def archive(path, resize=None):
     """((x, y) to train, (x, y) to test or None) of an .npz."""
     if resize:
         raise ValueError(f"--resize {resize} is for a folder of image files; {path} is an array")
-    try:
-        with np.load(data.existing(path, HINT), allow_pickle=False) as file:
-            keys = set(file)
-    except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # an .npy, too, has no keys
-        raise ValueError(f"{path} is not a complete .npz archive without pickle") from error
+    keys = inside(path)
     wanted = ("x", "y") if "x" in keys else ("x_train", "y_train", "x_test", "y_test")
     wanted = wanted[:2] if not {"x_test", "y_test"} & keys else wanted
     if set(wanted) - keys:
@@ -93,6 +89,15 @@ def archive(path, resize=None):
         if len(pairs[-1][0]) != len(pairs[-1][1]):
             raise ValueError(f"{path}: {len(x)} images in {key} and {len(pairs[-1][1])} labels; expected as many")
     return pairs[0], pairs[1] if len(pairs) > 1 else None
+
+
+def inside(path, hint=HINT):
+    """The names of the arrays in an .npz file.  ValueError: it is none, or damaged."""
+    try:
+        with np.load(data.existing(path, hint), allow_pickle=False) as file:
+            return set(file)
+    except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # an .npy, too, has no keys
+        raise ValueError(f"{path} is not a complete .npz archive without pickle") from error
 
 
 def pictures(x, where):
@@ -147,6 +152,37 @@ def subfolders(path):
 def files(path):
     """The image files directly in a folder, in the order of their names."""
     return [os.path.join(path, one) for one in sorted(os.listdir(path)) if one.lower().endswith(SUFFIXES)]
+
+
+def new(path, like, resize=None):
+    """New images for a model: (names of columns, one row for each image, images); what tells an image from the others is the
+    name of its file in a folder, or its number in an array.
+
+    path: an .npy file of images, an .npz file with x (or x_test), a folder of files or of folders of files, or one such file.
+    like: the images that the model was trained on, whose shape and dtype are required.   resize: as for `read`.
+    ValueError, FileNotFoundError.
+    """
+    if os.path.isdir(path) or path.lower().endswith(SUFFIXES):
+        found = sorted(os.path.join(where, one) for where, _, files in os.walk(path) for one in files
+                       if one.lower().endswith(SUFFIXES)) if os.path.isdir(path) else [data.existing(path)]
+        if not found:
+            raise ValueError(f"{path} has no {', '.join(SUFFIXES)} files in it")
+        x, names = opened(found, resize), ["file"]
+        rows = [[os.path.relpath(one, path) if os.path.isdir(path) else one] for one in found]
+        x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 and like.shape[3] == 3 else x  # all grey, for a model of RGB
+    else:
+        key = None if not path.endswith(".npz") else "x_test" if "x_test" in inside(path) else "x"
+        x = data.array(path, key, "--predict takes images: an .npy or .npz file, or a folder of PNG or JPEG files")
+        x = x[..., None] if x.ndim == 3 else x[:, None, None] if x.ndim == 2 else x
+        names, rows = ["image"], [[i] for i in range(len(x))]
+    x = x.astype(like.dtype) if x.dtype.kind == like.dtype.kind == "f" else x
+    x = pictures(x, path) if x.dtype != like.dtype and like.dtype == np.uint8 and x.dtype.kind in "biu" and len(x) else x
+    if x.dtype != like.dtype or x.shape[1:] != like.shape[1:] or not len(x):
+        raise ValueError(f"{path} holds {x.dtype} {x.shape}; the model was trained on images {like.dtype} (m, "
+                         f"{', '.join(map(str, like.shape[1:]))})")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path} holds {np.sum(~np.isfinite(x))} numbers that are not finite: remove those images")
+    return names, rows, x
 
 
 def opened(paths, resize=None):

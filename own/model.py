@@ -1,9 +1,15 @@
-"""A fitted model in a file (--save), and its predictions for new images (--load FILE --predict FILE).
+"""A fitted model in a file (--save FILE), and its predictions for new rows (--load FILE --predict FILE).
 
-The file is an .npz without pickle. It holds what f(x) = k(x, X) alpha needs: alpha, the training images X, which copies of
-them are rows, the whitening, and the network.
+  f(x) = k(x, X) alpha     sd(x)^2 = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)), with --variance (regression.py)
 
-    model.save("digits.npz", model.Model(alpha, x_train, view, whiten, about));   fitted = model.load("digits.npz")
+The file is an .npz without pickle: alpha, the training rows X as they were read, and in JSON whatever else f needs. Here is
+what every model has in common, and the predictions for images; proteins/predict.py and molecules/predict.py have theirs.
+
+The probability of a class is that of its output being the largest, if each output is normal with mean f and the standard
+deviation sd. Without --variance, sd is the same for all rows: the root mean squared error on rows that the fit left out
+(leave-one-out, or the rows held out).
+
+    about, arrays = model.load("digits.npz", "images")
 
 Proved by: own/test_own.py
 """
@@ -11,83 +17,111 @@ Proved by: own/test_own.py
 import json
 import os
 import zipfile
-from typing import NamedTuple
 
 import numpy as np
 
 import augment
 import data
+import regression
 import tiles
+from own import images, tables
 
-FORMAT = 2  # of the file
-
-
-class Model(NamedTuple):
-    """A fitted model, as a file holds it."""
-    alpha: np.ndarray  # (rows, c) float64
-    support: np.ndarray  # (n, h, w, channels) uint8, or float32 if such images were read
-    view: augment.View  # rows of alpha -> images
-    whiten: data.Whitening
-    about: dict  # names of the classes, layers, kind, flips, tile, and the record of the run
+FORMAT = 3  # of the file
+SHOWN = 5  # predictions that are printed
+ROWS = 256  # whose class probabilities are computed at once
 
 
-def save(path, model):
-    """Write a Model to a file, completely or not at all.  OSError: it cannot be written."""
-    arrays = {"alpha": model.alpha, "support": model.support,
-              **{f"view_{name}": value for name, value in model.view._asdict().items()},
-              **{f"whiten_{name}": value for name, value in model.whiten._asdict().items()}}
+def save(path, what, about, **arrays):
+    """Write a model to a file, completely or not at all.
+
+    what: images, proteins or molecules.   about: a dict that JSON can hold.   arrays: alpha (n, c), and others.
+    OSError: it cannot be written.
+    """
     with data.replacing(path) as file:
-        np.savez(file, format=FORMAT, about=json.dumps(model.about), **arrays)
+        np.savez(file, format=FORMAT, about=json.dumps({"what": what, **about}), **arrays)
 
 
-def load(path):
-    """The Model in a file.  ValueError: not a model, or damaged.  FileNotFoundError."""
+def load(path, what):
+    """(about, arrays) of a model of images, proteins or molecules.  ValueError: another file, or damaged.
+    FileNotFoundError."""
     try:
         with np.load(data.existing(path, "--load takes a file that --save has written"), allow_pickle=False) as file:
             arrays = dict(file)
-        if int(arrays["format"]) != FORMAT:
-            raise ValueError(f"format {arrays['format']}, and this program reads {FORMAT}")
-        view = {name: arrays[f"view_{name}"] for name in augment.View._fields}
-        view.update(pad=int(view["pad"]), copies=int(view["copies"]))
-        whiten = data.Whitening(*(arrays[f"whiten_{name}"] for name in data.Whitening._fields))
-        model = Model(arrays["alpha"], arrays["support"], augment.View(**view), whiten,
-                      json.loads(str(arrays["about"])))
-        if (len(model.alpha) != len(model.view.original) or model.support.dtype not in (np.uint8, np.float32)
-                or not np.isfinite(model.alpha).all()):
-            raise ValueError("its arrays do not fit each other")
-        return model
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if int(arrays.pop("format")) != FORMAT:
+            raise ValueError(f"another format than {FORMAT}, which this program reads")
+        about = json.loads(str(arrays.pop("about")))
+        if not np.isfinite(arrays["alpha"]).all():
+            raise ValueError("alpha is not finite")
+    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a model that --save has written, or damaged: {error!r}") from error
+    if about["what"] != what:
+        raise ValueError(f"{path} is a model of {about['what']}, and this program predicts {what}")
+    return about, arrays
+
+
+def fitted(found, solver, y, alpha):
+    """What `deviation` needs of a fit, as a dict.  found: a result of `regression.fit`."""
+    mse = found.get("loo_mse") or min((mse for *_, mse in found["search"]), default=None)
+    return {"ridge": found["ridge"], "diagonal": float(solver.scale), "prior_scale": regression.scale(y, alpha),
+            "error": mse and mse**0.5}
+
+
+def deviation(about, K, K_test, k_test, quiet=True):
+    """The predictive standard deviation of each new row, (m,): one solve a row.
+
+    about: with the entries of `fitted`.   K: (n, n) of the training rows.   K_test: (m, n).   k_test: k(x, x), (m,).
+    ValueError: the NTK, which is not a covariance.
+    """
+    if about["kind"] != "nngp":
+        raise ValueError(f"--variance with a model of kind {about['kind']}: the NTK is not the covariance of a process that "
+                         "the network samples; fit one with --kind nngp")
+    solver = regression.Solver(K, ridges=[about["ridge"]], prior=np.full(K.shape[0], about["diagonal"]), quiet=quiet)
+    return np.sqrt(about["prior_scale"] * regression.variance(solver, K_test, k_test, about["ridge"]))
+
+
+def probabilities(f, sd):
+    """The probability of each class, (m, c), from scores f (m, c) and sd: (m,), or one number."""
+    sd = np.broadcast_to(sd, len(f))
+    return np.concatenate([regression.class_probabilities(f[i:i + ROWS], sd[i:i + ROWS]) for i in range(0, len(f), ROWS)])
 
 
 def predict(args, network_kernel):
-    """Scores of the images in args.predict by the model in args.load: {"scores": (m, classes), "path": where they are}.
+    """Classes of the images in args.predict by the model in args.load, written to predictions.csv in args.out.
 
     args: of train_cifar.py.   network_kernel: (engine, layers, flips, kind) -> kernel_fn.
+    Returns {"path", "classes" (m,), "scores" (m, c), "sd" (m,) or None, "probabilities" (m, c) or None}.
     """
-    fitted = load(args.load)
-    about, x = fitted.about, images(args.predict, fitted.support)
+    about, arrays = load(args.load, "images")
+    view = augment.View(**{name: arrays[f"view_{name}"] for name in ("original", "flip", "offset")},
+                        pad=about["pad"], copies=about["copies"])
+    whiten = data.Whitening(*(arrays[f"whiten_{name}"] for name in data.Whitening._fields))
+    names, rows, new = images.new(args.predict, arrays["support"], about["resize"])
+    x, x_new = view.of(arrays["support"], whiten), augment.expand(len(new)).of(new, whiten)
     kernel_fn = network_kernel(args.engine, [tuple(layer) for layer in about["layers"]], about["flips"], about["kind"])
-    K = tiles.cross(kernel_fn, augment.expand(len(x)).of(x, fitted.whiten),
-                    fitted.view.of(fitted.support, fitted.whiten), about["tile"], quiet=args.quiet)
-    scores, path = K.matvec(fitted.alpha), os.path.join(args.out, "predictions.npy")
-    os.makedirs(args.out, exist_ok=True)
-    with data.replacing(path) as file:
-        np.save(file, scores)
-    names = about.get("names") or range(scores.shape[1])
-    classes = ", ".join(str(names[i]) for i in scores[:10].argmax(axis=1))
-    print(f"{len(x)} images, classes {classes}{', ...' if len(x) > 10 else ''}; "
-          f"their scores {scores.shape} are in {path}")
-    return {"scores": scores, "path": path}
+    K_test = tiles.cross(kernel_fn, x_new, x, about["tile"], quiet=args.quiet)
+    f, sd, p = K_test.matvec(arrays["alpha"]), None, None
+    if args.variance:
+        K = tiles.gram(kernel_fn, x, about["tile"], quiet=args.quiet)
+        sd = deviation(about, K, K_test, tiles.diagonal(kernel_fn, x_new, 16), args.quiet)
+    if sd is not None or about["error"]:
+        p = probabilities(f, about["error"] if sd is None else sd)
+    classes = np.array(about["names"] or range(f.shape[1]))
+    added = {"class": classes[f.argmax(axis=1)]}
+    if sd is not None:
+        added["sd"] = sd
+    added.update({f"p({name})": of for name, of in zip(classes, p.T)} if p is not None else {})
+    path = write(args.out, names, rows, added, args.quiet)
+    if p is None:
+        print("note: no probabilities, for this fit left no rows out: use --variance, or fit with several --ridge")
+    return {"path": path, "classes": added["class"], "scores": f, "sd": sd, "probabilities": p}
 
 
-def images(path, support):
-    """The images of an .npy file, checked: dtype and shape as of those that the model was trained on."""
-    x, want = data.array(path, hint="--predict takes an .npy file of images, (m, h, w, channels)"), support.dtype
-    x = x.astype(want) if x.dtype.kind == want.kind == "f" else x
-    if x.dtype != want or x.shape[1:] != support.shape[1:] or not len(x):
-        raise ValueError(f"{path} holds {x.dtype} {x.shape}; the model was trained on images {want} (m, "
-                         f"{', '.join(map(str, support.shape[1:]))})")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path} holds {np.sum(~np.isfinite(x))} numbers that are not finite: remove those images")
-    return x
+def write(folder, names, rows, added, quiet=False):
+    """Write predictions.csv in a folder, the columns `added` {name: (m,)} after the input's own; returns its path."""
+    path = os.path.join(folder, "predictions.csv")
+    tables.write(path, names, rows, added)
+    first = next(iter(added))
+    shown, columns = added[first][:SHOWN], [*names, *added]
+    print(f"{len(rows)} predictions in {path}, columns {', '.join(columns[:8])}{', ...' * (len(columns) > 8)}; "
+          f"{first} begins {', '.join(map(tables.shown, shown))}{', ...' * (len(rows) > SHOWN)}")
+    return path

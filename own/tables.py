@@ -1,4 +1,5 @@
-"""CSV files as people have them: bytes -> names of columns and lines, or one sentence that says what is wrong and where.
+"""CSV files as people have them: bytes -> names of columns and lines, or one sentence that says what is wrong and where;
+and back, with columns added.
 
     names, lines = tables.lines(path, content);   smiles, = tables.columns(path, names, ["smiles"])
 
@@ -7,6 +8,9 @@ Proved by: proteins/test_proteins.py and molecules/test_molecules.py
 
 import csv
 import io
+import os
+
+import data
 
 
 def text(path, content):
@@ -49,3 +53,26 @@ def columns(path, names, wanted):
         if names.count(name) > 1:
             raise ValueError(f"{path} has {names.count(name)} columns {name!r}; expected one: rename or remove the others")
     return [names.index(name) for name in wanted]
+
+
+def write(path, names, rows, added):
+    """Write a CSV file, completely or not at all: the columns `names` of `rows`, then those of `added`, {name: (n,)}.
+
+    A name of `added` that is among `names` gets an underscore. Numbers have seven digits.
+    """
+    header = list(names)
+    for name in added:
+        while name in header:
+            name += "_"
+        header.append(name)
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\n").writerows(
+        [header, *([*row, *map(shown, new)] for row, new in zip(rows, zip(*added.values()), strict=True))])
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with data.replacing(path) as file:
+        file.write(out.getvalue().encode())
+
+
+def shown(value):
+    """A cell as text."""
+    return f"{value:.7g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
 """
 
+import csv
 import shutil
 
 from test_all import flip, train  # isort: skip
@@ -11,7 +12,16 @@ import pytest
 from PIL import Image
 
 import data
-from own import images
+import kernel
+from own import images, model
+
+
+def table(path):
+    """{column: [cells]} of a CSV file."""
+    with open(path, newline="") as file:
+        names, *rows = csv.reader(file)
+    return dict(zip(names, map(list, zip(*rows)), strict=True))
+
 
 # ------------------------------------------------------------------------------------------ model
 
@@ -23,8 +33,9 @@ def test_model_predicts(tmp_path, capsys):
     x_test, labels = data.load("digits", n_train=60, n_test=50)[2:]
     np.save(tmp_path / "x.npy", x_test)
     done = train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
-    scores = np.load(tmp_path / "predictions.npy")
-    assert (done["scores"] == scores).all() and f"classes {scores[0].argmax()}, " in capsys.readouterr().out
+    scores, found = done["scores"], table(done["path"])
+    assert found["class"] == [str(i) for i in scores.argmax(axis=1)] and found["image"] == [str(i) for i in range(50)]
+    assert f"class begins {scores[0].argmax()}, " in capsys.readouterr().out
     assert abs(np.mean((scores - data.one_hot(labels)) ** 2) / result["test_mse"] - 1) < 1e-6
 
 
@@ -32,12 +43,13 @@ def test_model_predicts(tmp_path, capsys):
     (lambda m, x: flip(m), "m.npz is not a model that --save has written, or damaged"),
     (lambda m, x: m.write_bytes(m.read_bytes()[:900]), "m.npz is not a model"),
     (lambda m, x: np.savez(m, alpha=np.ones(3)), "m.npz is not a model .*format"),
+    (lambda m, x: model.save(m, "proteins", {}, alpha=np.ones(3)), "m.npz is a model of proteins, and this program"),
     (lambda m, x: np.save(x, np.zeros((2, 8, 8, 1))), r"holds float64 \(2, 8, 8, 1\); .* uint8 \(m, 8, 8, 1\)"),
     (lambda m, x: np.save(x, np.zeros((2, 9, 8, 1), np.uint8)), r"holds uint8 \(2, 9, 8, 1\)"),
-    (lambda m, x: x.unlink(), "x.npy is not there; --predict takes an .npy file of images"),
+    (lambda m, x: x.unlink(), "x.npy is not there; --predict takes images"),
     (lambda m, x: np.save(x, np.array([{}])), "x.npy is not a complete .npy array without pickle"),
     (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "it holds the arrays a"),
-    (lambda m, x: (x.unlink(), x.mkdir()), "x.npy is a folder; --predict takes an .npy file"),
+    (lambda m, x: (x.unlink(), x.mkdir()), "x.npy has no .png, .jpg, .jpeg files in it"),
 ])
 def test_model_damaged(tmp_path, spoil, words):
     """A model or a file of images that is damaged, pickled or of another shape: one sentence."""
@@ -58,12 +70,51 @@ def test_model_of_own_images(tmp_path, capsys):
     result = train(tmp_path, "--dataset", str(tmp_path / "x.npz"), *flags, "--save", str(tmp_path / "m.npz"))
     np.save(tmp_path / "new.npy", x_test)
     load = ["--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "new.npy")]
-    scores = train(tmp_path, *load)["scores"]
+    scores, classes = (train(tmp_path, *load)[name] for name in ("scores", "classes"))
+    assert (classes == words[scores.argmax(axis=1)]).all()
     assert abs(np.mean((scores - data.one_hot(y_test)) ** 2) / result["test_mse"] - 1) < 1e-6
-    assert f"classes n{scores[0].argmax()}, n{scores[1].argmax()}, " in capsys.readouterr().out
+    assert f"begins n{scores[0].argmax()}, n{scores[1].argmax()}, " in capsys.readouterr().out
     np.save(tmp_path / "new.npy", np.full_like(x_test, np.nan))
     with pytest.raises(ValueError, match="new.npy holds 3200 numbers that are not finite"):
         train(tmp_path, *load)
+
+
+def test_model_is_sure_as_the_formula(tmp_path):
+    """predictions.csv of a folder of images, with --variance: names of files, and the sd and the probabilities of a dense
+    float64 formula; without it, the same sd for all, the root mean squared leave-one-out error; an NTK
+    has none."""
+    x, y, x_test, y_test = data.load("digits", n_train=60, n_test=12)
+    x, x_test = (np.minimum(16.0 * z, 255).astype(np.uint8) for z in (x, x_test))
+    np.savez(tmp_path / "x.npz", x_train=x[..., 0], y_train=y, x_test=x_test, y_test=y_test)
+    for i, image in enumerate(x_test):
+        (tmp_path / "new" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(tmp_path / "new" / f"{i % 2}" / f"{i:02}.png")
+    fit = ["--dataset", str(tmp_path / "x.npz"), "--whiten", "none", "--tol", "1e-9", "--save", str(tmp_path / "m.npz")]
+    result = train(tmp_path, *fit, "--ridge", "1,0.1,0.01")
+    load = ["--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "new")]
+    plain, sure = train(tmp_path, *load), train(tmp_path, *load, "--variance")
+    found = table(sure["path"])
+    assert found["file"] == sorted(found["file"]) and found["file"][0] == "0/00.png" and len(found["p(9)"]) == 12
+
+    order = [2 * i for i in range(6)] + [2 * i + 1 for i in range(6)]  # folder 0, then folder 1
+    a, b = (z.astype(np.float32) / 255 for z in (x, x_test[order]))
+    k = kernel.kernel_fn("fc", "nngp")
+    K, K_test, k_test = (np.asarray(k(*pair), np.float64) for pair in ((a, a), (b, a), (b, b)))
+    A = K + result["ridge"] * np.diagonal(K).mean() * np.eye(60)
+    Y = data.one_hot(y)
+    f, s2 = K_test @ np.linalg.solve(A, Y), np.mean(Y * np.linalg.solve(A, Y) * 1.0)
+    v = s2 * (np.diagonal(k_test) - np.sum(K_test * np.linalg.solve(A, K_test.T).T, axis=1) + A[0, 0] - K[0, 0])
+    assert np.allclose(sure["sd"], v**0.5, rtol=1e-3) and np.allclose(np.array(found["sd"], float), v**0.5, rtol=1e-3)
+    draws = np.random.default_rng(0).normal(size=(20_000, 10))
+    for i, p in enumerate(sure["probabilities"]):
+        assert np.allclose(p, np.bincount((f[i] + v[i]**0.5 * draws).argmax(axis=1), minlength=10) / 20_000, atol=0.015)
+    assert plain["sd"] is None
+    draws *= result["loo_mse"]**0.5
+    for i, p in enumerate(plain["probabilities"]):
+        assert np.allclose(p, np.bincount((f[i] + draws).argmax(axis=1), minlength=10) / 20_000, atol=0.015)
+    train(tmp_path, *fit, "--ridge", "1", "--kind", "ntk")
+    with pytest.raises(ValueError, match="--variance with a model of kind ntk"):
+        train(tmp_path, *load, "--variance")
 
 
 # ----------------------------------------------------------------------------------------- images
