@@ -290,8 +290,10 @@ def end(message, code):
 
 def on_interrupt(store):
     """Makes Ctrl-C end this process in any case. Python swallows an exception that is raised in a callback of the garbage
-    collector, where JAX has one; so the process also ends if it is still there PATIENCE seconds later."""
+    collector, where JAX has one, and prints its traceback; so that is not printed, and the process also ends if it is still
+    there PATIENCE seconds later."""
     def handler(signum, frame):
+        sys.unraisablehook = lambda _: None
         timer = threading.Timer(PATIENCE, end, (interrupted(store), 130))
         timer.daemon = True
         timer.start()

@@ -638,12 +638,12 @@ def test_store_has_one_writer(tmp_path):
     """A second run on a store in use, of the same or another size, is refused at its start with a message. It does not disturb
     the first run, and once that ends the store is free."""
     def start(n):
-        return script(tmp_path, "--n_train", n, "--ridge", "0.1", "--tile", 40, "--quiet", "--store", tmp_path / "K")
-    first = start(700)
-    while not list((tmp_path / "K").glob("*/tiles-0.txt")) and first.poll() is None:
+        return script(tmp_path, "--n_train", n, "--ridge", "0.1", "--tile", 20, "--quiet", "--store", tmp_path / "K")
+    first = start(1400)  # seconds of tiles
+    while not any(one.stat().st_size for one in (tmp_path / "K").glob("*/tiles-0.txt")) and first.poll() is None:
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
-    for n in (700, 300):
+    for n in (1400, 300):
         _, err = start(n).communicate(timeout=100)
         assert first.poll() is None and re.search("OSError: .*-nngp is in use by another run: wait until", err), err
     first.send_signal(signal.SIGCONT)
