@@ -328,8 +328,8 @@ def test_kernel_errors(call, words):
 
 # ------------------------------------------------------------------------------------------ tiles
 
-@pytest.mark.parametrize("n, tile", [(1, 8), (7, 8), (8, 8), (9, 8), (19, 8), (19, 1), (3, 100)])
-@pytest.mark.parametrize("devices", [1, 3, 4])
+@pytest.mark.parametrize("n, tile, devices", [(1, 8, 1), (7, 8, 1), (8, 8, 1), (9, 8, 1), (19, 8, 1), (19, 1, 1), (3, 100, 1),
+                                              (9, 8, 3), (19, 8, 3), (19, 1, 3), (1, 8, 4), (19, 8, 4), (3, 100, 4)])
 def test_tiles_any_size(n, tile, devices):
     """Any n, tile and number of devices: every method is that of the dense kernel tiles."""
     rng = np.random.default_rng(n)
@@ -1371,8 +1371,9 @@ def test_train_ridge_comes_from_leave_one_out(tmp_path):
 def test_train_choices_never_see_a_test_row(tmp_path, monkeypatch, select):
     """With the test labels permuted and the test images replaced, every choice is the same: whitening and its
     regularisation, depth, b_std, ridge."""
-    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1,0.1,0.01", "--select", select, "--whiten", "zca,zca_unit",
-             "--zca_eps", "0.1,10", "--depth", "1,3", "--b_std", "0,0.3"]
+    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1,0.1,0.01", "--select", select, "--depth", "1,3",
+             *({"loo": ["--whiten", "zca,zca_unit", "--zca_eps", "0.1,10"], "gcv": ["--b_std", "0,0.3"],
+                "validation": ["--whiten", "zca", "--zca_eps", "0.1,10"]}[select])]
     choices = ("whiten", "zca_eps", "depth", "b_std")
     result = train(tmp_path, *flags)
     real = data.load
@@ -1386,7 +1387,7 @@ def test_train_choices_never_see_a_test_row(tmp_path, monkeypatch, select):
     assert again["ridge"] == result["ridge"] and again["compared"] == result["compared"]
     assert all(again["config"][name] == result["config"][name] for name in choices)
     table = result["compared"]
-    assert len(table) == 2 * 2 * 2 * 2 and len({json.dumps(row[0]) for row in table}) == len(table)
+    assert len(table) == {"loo": 8, "gcv": 4, "validation": 4}[select] and len({json.dumps(row[0]) for row in table}) == len(table)
     best = min(table, key=lambda row: row[3])
     chosen = next(row for row in table if all(result["config"][name] == value for name, value in row[0].items()))
     assert chosen[3] <= 1.001 * best[3]
@@ -1420,11 +1421,10 @@ def test_train_devices_that_are_not_there(tmp_path):
         train(tmp_path, "--n_train", "20", "--ridge", "1", "--devices", "5")
 
 
-def refused(flags, words, tmp_path):
-    """At the command line, what is wrong is one line, without a traceback."""
-    done = subprocess.run([sys.executable, "train_cifar.py", "--out", tmp_path, *flags], cwd=HERE,
-                          capture_output=True, text=True)
-    assert done.returncode and re.search(words, done.stderr) and len(done.stderr.splitlines()) == 1, done.stderr
+def refused(running, words):
+    """A process that has begun fails with one line, and without a traceback."""
+    _, err = running.communicate()
+    assert running.returncode and re.search(words, err) and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1459,9 +1459,19 @@ def refused(flags, words, tmp_path):
     (["--save", "nowhere/m.npz"], "nowhere/m.npz cannot be written: expected a file in a folder that is there"),
     (["--plot", "."], "--plot .: expected a name that ends in"),
 ])
-def test_train_errors(flags, words, tmp_path):
-    """At the command line, what is wrong is one line, without a traceback."""
-    refused(flags, words, tmp_path)
+def test_train_errors(flags, words, tmp_path, capsys):
+    """What is wrong with the flags is said in one line."""
+    with pytest.raises((SystemExit, ValueError, OSError)) as error:
+        train_cifar.main(["--out", str(tmp_path), "--quiet", *flags])
+    text = f"{type(error.value).__name__}: {error.value}" if error.type is not SystemExit else capsys.readouterr().err
+    assert re.search(words, text) and len(text.splitlines()) == 1, text
+
+
+@pytest.mark.parametrize("flags, words", [(["--n_train", "2000"], "^ValueError: n_train=2000, but digits has"),
+                                          (["--ridge", "often"], "^train_cifar.py: --ridge often: expected a number")])
+def test_train_errors_of_the_script(flags, words, tmp_path):
+    """At the command line, what is wrong is one line, without a traceback, and the script fails."""
+    refused(script(tmp_path, *flags), words)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -497,7 +497,7 @@ def test_train_evidence_on_the_fly(tmp_path):
 ])
 def test_train_errors(flags, words, tmp_path):
     """Wrong flags end the program with a one-line message, without a traceback."""
-    refused(flags, words, tmp_path)
+    refused(script(tmp_path, *flags), words)
 
 
 def test_train_survives_kills(tmp_path):
