@@ -1387,7 +1387,7 @@ def test_train_choices_never_see_a_test_row(tmp_path, monkeypatch, select):
     assert again["ridge"] == result["ridge"] and again["compared"] == result["compared"]
     assert all(again["config"][name] == result["config"][name] for name in choices)
     table = result["compared"]
-    assert len(table) == {"loo": 8, "gcv": 4, "validation": 4}[select] and len({json.dumps(row[0]) for row in table}) == len(table)
+    assert len(table) == len({json.dumps(row[0]) for row in table}) == {"loo": 8, "gcv": 4, "validation": 4}[select]
     best = min(table, key=lambda row: row[3])
     chosen = next(row for row in table if all(result["config"][name] == value for name, value in row[0].items()))
     assert chosen[3] <= 1.001 * best[3]
