@@ -303,12 +303,8 @@ def on_interrupt(store):
 
 
 def run(main, args):
-    """main() with the machine set up: --devices, or every core that this process may use; float32 products in full."""
-    # Vectors of 512 bits where the processor has them (XLA prefers 256): fused.py is 1.4 times faster.
-    os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512 " + os.environ.get("XLA_FLAGS", "")
-    os.environ.setdefault("NPROC", str(tiles.cores()))  # XLA's threads
-    jax.config.update("jax_num_cpu_devices", args.devices or tiles.cores())  # without a GPU
-    jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU: float32, not TF32
+    """main() on --devices devices, or every core that this process may use."""
+    tiles.use_cores(args.devices)
     store = None if getattr(args, "store", None) in (None, "none") else args.store
     on_interrupt(store)
     with guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError, store=store):

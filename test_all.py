@@ -1622,6 +1622,18 @@ def test_train_record_after_a_torn_line(tmp_path):
     assert first == '{"a": 1}' and torn == '{"b": ' and json.loads(last)["c"] == 2
 
 
+@pytest.mark.parametrize("before, devices, precision", [
+    ("", tiles.cores(), "highest"), ("import jax; jax.config.update('jax_num_cpu_devices', 3); ", 3, None),
+    ("import jax; jax.devices(); ", 1, "highest")])
+def test_tiles_use_every_core(before, devices, precision):
+    """In a notebook, too, JAX sees a device for each core and XLA the flag for wide vectors, unless JAX was set up before."""
+    code = before + ("import os, jax, tiles; print(jax.local_device_count(), jax.config.jax_default_matmul_precision, "
+                     "'--xla_cpu_prefer_vector_width=512' in os.environ.get('XLA_FLAGS', ''))")
+    running = begun([sys.executable, "-c", code], XLA_FLAGS="")
+    out, err = running.communicate()
+    assert out.split() == [str(devices), str(precision), str(precision is not None)], err
+
+
 def test_tiles_cores_and_memory_of_a_container(tmp_path, monkeypatch):
     """Cores and memory are those of the control groups, version 1 and 2, of the group or of one above it."""
     group, root = tmp_path / "cgroup", tmp_path / "fs"

@@ -187,6 +187,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_num_cpu_devices", tiles.cores())
     with experiment.guard(ValueError, OSError, MemoryError, ArithmeticError):
         main()

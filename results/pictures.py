@@ -10,7 +10,6 @@ import json
 import os
 import sys
 
-import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
@@ -171,5 +170,4 @@ def main(folder=FOLDER):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", tiles.cores())
     main(*sys.argv[1:2])
