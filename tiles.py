@@ -79,6 +79,25 @@ def cross(kernel_fn, x1, x2, tile=TILE, devices=None, quiet=False, store=None, t
     return _matrices(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric=False)
 
 
+def known(K, symmetric=True, tile=TILE):
+    """A kernel matrix that is there already, an array (n, m), as a TiledMatrix: its tiles are views of it.
+
+    ValueError: K is no matrix, has entries that are not finite, or is not symmetric up to rounding although it should be.
+    """
+    K = np.asarray(K)
+    if K.ndim != 2 or 0 in K.shape or symmetric and K.shape[0] != K.shape[1]:
+        raise ValueError(f"K has shape {K.shape}; expected {'(n, n)' if symmetric else '(n, m)'}")
+    out = empty(*K.shape, tile, symmetric)
+    for key in out.keys():
+        rows, cols = out.slices(key)
+        out.tiles[key] = part = K[rows, cols]
+        if not np.isfinite(part).all():
+            raise ValueError(f"K has {np.sum(~np.isfinite(K))} entries that are not finite")
+        if symmetric and not np.allclose(part, K[cols, rows].T, rtol=1e-4, atol=1e-5 * abs(part).max()):
+            raise ValueError("K is not symmetric; expected k(x, x') = k(x', x)")
+    return out
+
+
 def diagonal(kernel_fn, x, tile=64, devices=None, team=ALONE):
     """k(x, x) of every row of x, (n,) float64, without the rest of the matrix: n b entries."""
     out, K = np.zeros(len(x)), empty(len(x), len(x), tile, True, team)
