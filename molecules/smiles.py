@@ -82,11 +82,12 @@ class Graphs:
         inside = np.concatenate([np.arange(self.starts[row], self.starts[row + 1]) for row in rows])
         return Graphs(self.atoms[inside], np.concatenate([[0], np.cumsum(lengths)]), self.degree, self.nodes)
 
-    def widened(self, degree):
-        """The same graphs with room for `degree` neighbours of an atom, at least as many as now."""
+    def like(self, other):
+        """The same graphs, padded as `other` too: with room for as many atoms, and for as many neighbours of an atom."""
+        degree, nodes = max(self.degree, other.degree), max(self.nodes, other.nodes)
         features, numbers, weights = np.split(self.atoms, [-2 * self.degree, -self.degree], axis=1)
         room = np.zeros((len(features), degree - self.degree), np.float32)
-        return Graphs(np.concatenate([features, numbers, room, weights, room], axis=1), self.starts, degree, self.nodes)
+        return Graphs(np.concatenate([features, numbers, room, weights, room], axis=1), self.starts, degree, nodes)
 
 
 class Padded(np.ndarray):

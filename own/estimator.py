@@ -140,8 +140,8 @@ class _Kernel(BaseEstimator):
                 raise ValueError("return_std with kernel='precomputed': it needs k(x, x) of the new rows, which is not in X")
             return tiles.known(X, False).matvec(self.dual_coef_), None
         x, x_fit = self._inputs(X), self._inputs(self.X_fit_)
-        if _is_graphs(x):  # the new ones may have atoms with more neighbours
-            x, x_fit = (graphs.widened(max(x.degree, x_fit.degree)) for graphs in (x, x_fit))
+        if _is_graphs(x):
+            x, x_fit = x.like(x_fit), x_fit.like(x)
         kernel_fn = self._kernel_fn(x_fit)
         K_test = tiles.cross(kernel_fn, x, x_fit, self.tile or side(x_fit), quiet=True)
         f, sd = K_test.matvec(self.dual_coef_), None
