@@ -40,6 +40,7 @@ except ImportError:  # fast/ may be deleted: kernel.py computes the same, slowly
     pass
 HELD_OUT = 5000  # images of the validation split, at most
 FIT_ON = 50_000  # images that the whitening is fitted on, at most
+LARGEST = 4096  # numbers in an image, above which nothing but --whiten channel is a default: zca takes 10 d^3 operations
 PLOTS = ".png", ".svg", ".pdf"
 WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca", 30.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
              "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
@@ -166,6 +167,11 @@ def load(args):
     if (args.fit_on or 0) > len(x):
         raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x)} training images")
     args.fit_on = min(n_fit, len(x))
+    if args.by_default and x[0].size > LARGEST:
+        args.whiten, args.zca_eps = ["channel"], [None]
+        if not args.quiet:
+            print(f"note: --whiten channel, for images of {x[0].size:,} numbers: with --whiten {WHITENING[args.kernel][0]}, the "
+                  f"best for {args.kernel} on small ones, whitening takes 10 x {x[0].size:,}^3 operations")
     fits = {protocol: data.whitening(protocol, x[:args.fit_on], bool(args.flips), args.quiet)
             for protocol in set(args.whiten)}
     args.fitted_on = f"{zlib.crc32(np.ascontiguousarray(x[:args.fit_on])):08x}"
@@ -346,6 +352,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     experiment.check(parser, args, "devices", "hosts", "resize", "fit_on", "rank", "max_iters", "average")
     protocol, zca_eps = WHITENING[args.kernel]
+    args.by_default = args.whiten == args.zca_eps == [None]
     args.whiten = [value or protocol for value in args.whiten]
     args.zca_eps = [zca_eps if args.whiten == [protocol] else 0.1] if args.zca_eps == [None] else args.zca_eps
     unknown = set(args.whiten) - set(data.WHITENING)

@@ -32,9 +32,8 @@ import kernel as kernels
 import regression
 import tiles
 from own import model
-from train_cifar import ENGINES, WHITENING
+from train_cifar import ENGINES, LARGEST, WHITENING
 
-LARGEST = 4096  # values of an image, above which its default whitening is channel: the others cost 10 d^3
 CHOICES = ("auto", *choose.CRITERIA)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import kernel
+import train_cifar
 from own import images, model
 
 
@@ -159,6 +160,16 @@ def test_own_archive_is_the_digits(tmp_path):
         np.savez(tmp_path / "x.npz", x_train=change(x), y_train=words[y], x_test=change(x_test), y_test=words[y_test])
         own = train(tmp_path, "--dataset", str(tmp_path / "x.npz"), "--ridge", "0.1")
         assert own["test_accuracy"] == alone["test_accuracy"] and abs(own["test_mse"] / alone["test_mse"] - 1) < 1e-4
+
+
+def test_own_large_images_are_not_decorrelated(tmp_path, monkeypatch, capsys):
+    """Images of more numbers than LARGEST are whitened by channel, which a note says; a --whiten that is given is kept."""
+    monkeypatch.setattr(train_cifar, "LARGEST", 63)
+    flags = ["--n_train", "30", "--n_test", "10", "--ridge", "0.1"]
+    default = train(tmp_path, *flags)
+    assert default["config"]["whiten"] == "channel" and "note: --whiten channel, for images of 64" in capsys.readouterr().out
+    assert default["test_mse"] == train(tmp_path, *flags, "--whiten", "channel")["test_mse"]
+    assert train(tmp_path, *flags, "--whiten", "zca")["config"]["whiten"] == "zca"
 
 
 @pytest.mark.parametrize("spoil, words", [
