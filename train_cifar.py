@@ -169,9 +169,8 @@ def load(args):
     args.fit_on = min(n_fit, len(x))
     if args.by_default and x[0].size > LARGEST:
         args.whiten, args.zca_eps = ["channel"], [None]
-        if not args.quiet:
-            print(f"note: --whiten channel, for images of {x[0].size:,} numbers: with --whiten {WHITENING[args.kernel][0]}, the "
-                  f"best for {args.kernel} on small ones, whitening takes 10 x {x[0].size:,}^3 operations")
+        print(f"note: --whiten channel, for images of {x[0].size:,} numbers: with --whiten {WHITENING[args.kernel][0]}, the "
+              f"best for {args.kernel} on small ones, whitening takes 10 x {x[0].size:,}^3 operations")
     fits = {protocol: data.whitening(protocol, x[:args.fit_on], bool(args.flips), args.quiet)
             for protocol in set(args.whiten)}
     args.fitted_on = f"{zlib.crc32(np.ascontiguousarray(x[:args.fit_on])):08x}"
