@@ -1724,7 +1724,7 @@ def test_docs_commands_run(tmp_path, monkeypatch):
     """Every command with train_cifar.py that README and its docstring show runs, made small. Those with --store, --plan,
     several processes, --save, --load or --resize are parsed only: the tests of large/ and own/ run them."""
     monkeypatch.chdir(tmp_path)
-    os.mkdir("FOLDER")  # --dataset FOLDER
+    os.mkdir("photos")
     shown = commands("train_cifar.py", train_cifar.__doc__)
     assert len(shown) > 10
     for command in shown:

@@ -3,8 +3,9 @@
 Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
 """
 
-from test_all import as_users_have_it, train  # isort: skip
+from test_all import as_users_have_it, readme, train  # isort: skip
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -176,6 +177,17 @@ def test_estimator_errors(options, words):
     X, y, _, _ = rows()
     with pytest.raises(ValueError, match=words):
         KernelRegressor(**options).fit(X, y)
+
+
+def test_docs_estimator():
+    """What README shows of the estimators runs, and its search finds the best of six."""
+    block = next(text for text in re.findall(r"^```python\n(.*?)```", readme(), re.M | re.S) if "own.estimator" in text)
+    x, y, x_test, y_test = data.load("digits", n_train=60, n_test=20)
+    names = dict(zip(("x_train", "y_train", "x_test", "y_test", "X", "y", "X_new"), (x, y, x_test, y_test, *rows(60)[:3])))
+    names["GridSearchCV"] = GridSearchCV
+    exec(block, names)
+    assert names["model"].ridge_ in choose.RIDGES and names["sd"].shape == (30,)
+    assert len(names["search"].cv_results_["params"]) == 6
 
 
 def test_tiles_known():
