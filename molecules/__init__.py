@@ -5,6 +5,7 @@
   graphs.py   the kernels of graph networks, fast
   missing.py  many tasks with missing labels, one kernel
   train.py    the experiment: python -m molecules.train
+  predict.py  a fitted model in a file, and its predictions for new molecules
 
 No other folder needs this one.
 """

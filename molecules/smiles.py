@@ -6,8 +6,9 @@
            split/scaffold/{train,valid,test}.csv.gz of OGB's archive; target: does the molecule inhibit HIV
   muv      muv.csv.gz: 93,127 molecules, 17 assays, 84 % of the labels missing
   molpcba  OGB's archive, as above: 437,929 molecules, 128 assays, some labels missing
+  a path   your own .csv or .csv.gz: a column of SMILES, and columns to predict, numbers or two classes
 
-    rows = smiles.load("esol", "FOLDER"); x = smiles.graphs(rows.mols)
+    rows = smiles.load("esol", "FOLDER"); x = smiles.graphs(rows.mols);   rows, digest = smiles.own("mine.csv", "SMILES", "y")
 
 Targets are float64 (n, tasks), NaN where a label is missing. A split is 80 % for training, 10 % for validation and 10 % for
 testing. It is random; or by scaffold (Bemis and Murcko 1996): molecules with the same ring system stay together, and the
@@ -21,10 +22,8 @@ counts, not atoms. However a molecule is written, its graph is the same up to th
 are the same: both come from RDKit's own reading.      Proved by: molecules/test_molecules.py
 """
 
-import gzip
 import hashlib
 import os
-import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +40,7 @@ SHA256 = {  # checksums of the tables, unpacked, from which the results were com
 PARTS = ("train", "val", "test")
 SPLITS = ("random", "scaffold", "official")
 ELEMENTS = ("C", "N", "O", "S", "F", "Cl", "Br", "I", "P", "Si", "B", "Se", "Na", "K", "Cu", "Fe", "Zn", "Sn")
+HINT = "expected a .csv or .csv.gz file with a column of SMILES"
 FINGERPRINTS = {"morgan": ("GetMorganGenerator", {"radius": 2}), "pairs": ("GetAtomPairGenerator", {}),
                 "torsions": ("GetTopologicalTorsionGenerator", {})}  # RDKit's generators and their options
 COUNTS = {"bonds": range(7), "charge": range(-2, 3), "hydrogens": range(5)}  # values outside count as the nearest
@@ -54,6 +54,7 @@ class Molecules(NamedTuple):
     tasks: list  # their names
     rows: np.ndarray  # the row of each molecule in the file, from 0; unreadable rows are left out
     official: object  # the official split (train, val, test) as positions in these lists, or None
+    classes: list  # for each task (negative, positive) as the file writes them; None if it is a number
 
 
 class Graphs:
@@ -187,29 +188,83 @@ def load(name, folder=None, limit=None, quiet=True):
         path = os.path.join(folder, "mapping", "mol.csv.gz")
         split_files = [os.path.join(folder, "split", "scaffold", f"{part}.csv.gz") for part in ("train", "valid", "test")]
         official = [_numbers(file) for file in split_files]
-    smiles, y, tasks = table(path, tasks, limit if official is None else None, None if quiet else SHA256.get(name),
-                             DATASETS[name] != "rmse")
-    return checked(smiles, y, tasks, official, path, quiet, split_files)
+    smiles, y, tasks, classes = table(path, tasks, limit if official is None else None, None if quiet else SHA256.get(name),
+                                      DATASETS[name] != "rmse")
+    return checked(smiles, y, tasks, official, path, quiet, split_files, classes)
+
+
+def own(path, column, target, quiet=True):
+    """(Molecules, digest) of a CSV file of one's own.  digest: the first 12 digits of its sha256, as it is unpacked.
+
+    column: the name of the column of SMILES.   target: the name of the column to predict, or several, separated by commas. A
+    column with exactly two different values holds classes, any other numbers; a line says which.
+    Raises ValueError: no target, no row, a column named twice, targets of both sorts, and as `table`.   FileNotFoundError.
+    """
+    content, names, lines = opened(path)
+    tasks = [target] if target in names else [name.strip() for name in (target or "").split(",")]
+    if not target:
+        raise ValueError(f"{path} has the columns {', '.join(map(repr, names))}: say with --target which to predict")
+    at, *_ = tables.columns(path, names, [column, *tasks], "; give columns of it with --smiles and --target")
+    if len({column, *tasks}) <= len(tasks):
+        raise ValueError(f"--smiles {column} --target {target}: a column is named twice; expected different columns")
+    y, classes = targets(path, names, lines, tasks, None)
+    sorts = {pair is None: task for task, pair in zip(tasks, classes)}
+    if len(sorts) > 1:
+        raise ValueError(f"{path}: column {sorts[False]!r} holds two classes and column {sorts[True]!r} numbers; expected "
+                         "targets of one sort: fit the others in a run of their own")
+    say(path, tasks, classes)
+    return (checked([line[at] for _, line in lines], y, tasks, None, path, quiet, classes=classes),
+            hashlib.sha256(content).hexdigest()[:12])
+
+
+def opened(path):
+    """(bytes, names of columns, [(line number, fields), ...]) of a CSV file of one's own.  ValueError: it has no row."""
+    content = tables.content(path, HINT)
+    names, lines = tables.lines(path, content)
+    if not lines:
+        raise ValueError(f"{path} {'has a header and no rows' if names else 'is empty'}; {HINT}")
+    return content, names, lines
 
 
 def table(path, tasks=None, limit=None, sha256=None, classes=False):
-    """SMILES, targets (n, tasks) and names of tasks from a .csv or .csv.gz file in UTF-8; an empty cell is a missing label.
+    """SMILES, targets (n, tasks), names of tasks and `targets`' classes from a .csv or .csv.gz file in UTF-8; an empty cell is
+    a missing label.
 
     tasks: names of columns; None: every column except smiles and mol_id.   sha256: the checksum to compare with, or None.
-    classes: every column holds two numbers or two words; the larger number or later word becomes 1, the other 0.
-    Raises ValueError: another encoding, a column that is missing or occurs twice, a line with too few or too many fields, a
-    target that is not a finite number, more than two classes, a column with the same value in every row.
+    Raises ValueError: another encoding, a column that is missing or occurs twice, a line with too few or too many fields, and
+    as `targets`.
     """
-    content = _content(path)
+    content = tables.content(path, data.HINT)
     if sha256:
         data.compare(content, sha256, path)
     columns, lines = tables.lines(path, content, limit)
     tasks = list(tasks or [name for name in columns if name not in ("smiles", "mol_id")])
     tables.columns(path, columns, ["smiles", *tasks])
-    y, pairs = np.empty((len(lines), len(tasks))), {}
+    y, pairs = targets(path, columns, lines, tasks, classes)
+    say(path, *zip(*[(task, pair) for task, pair in zip(tasks, pairs) if pair and [*map(_number, pair)] != [0, 1]]))
+    return [line[columns.index("smiles")] for _, line in lines], y, tasks, pairs
+
+
+def say(path, tasks=(), classes=()):
+    """Prints what the targets are: numbers, or which classes."""
+    for pair in dict.fromkeys(classes):
+        names = [task for task, one in zip(tasks, classes) if one == pair]
+        what = f"{_shown(pair[1])} is the positive class and {_shown(pair[0])} the negative class" if pair else "numbers"
+        print(f"{path}: {what} in {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5))
+
+
+def targets(path, columns, lines, tasks, classes):
+    """The columns `tasks` as y (n, tasks), NaN where a cell is empty, and [(negative, positive) or None, ...], their classes.
+
+    classes: True: every column holds two numbers or two words; False: numbers; None: a column with exactly two different
+    values holds classes. The larger number or later word becomes 1, the other 0; but of two words of which one ends in the
+    other, such as inactive and active, the shorter becomes 1.
+    ValueError: a target that is not a finite number, more than two classes, a column with the same value in every row.
+    """
+    y, pairs = np.empty((len(lines), len(tasks))), []
     for k, task in enumerate(tasks):
         texts = [line[columns.index(task)].strip() for _, line in lines]
-        values, bad = _values(texts, classes)
+        values, bad = _values(texts, classes is not False)
         if bad is not None:
             row = texts.index(bad)
             raise ValueError(f"{path}, line {lines[row][0]}, column {task!r}, row {row} (from 0, after the header): "
@@ -218,44 +273,52 @@ def table(path, tasks=None, limit=None, sha256=None, classes=False):
         if len(distinct) < 2:
             raise ValueError(f"{path}: column {task!r} has the same value in every row, or none; there is nothing to learn. "
                              "Remove the column")
-        if classes and len(distinct) > 2:
+        if len(distinct) > 2 and (classes or isinstance(distinct[0], str)):
             raise ValueError(f"{path}, column {task!r}: {len(distinct)} different values, "
                              f"{', '.join(map(_shown, distinct[:5]))}{' ...' if len(distinct) > 5 else ''}; expected two "
-                             "classes, such as 0 and 1, or empty cells")
-        if classes:
-            values = {text: float(value == distinct[1]) if text else np.nan for text, value in values.items()}
-            pairs.setdefault(tuple(map(_shown, distinct)), []).append(task)
+                             f"classes, such as 0 and 1, {'or numbers, ' * (classes is None)}or empty cells")
+        pairs.append(None)
+        if classes is not False and len(distinct) == 2:
+            low, high = distinct
+            if isinstance(high, str) and high.lower().endswith(low.lower()):
+                low, high = high, low
+            pairs[k] = tuple(next(text for text in texts if text and values[text] == value) for value in (low, high))
+            values = {text: float(value == high) if text else np.nan for text, value in values.items()}
         y[:, k] = [values[text] for text in texts]
-    for (low, high), names in pairs.items():
-        if (low, high) != ("0", "1"):
-            print(f"{path}: {high} is the positive class and {low} the negative class in {', '.join(names[:5])}"
-                  + f" and {len(names) - 5} more" * (len(names) > 5))
-    return [line[columns.index("smiles")] for _, line in lines], y, tasks
+    return y, pairs
+
+
+def _number(text):
+    """The number in a cell, NaN if it is empty or has an underscore; None if it is no number."""
+    try:
+        return float(text) if text and "_" not in text else np.nan
+    except ValueError:
+        return None
 
 
 def _values(texts, classes):
     """({text: value}, None) for the cells of a column: a number each, NaN if empty, or with `classes` all of them words.
-    If a cell is neither: (..., the text of the first such cell)."""
-    def number(text):
-        try:
-            return float(text) if text and "_" not in text else np.nan
-        except ValueError:
-            return None
-    values = {text: number(text) for text in dict.fromkeys(texts)}
+    If a cell is neither: (..., the text of such a cell)."""
+    values = {text: _number(text) for text in dict.fromkeys(texts)}
     words = {text for text, value in values.items() if value is None and any(map(str.isalpha, text))}
     if classes and words and set(values) <= words | {""}:
         return {text: text for text in values}, None
-    return values, next((text for text, value in values.items() if text and (value is None or not np.isfinite(value))), None)
+    bad = [text for text, value in values.items() if text and (value is None or not np.isfinite(value))]
+    return values, min(bad, key=lambda text: text in words, default=None)
 
 
 def _shown(value):
-    return repr(value[:40]) if isinstance(value, str) else f"{value:g}"
+    """A value, or the text of a cell, as messages show it."""
+    if isinstance(value, str):
+        return repr(value[:40]) if _number(value) is None else value
+    return f"{value:g}"
 
 
-def checked(smiles, y, tasks, official, path, quiet=True, files=None):
+def checked(smiles, y, tasks, official, path, quiet=True, files=None, classes=None, what="are left out"):
     """The Molecules of these rows, without rows that RDKit cannot read.
 
     official: None, or the row numbers for training, validation and test.   files: the files of the three, for messages.
+    what: happens to rows that RDKit cannot read, for the message.
     Raises ValueError: a part of the split is empty, names a row outside the table, or shares a row with another part.
     """
     files = files or [f"the split of {path}"] * 3
@@ -270,7 +333,7 @@ def checked(smiles, y, tasks, official, path, quiet=True, files=None):
     kept = np.array([i for i, mol in enumerate(mols) if mol is not None], int)
     if len(kept) < len(mols):
         bad = sorted(set(range(len(mols))) - set(kept.tolist()))
-        print(f"{path}: {len(bad)} of {len(mols)} rows are left out because RDKit cannot read their SMILES: " + ", ".join(
+        print(f"{path}: {len(bad)} of {len(mols)} rows {what} because RDKit cannot read their SMILES: " + ", ".join(
             f"row {row} ({smiles[row][:40]!r})" for row in bad[:5]) + (" ..." if len(bad) > 5 else ""))
     if not len(kept):
         raise ValueError(f"{path}: RDKit cannot read any of its {len(mols)} SMILES")
@@ -279,7 +342,8 @@ def checked(smiles, y, tasks, official, path, quiet=True, files=None):
         position[kept] = np.arange(len(kept))
         official = tuple(position[part][position[part] >= 0] for part in official)
         _disjoint(official, [f"{file}, rows that RDKit can read" for file in files], len(kept))
-    return Molecules([smiles[i] for i in kept], [mols[i] for i in kept], y[kept], list(tasks), kept, official)
+    return Molecules([smiles[i] for i in kept], [mols[i] for i in kept], y[kept], list(tasks), kept, official,
+                     classes or [None] * len(tasks))
 
 
 def _nci(limit, quiet):
@@ -321,18 +385,9 @@ def _npz_split(path):
     return [part.astype(np.int64) for part in parts]
 
 
-def _content(path):
-    """The bytes of a file, decompressed if its name ends in .gz."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(data.existing(path), "rb") as file:
-            return file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or not a gzip file: {error}") from error
-
-
 def _numbers(path):
     """The row numbers in a file with one number per line, (n,) int64."""
-    lines = tables.text(path, _content(path)).split()
+    lines = tables.text(path, tables.content(path, data.HINT)).split()
     try:
         return np.array([int(line) for line in lines], np.int64)
     except (ValueError, OverflowError) as error:

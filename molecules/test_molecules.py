@@ -972,7 +972,7 @@ def test_molecules_criteria_that_do_not_fit(tmp_path, molecule_folder, capsys):
 def test_molecules_official_split_is_ogbs():
     """The files of ogbg-molhiv are read completely: 41,127 rows in three parts, 1,443 active; metal complexes too."""
     path = os.path.join(MOLECULES, "HIV.csv")
-    smiles, y, _ = files.table(path, ["HIV_active"])
+    smiles, y, *_ = files.table(path, ["HIV_active"])
     parts = files._npz_split(os.path.join(MOLECULES, "ogbg-molhiv_scaffold_split.npz"))
     assert len(smiles) == 41_127 and y.sum() == 1443 and [len(part) for part in parts] == [32_901, 4113, 4113]
     assert (np.sort(np.concatenate(parts)) == np.arange(41_127)).all()

@@ -8,6 +8,10 @@ rows. If labels are missing, every task is solved on the rows that have its labe
 with only one class among the training rows is left out, and a note says so. The rare class gets no extra weight, because the
 score (area under the ROC curve, or average precision) depends only on the order of the predictions.
 
+A file of your own has a column of SMILES and one or several targets. A target with exactly two different values is a class,
+scored by the area under the ROC curve; any other is a number, scored by the root mean squared error. Several numbers are
+divided by their standard deviations first, so that one ridge suits them all.
+
 Ridges, and every flag of the network that has several values, are compared by that score, or by squared error if the targets
 are numbers. (Comparing classes by squared error chose a ridge ten times larger on all of molhiv with fingerprints: a
 validation AUC of 0.807 instead of 0.823.) They are compared on the validation rows, which are never fitted, or with
@@ -18,6 +22,8 @@ validation AUC of 0.807 instead of 0.823.) They are compared on the validation r
   python -m molecules.train --dataset esol --data DIR --kernel sum --select loo --depth 1,3 --b_std 0,0.5
   python -m molecules.train --dataset molhiv --data DIR --kernel fingerprint --fingerprints morgan,pairs,torsions
   python -m molecules.train --dataset molhiv --data DIR --sizes 1000,2000,4000 --kind both --store K
+  python -m molecules.train --dataset FILE.csv --smiles structure --target activity --save model.npz
+  python -m molecules.train --load model.npz --predict NEW.csv --variance
 """
 
 import argparse
@@ -45,7 +51,9 @@ except ImportError:  # without fast/, kernel.py computes the same, more slowly
 FEW = 1500  # rows of nci that are read: the run takes a minute
 RANK = 512  # highest default rank of the preconditioner if labels are missing
 PARTS = {"gcn": ("gcn",), "fingerprint": ("fingerprint",), "sum": ("gcn", "fingerprint")}
-WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # do not change the result, so they are not recorded
+WHERE = ("data", "out", "quiet", "store", "sizes", "devices",  # do not change the result, so they are not recorded
+         "save", "load", "predict", "variance")
+WITH_LOAD = ("load", "predict", "smiles", "variance", "out", "quiet", "devices")
 SOURCES = """files that DIR must hold: esol: delaney-processed.csv; molhiv: HIV.csv, and the official split as
 ogbg-molhiv_scaffold_split.npz (arrays train, val, test of row numbers); muv: muv.csv.gz. These are MoleculeNet's files:
 deepchemdata.s3-us-west-1.amazonaws.com/datasets/. For molpcba, and for molhiv instead of these files: the folders mapping
@@ -57,8 +65,13 @@ def flags():
     parser = experiment.Parser(
         description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES)
     rows = parser.add_argument_group("molecules")
-    rows.add_argument("--dataset", default="nci", choices=smiles.DATASETS, help="data set; nci needs no file")
+    rows.add_argument("--dataset", default="nci", help=f"{', '.join(smiles.DATASETS)}; nci needs no file. Or your own data: "
+                      "the path of a .csv or .csv.gz file")
     rows.add_argument("--data", metavar="DIR", help="folder with the data set's files")
+    rows.add_argument("--smiles", metavar="COLUMN", help="column of your file that holds the SMILES; None: smiles, or with "
+                      "--load the column that the model was fitted with")
+    rows.add_argument("--target", metavar="COLUMN,...", help="column of your file to predict, or several, separated by "
+                      "commas: classes if it has exactly two different values, else numbers. A cell may be empty")
     rows.add_argument("--split", choices=smiles.SPLITS, help="None: official if the data set has one, else random")
     rows.add_argument("--n_train", type=int, help="number of training molecules; None: all")
     rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training molecules too, each time the "
@@ -87,12 +100,23 @@ def flags():
                         "gcv needs numbers as targets")
     solver.add_argument("--tol", type=float, default=1e-6, help="stop when every column has |y - A x| <= tol |y|")
     solver.add_argument("--rank", type=int, help="rank of the preconditioner; None: chosen by a cost model")
+    model_flags(parser.add_argument_group("fitted model"))
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of random splits, of the order of training rows, of pivots")
     run.add_argument("--devices", type=int, help="number of devices to use; None: every GPU, or else every core")
     run.add_argument("--out", default="runs", metavar="DIR", help="append a line to runs.jsonl in this folder")
     run.add_argument("--quiet", action="store_true", help="print only the result line")
     return parser
+
+
+def model_flags(group):
+    """Adds the flags of a model in a file."""
+    group.add_argument("--save", metavar="FILE", help="write what predictions need to this file, .npz")
+    group.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with the model in this file")
+    group.add_argument("--predict", metavar="FILE", help="new molecules, .csv or .csv.gz. Its columns and the predictions "
+                       "go to predictions.csv in --out")
+    group.add_argument("--variance", action="store_true", help="with --load: also the standard deviation of each "
+                       "prediction, at the cost of a solve for each row; nngp only, and only if no label was missing")
 
 
 def parse(argv):
@@ -104,62 +128,72 @@ def parse(argv):
     if len(set(args.fingerprints) & set(smiles.FINGERPRINTS)) < len(args.fingerprints):
         parser.error(f"--fingerprints {','.join(args.fingerprints)}: expected {', '.join(smiles.FINGERPRINTS)}, "
                      "or several of these, separated by commas")
-    if args.select == "gcv" and smiles.DATASETS[args.dataset] != "rmse":
-        parser.error(f"--select gcv with --dataset {args.dataset}: GCV estimates a squared error and cannot compare by "
-                     f"{smiles.DATASETS[args.dataset]}; use --select loo or validation")
     if args.store == "none":
         parser.error("--store none is not available for molecules; give a folder, or leave it out to keep tiles in memory")
-    no_graphs = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} uses no graphs"
-    idle = {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit",
-            "pool": no_graphs, "jump": no_graphs, "weights": no_graphs,
-            "fingerprints": args.kernel == "gcn" and "--kernel gcn uses none"}
-    experiment.refuse_idle(parser, argv, idle)
+    if not args.dataset.lower().endswith((".csv", ".csv.gz")) and args.dataset not in smiles.DATASETS:
+        parser.error(f"--dataset {args.dataset}: expected one of {', '.join(smiles.DATASETS)}, or the path of a .csv or "
+                     ".csv.gz file")
+    experiment.refuse_idle(parser, argv, idle(args))
+    if (args.load is None) != (args.predict is None):
+        parser.error("--load FILE and --predict FILE go together")
+    if args.save and (args.kind == "both" or len(args.sizes) > 1):
+        parser.error("--save with --kind both or several --sizes: a file holds one model; choose one kind and one size")
+    experiment.check_file(parser, args.save)
     return args
+
+
+def idle(args):
+    """{flag: why it changes nothing in this run, or False}."""
+    if args.load:
+        return dict.fromkeys(set(vars(args)) - set(WITH_LOAD), "--load takes all that from the model's file")
+    named = args.dataset in smiles.DATASETS and f"it names a column of your own file, and --dataset {args.dataset} is none"
+    no_graphs = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} uses no graphs"
+    return {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit"
+            or not named and "--dataset is a path",
+            "smiles": named, "target": named, "pool": no_graphs, "jump": no_graphs, "weights": no_graphs,
+            "fingerprints": args.kernel == "gcn" and "--kernel gcn uses none", "variance": "it belongs to --load"}
 
 
 def main(argv=None):
     """Run one experiment. Returns the line written to runs.jsonl, as a dict; with --sizes {size: line}, with --kind both
     {kind: line or {size: line}}."""
     args = parse(argv)
+    if args.load:
+        from molecules import predict
+        return predict.main(args)
     experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     with regression.phase("data", seconds):
-        rows = smiles.load(args.dataset, args.data, FEW if args.dataset == "nci" else None, args.quiet)
-        args.split = args.split or ("official" if rows.official is not None else "random")
-        parts = smiles.split(rows, args.split, args.seed)
-        derive(args, parts)
-        parts = (parts[0][:args.n_train], *parts[1:])
-        y, mols = rows.y[np.concatenate(parts)], [rows.mols[i] for i in np.concatenate(parts)]
-        where = dict(zip(("train", "val", "test"), np.split(np.arange(len(y)), np.cumsum([len(p) for p in parts])[:2])))
-        if selected(args) != "validation":
-            del where["val"]
-            if np.isnan(y[where["train"]]).any():
-                raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has its own "
-                                 "matrix, of the rows with its label; use --select validation")
+        rows = load(args)
+        order, where = divided(args, rows)
+        y = rows.y[order]
         for n in args.sizes:
             check_labels(args, rows.tasks, where, y, n)
-        inputs = {part: smiles.graphs(mols, args.weights, args.quiet) if part == "gcn" else
-                  smiles.fingerprints(mols, args.fingerprints, quiet=args.quiet) for part in PARTS[args.kernel]}
+        x = inputs(args, [rows.mols[i] for i in order])
     if not args.quiet:
         print(experiment.described(args))
     with regression.phase("choose", seconds):
-        networks = chosen(args, kinds[0], inputs, where, y)
+        networks = chosen(args, kinds[0], x, where, y)
     results = {kind: {} for kind in kinds}
     for chosen_args, compared in networks:
         spent, largest = dict(seconds), max(compared)
         with regression.phase("kernel", spent):
-            matrices = kernels(chosen_args, kinds, inputs, {**where, "train": where["train"][:largest]})
+            matrices = kernels(chosen_args, kinds, x, {**where, "train": where["train"][:largest]})
         for kind, of_parts in zip(kinds, matrices):
             for n in compared:
-                blocks = dict(zip(where, sum_of_parts(of_parts, n)))
-                result = {**one_size(chosen_args, blocks, labels(args, where, y, n)), "compared": compared[n],
-                          "entries": sum(block.entries for block in blocks.values())}
+                scales = scales_of_parts(of_parts, n)
+                blocks = dict(zip(where, sum_of_parts(of_parts, n, scales)))
+                result, fit = one_size(chosen_args, blocks, labels(args, where, y, n))
+                result.update(compared=compared[n], entries=sum(block.entries for block in blocks.values()))
                 result["entries_computed"] = sum(K.entries - K.found for part in of_parts for K in part) * (n == largest)
                 result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
                 experiment.record(args.out, config(chosen_args, kind, n), result, run, describe)
                 results[kind][n] = result
         del matrices, of_parts, blocks  # free this memory before the next network
+    if args.save:
+        from molecules import predict
+        predict.save(chosen_args, rows, order[:n], learnable(args, y[:n]), {**run, **fit, "scales": scales})
     if args.dataset == "nci" and not args.quiet:
         print("The target here is a computed quantity (Crippen log P). For measured data: --dataset esol --data DIR; --help "
               "lists the files that DIR must hold")
@@ -168,9 +202,44 @@ def main(argv=None):
     return results if args.kind == "both" else results[args.kind]
 
 
+def load(args):
+    """The Molecules. Sets args.score, and for a file of one's own also args.smiles, args.target and args.digest.
+    ValueError: --select gcv with classes."""
+    rows, args.score = None, smiles.DATASETS.get(args.dataset)
+    if not args.score:
+        args.smiles = args.smiles or "smiles"
+        rows, args.digest = smiles.own(args.dataset, args.smiles, args.target, args.quiet)
+        args.target, args.score = rows.tasks, "auc" if rows.classes[0] else "rmse"
+    if args.select == "gcv" and args.score != "rmse":
+        raise ValueError(f"--select gcv with --dataset {args.dataset}: GCV estimates a squared error and cannot compare by "
+                         f"{args.score}; use --select loo or validation")
+    return rows or smiles.load(args.dataset, args.data, FEW if args.dataset == "nci" else None, args.quiet)
+
+
+def divided(args, rows):
+    """The numbers of the rows that are used, and {name: where in this order they are} for train, which comes first, val and
+    test; without val if the criterion does not read it.  Fills in split, n_train, n_test, sizes and tile."""
+    args.split = args.split or ("official" if rows.official is not None else "random")
+    parts = smiles.split(rows, args.split, args.seed)
+    derive(args, parts)
+    parts = (parts[0][:args.n_train], *parts[1:])
+    order = np.concatenate(parts)
+    where = dict(zip(smiles.PARTS, np.split(np.arange(len(order)), np.cumsum([len(p) for p in parts])[:2])))
+    if selected(args) != "validation":
+        del where["val"]
+        if np.isnan(rows.y[parts[0]]).any():
+            raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has its own "
+                             "matrix, of the rows with its label; use --select validation")
+    return order, where
+
+
 def derive(args, parts):
     """Fill in n_train, n_test, sizes and tile if they were not given.  ValueError: more rows than the data set has."""
     have = len(parts[0])
+    if not have:
+        text = "most have the same ring system. Use --split random" if args.split == "scaffold" else "expected at least two"
+        raise ValueError(f"split {args.split!r} leaves none of the {sum(map(len, parts))} molecules of {args.dataset} for "
+                         f"training: {text}")
     if not all(1 <= n <= have for n in [args.n_train or have, *args.sizes]):
         raise ValueError(f"n_train={args.n_train}, sizes={args.sizes}: {args.dataset} has 1 to {have} molecules to "
                          "train on")
@@ -193,12 +262,12 @@ def selected(args):
 
 def compared_by(args):
     """The argument `by` of `choose.best`: "mse" if the targets are numbers, else "score"."""
-    return "mse" if smiles.DATASETS[args.dataset] == "rmse" else "score"
+    return "mse" if args.score == "rmse" else "score"
 
 
 def learnable(args, y):
     """(tasks,) bool: which tasks have in y (rows, tasks) two classes, or one label if the targets are numbers."""
-    least = 1 if smiles.DATASETS[args.dataset] == "rmse" else 2
+    least = 1 if args.score == "rmse" else 2
     return np.array([len(np.unique(column[~np.isnan(column)])) >= least for column in y.T])
 
 
@@ -212,7 +281,7 @@ def labels(args, where, y, n):
 def check_labels(args, tasks, where, y, n):
     """Prints which tasks cannot be learned from n training rows.  ValueError: none can; or the test rows have a score for
     none of them; or the validation rows have none although there is something to choose."""
-    score, usable = smiles.DATASETS[args.dataset], learnable(args, y[where["train"][:n]])
+    score, usable = args.score, learnable(args, y[where["train"][:n]])
     short = "no number" if score == "rmse" else "only one class"
     choosing = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
     if not usable.any():
@@ -233,6 +302,12 @@ def check_labels(args, tasks, where, y, n):
               f"left out: {', '.join(left_out[:5])}" + " ..." * (len(left_out) > 5))
 
 
+def inputs(args, mols):
+    """{part: the inputs of its kernel}."""
+    return {part: smiles.graphs(mols, args.weights, args.quiet) if part == "gcn" else
+            smiles.fingerprints(mols, args.fingerprints, quiet=args.quiet) for part in PARTS[args.kernel]}
+
+
 def network(args, part, x):
     """The engine of a part (gcn or fingerprint), and its layers."""
     if part == "gcn":
@@ -247,7 +322,7 @@ def kernels(args, kinds, inputs, where):
     of_parts = []
     for part, x in inputs.items():
         engine, layers = network(args, part, x)
-        rows = {f"{name}-{part}": x.take(of) if part == "gcn" else x[of] for name, of in where.items()}
+        rows = {f"{name}-{part}": taken(x, of) for name, of in where.items()}
         known_by = [layer[:1] if layer[0] == "aggregate" else layer for layer in layers]  # without degree: only padding
         of_parts.append(experiment.matrices(
             partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": known_by}, args.tile,
@@ -255,14 +330,25 @@ def kernels(args, kinds, inputs, where):
     return list(zip(*of_parts))
 
 
-def sum_of_parts(of_parts, n):
-    """[K, K_val, K_test] for the first n training rows: a single part as it is; of two parts the sum, each divided by the
-    mean diagonal of its K of these rows, in memory."""
+def taken(x, rows):
+    """The inputs with these numbers."""
+    return x.take(rows) if isinstance(x, smiles.Graphs) else x[rows]
+
+
+def scales_of_parts(of_parts, n):
+    """What each part of a sum is multiplied by: 1 / the mean diagonal of its K of the first n training rows."""
+    if len(of_parts) == 1:
+        return [1.0]
+    return [float(np.float32(1 / part[0].leading(n).diagonal().mean())) for part in of_parts]
+
+
+def sum_of_parts(of_parts, n, scales):
+    """[K, K_val, K_test] for the first n training rows: a single part as it is; of two parts the sum, each multiplied by its
+    scale, in memory."""
     blocks = [[block.leading(n).merged() for block in part] for part in of_parts]
     if len(blocks) == 1:
         return blocks[0]
-    scales = [np.float32(1 / part[0].diagonal().mean()) for part in blocks]
-    return [replace(same[0], tiles={key: sum(scale * block.tiles[key] for scale, block in zip(scales, same))
+    return [replace(same[0], tiles={key: sum(np.float32(scale) * block.tiles[key] for scale, block in zip(scales, same))
                                     for key in same[0].keys()}) for same in zip(*blocks)]
 
 
@@ -292,40 +378,51 @@ def criteria(args, kind, inputs, where, y, setting):
     where = {name: rows[:max(few.values())] if name == "train" else rows for name, rows in where.items() if name != "test"}
     matrices, table = kernels(tried, (kind,), inputs, where)[0], {}
     for n, m in few.items():
-        K, targets, _, options = problem(tried, dict(zip(where, sum_of_parts(matrices, m))), labels(args, where, y, m))
+        blocks = dict(zip(where, sum_of_parts(matrices, m, scales_of_parts(matrices, m))))
+        K, targets, _, options = problem(tried, blocks, labels(args, where, y, m))
         table[n] = regression.search(K, targets, args.ridge, **{**options, "quiet": True})
     return table
 
 
 def problem(args, blocks, y):
-    """K, targets (n, tasks) minus their mean (tasks,), that mean, and options of `regression.fit`: how ridges are compared.
+    """K, targets (n, tasks), what turns f into predictions, and options of `regression.fit`: how ridges are compared.
 
     blocks: {"train": K (n, n), "val": K_val (rows, n)}, the latter if the criterion is validation.
     y: {"train": ..., "val": ...}, (rows, tasks), NaN where a label is missing.
+    Targets are (y - mean) / unit, predictions unit * f + mean. unit is 1, but if several numbers are predicted, their standard
+    deviations: so that the ridge is not chosen for the task with the largest numbers.
     """
     masks, K = {name: ~np.isnan(part) for name, part in y.items()}, blocks["train"]
-    mean = np.where(masks["train"], y["train"], 0).sum(axis=0) / np.maximum(masks["train"].sum(axis=0), 1)
-    targets = {name: np.where(masks[name], part - mean, 0) for name, part in y.items()}
-    measure = SCORES[smiles.DATASETS[args.dataset]]
+    count = np.maximum(masks["train"].sum(axis=0), 1)
+    mean = np.where(masks["train"], y["train"], 0).sum(axis=0) / count
+    unit = np.ones(len(mean))
+    if args.score == "rmse" and len(mean) > 1:
+        sd = np.sqrt((np.where(masks["train"], y["train"] - mean, 0) ** 2).sum(axis=0) / count)
+        unit = np.where(sd > 0, sd, 1)
+    targets = {name: np.where(masks[name], (part - mean) / unit, 0) for name, part in y.items()}
+    measure = SCORES[args.score]
     options = {"select": selected(args), "by": compared_by(args), "rank": args.rank, "seed": args.seed, "quiet": args.quiet,
-               "score": lambda f, rows: measure(f + mean, y["val"] if rows is None else y["train"][rows])}
+               "score": lambda f, rows: measure(unit * f + mean, y["val"] if rows is None else y["train"][rows])}
     if "val" in blocks:
         K_val = blocks["val"] if masks["val"].all() else missing.Labelled(blocks["val"], masks["val"])
         options["held_out"] = K.shape[0], (K_val, targets["val"])
     if not masks["train"].all():
         low = pcg.low_rank(K, args.rank or min(RANK, max(1, K.shape[0] // 2)), args.seed, quiet=args.quiet)
         options["look"], K = missing.Look(low, masks["train"]), missing.Labelled(K, masks["train"])
-    return K, targets["train"], mean, options
+    return K, targets["train"], (mean, unit), options
 
 
 def one_size(args, blocks, y):
-    """Choose the ridge, solve and predict for one size; returns the result as a dict.  blocks, y: as for `problem`, and
-    "test" in both."""
-    K, targets, mean, options = problem(args, blocks, y)
-    _, f, result, _ = regression.fit(K, blocks["test"], targets, args.ridge, tol=args.tol, **options)
-    score = smiles.DATASETS[args.dataset]
-    return {f"test_{score}": SCORES[score](f + mean, y["test"]), "tasks": len(mean),
-            "labels": int(np.sum(~np.isnan(y["train"]))), **result}
+    """Choose the ridge, solve and predict for one size; returns the result as a dict, and with --save what a model keeps of
+    the fit (predict.py), else None.  blocks, y: as for `problem`, and "test" in both."""
+    K, targets, (mean, unit), options = problem(args, blocks, y)
+    alpha, f, result, solver = regression.fit(K, blocks["test"], targets, args.ridge, tol=args.tol, **options)
+    fit = None
+    if args.save:
+        from molecules import predict
+        fit = predict.fitted(result, solver, unit * targets, unit * alpha, mean, blocks.get("val"), y)
+    return {f"test_{args.score}": SCORES[args.score](unit * f + mean, y["test"]), "tasks": len(mean),
+            "labels": int(np.sum(~np.isnan(y["train"]))), **result}, fit
 
 
 def rmse(f, y):
@@ -362,7 +459,7 @@ def config(args, kind, n):
 def describe(result):
     """The result line."""
     config = result["config"]
-    name = smiles.DATASETS[config["dataset"]]
+    name = config["score"]
     scores = {ridge: score for ridge, score, _ in result["search"]}
     return (f"{config['dataset']} {config['kernel']} {config['kind']} {config['whiten']} n_train={config['n_train']} "
             f"n_test={config['n_test']}: test {name} {result['test_' + name]:.4f}, "
