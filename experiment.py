@@ -117,10 +117,19 @@ def given(parser, argv=None):
 
 
 def refuse_idle(parser, argv, idle):
-    """The parser's error for a flag on the command line that changes nothing in this run.  idle: {flag: why, or False}."""
+    """The parser's error for a flag on the command line that changes nothing in this run.  idle: {dest of the flag: why,
+    or False}."""
+    names = {action.dest: action.option_strings[0] for action in parser._actions}
     for flag in given(parser, argv):
         if idle.get(flag):
-            parser.error(f"--{flag} changes nothing here: {idle[flag]}. Leave it out")
+            parser.error(f"{names[flag]} changes nothing here: {idle[flag]}. Leave it out")
+
+
+def check_file(parser, path):
+    """The parser's error for a file that could not be written at the end of the run.  path: None is no file."""
+    folder = os.path.dirname(os.path.abspath(path or "."))
+    if path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        parser.error(f"{path} cannot be written: expected a file in a folder that is there and can be written")
 
 
 def settings(args):

@@ -66,15 +66,20 @@ def fitted(found, solver, y, alpha):
             "error": mse and mse**0.5}
 
 
+def covariance(about):
+    """ValueError: the kernel of this model is the NTK, which is not a covariance."""
+    if about["kind"] != "nngp":
+        raise ValueError(f"--variance with a model of kind {about['kind']}: the NTK is not the covariance of a process that "
+                         "the network samples; fit one with --kind nngp")
+
+
 def deviation(about, K, K_test, k_test, quiet=True):
     """The predictive standard deviation of each new row, (m,): one solve a row.
 
     about: with the entries of `fitted`.   K: (n, n) of the training rows.   K_test: (m, n).   k_test: k(x, x), (m,).
-    ValueError: the NTK, which is not a covariance.
+    ValueError: as of `covariance`.
     """
-    if about["kind"] != "nngp":
-        raise ValueError(f"--variance with a model of kind {about['kind']}: the NTK is not the covariance of a process that "
-                         "the network samples; fit one with --kind nngp")
+    covariance(about)
     solver = regression.Solver(K, ridges=[about["ridge"]], prior=np.full(K.shape[0], about["diagonal"]), quiet=quiet)
     return np.sqrt(about["prior_scale"] * regression.variance(solver, K_test, k_test, about["ridge"]))
 

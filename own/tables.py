@@ -1,16 +1,27 @@
 """CSV files as people have them: bytes -> names of columns and lines, or one sentence that says what is wrong and where;
 and back, with columns added.
 
-    names, lines = tables.lines(path, content);   smiles, = tables.columns(path, names, ["smiles"])
+    names, lines = tables.lines(path, tables.content(path));   smiles, = tables.columns(path, names, ["smiles"])
 
 Proved by: proteins/test_proteins.py and molecules/test_molecules.py
 """
 
 import csv
+import gzip
 import io
 import os
+import zlib
 
 import data
+
+
+def content(path, hint="expected a CSV file"):
+    """The bytes of a file, unpacked if its name ends in .gz.  ValueError: it is damaged.   FileNotFoundError."""
+    try:
+        with (gzip.open if path.lower().endswith(".gz") else open)(data.existing(path, hint), "rb") as file:
+            return file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or not a gzip file: {error}") from error
 
 
 def text(path, content):
@@ -45,11 +56,12 @@ def lines(path, content, limit=None):
     return columns, found
 
 
-def columns(path, names, wanted):
-    """[position of each of the `wanted` columns].  ValueError: one that is not there, or there twice."""
+def columns(path, names, wanted, hint=""):
+    """[position of each of the `wanted` columns].  ValueError: one that is not there, or there twice.
+    hint: what to do if one is not there."""
     for name in wanted:
         if name not in names:
-            raise ValueError(f"{path} has no column {name!r}, but {', '.join(map(repr, names)) or 'is empty'}")
+            raise ValueError(f"{path} has no column {name!r}, but {', '.join(map(repr, names)) or 'is empty'}{hint}")
         if names.count(name) > 1:
             raise ValueError(f"{path} has {names.count(name)} columns {name!r}; expected one: rename or remove the others")
     return [names.index(name) for name in wanted]
