@@ -13,7 +13,7 @@ training rows are fitted, and the test rows are read once. Data, encodings and f
   python -m proteins.train --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
   python -m proteins.train --split three_vs_rest --data DIR --kernel seq_cnn --kind both
   python -m proteins.train --split one_vs_rest --data DIR --w_std 1,1.41,2 --b_std 0,0.5 --depth 1,3
-  python -m proteins.train --split two_vs_rest --data DIR --kernel linear --encoding centred --target raw --ridge 1
+  python -m proteins.train --split two_vs_rest --data DIR --kernel linear --encoding centred --transform raw --ridge 1
   python -m proteins.train --split landscape --data DIR --kernel seq_cnn --sizes 1000,2000,4000,8000,16000
 """
 
@@ -41,6 +41,7 @@ except ImportError:  # without fast/, kernel.py computes the same, more slowly
 
 COMPARED = choose.DENSE  # most rows on which encodings, functions of the target and networks are compared
 NETWORK = ("depth", "w_std", "b_std", "head", "gamma")  # flags that describe a network; linear takes none of them
+FLAGS = {"target": "transform"}  # recorded name: flag, where they differ
 WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # do not change the result, so they are not recorded
 
 
@@ -60,8 +61,8 @@ def flags():
                       "chosen once, at the smallest size")
     rows.add_argument("--n_test", type=int, help="number of test rows, the first ones; None: all")
     rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS],
-                      help="numbers for residues; auto: the best by Spearman's correlation, as for --target")
-    rows.add_argument("--target", default="auto", choices=["auto", *sequences.TARGETS],
+                      help="numbers for residues; auto: the best by Spearman's correlation, as for --transform")
+    rows.add_argument("--transform", default="auto", dest="target", choices=["auto", *sequences.TARGETS],
                       help="function of the target that is fitted; its inverse is applied to predictions")
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="seq_cnn", choices=[*SEQUENCES, "linear"],
@@ -210,7 +211,7 @@ def check_targets(args, n, fitted, held_out=None):
     if held_out is not None and len(set(held_out)) < 2:
         raise ValueError(f"{args.split} with n_train={n} has {len(held_out)} validation rows with {len(set(held_out))} "
                          "different targets, but choosing needs two; use --select loo, or give one value of --ridge, "
-                         "--encoding, --target and each flag of the network")
+                         "--encoding, --transform and each flag of the network")
 
 
 def layers(args, x):
