@@ -66,7 +66,8 @@ def flags():
                       help="function of the target that is fitted; its inverse is applied to predictions")
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="seq_cnn", choices=[*SEQUENCES, "linear"],
-                         help="linear: <x, x'>, ridge regression; its --ridge is lambda itself (scikit-learn's alpha)")
+                         help="linear: <x, x'>, ridge regression; its --ridge is lambda itself (scikit-learn's alpha); if "
+                         "lengths vary, x is divided by the root of its length")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs, with both kernels computed in one pass and the choices made for nngp")
     network.add_argument("--depth", help="number of hidden layers or convolutions; None: 3. This flag and the next four take "
@@ -142,7 +143,7 @@ def main(argv=None):
         for kind, (K, K_test) in zip(kinds, matrices):
             for n in sizes:
                 blocks = [block.leading(n).merged() for block in (K, K_test)]
-                result = {**one_size(args, kind, *blocks, split, n, x_test), "compared": compared,
+                result = {**one_size(args, kind, *blocks, split, n, encoding), "compared": compared,
                           "entries": sum(block.entries for block in blocks)}
                 result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
@@ -174,10 +175,10 @@ def encodings(args, split):
 def kernels(args, kinds, encoding, x, x_test):
     """[(K, K_test), ...], one for each kind.  With --store, every fitted encoding has its own folder of tiles, because an
     encoding fitted on few rows can differ from one fitted on many."""
-    known_by = {"kernel": args.kernel, "layers": layers(args, x), "engine": engine.__module__, "encoding": encoding.key}
+    known_by = {"kernel": args.kernel, "layers": layers(args, encoding), "engine": engine.__module__, "encoding": encoding.key}
     folder = os.path.join(args.store, encoding.key) if args.store not in (None, "none") else args.store
-    return experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, folder, known_by,
-                               args.tile, devices=experiment.devices(args.devices), quiet=args.quiet)
+    return experiment.matrices(partial(network_kernel, args, encoding=encoding), kinds, {"train": x, "test": x_test}, folder,
+                               known_by, args.tile, devices=experiment.devices(args.devices), quiet=args.quiet)
 
 
 def derive(args, split):
@@ -214,16 +215,17 @@ def check_targets(args, n, fitted, held_out=None):
                          "--encoding, --transform and each flag of the network")
 
 
-def layers(args, x):
-    """The list of layers for these flags and inputs shaped like x (n, length, channels)."""
+def layers(args, encoding):
+    """The list of layers for these flags and sequences in this encoding."""
     if args.kernel == "linear":  # one layer; its w_std undoes the means over channels and positions
-        return [("mask",), ("seq_flatten",), ("dense", (x.shape[1] * x.shape[2]) ** 0.5, 0.0)]
+        positions = len(encoding.positions) if encoding.length else 1  # if lengths vary, seq_flatten divides by sqrt(l l')
+        return [("mask",), ("seq_flatten",), ("dense", (positions * len(sequences.RESIDUES)) ** 0.5, 0.0)]
     return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
 
 
-def network_kernel(args, kind, x):
-    """kernel_fn(x1, x2) for these flags and inputs shaped like x; kind: one kind, or a tuple of kinds."""
-    return compiled(tuple(layers(args, x)), kind)
+def network_kernel(args, kind, encoding):
+    """kernel_fn(x1, x2) for these flags and this encoding; kind: one kind, or a tuple of kinds."""
+    return compiled(tuple(layers(args, encoding)), kind)
 
 
 compiled = lru_cache(engine)  # cached, because JAX compiles every new function again
@@ -279,8 +281,9 @@ def compare(args, split, kind):
         check_targets(args, n, y[:fitted], None if loo else y[fitted:])
     for shared, group in itertools.groupby(tried if several else [], lambda setting: {**setting, "target": None}):
         network = argparse.Namespace(**{**vars(args), **shared})
-        x = sequences.fit(split.sequences[:n], network.encoding)([split.sequences[row] for row in rows])
-        K = tiles.gram(network_kernel(network, kind, x), x, args.tile, experiment.devices(args.devices),
+        encoding = sequences.fit(split.sequences[:n], network.encoding)
+        x = encoding([split.sequences[row] for row in rows])
+        K = tiles.gram(network_kernel(network, kind, encoding), x, args.tile, experiment.devices(args.devices),
                        args.quiet).merged()
         prior = scale(args, K)
         if loo:
@@ -307,7 +310,7 @@ def score(y):
     return lambda f, rows: spearman(f[:, 0], y[rows])
 
 
-def one_size(args, kind, K, K_test, split, n, x_test):
+def one_size(args, kind, K, K_test, split, n, encoding):
     """Choose the ridge, solve and predict for one size; returns the result as a dict."""
     y, y_test = split.targets[:n], split.targets[split.n_train:][:args.n_test]
     forward, inverse = sequences.transform(args.target, y)
@@ -320,7 +323,8 @@ def one_size(args, kind, K, K_test, split, n, x_test):
               "test_mse": float(np.mean((f[:, 0] - forward(y_test)) ** 2)), **result}  # test_mse: of forward(y)
     if args.variance:
         with regression.phase("variance", result["seconds"]):
-            k_test = tiles.diagonal(network_kernel(args, kind, x_test), x_test, 16, experiment.devices(args.devices))
+            k_test = tiles.diagonal(network_kernel(args, kind, encoding), encoding(parts(args, split, n)[1]), 16,
+                                    experiment.devices(args.devices))
             variance = regression.scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
         result.update(calibration(f[:, 0], np.sqrt(variance), forward(y_test)))
     return result
