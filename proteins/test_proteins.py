@@ -770,8 +770,10 @@ def test_proteins_flags_without_effect(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_proteins_commands(capsys):
+def test_proteins_commands(capsys, tmp_path, monkeypatch):
     """The commands of README and docstring are accepted, and flags that contradict each other are refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "peptides.csv").touch()
     assert len(shown := commands("proteins.train", train_protein.__doc__)) > 3
     for command in shown:
         train_protein.parse(command)

@@ -4,10 +4,10 @@
 
 Tiles and solver are those used for images (train_cifar.py); the kernels are others (proteins/layers.py). y is the measured
 fitness, or a monotone function of it. Every choice is made on training rows alone: by leave-one-out if K is small
-(choose.py), else on validation rows, which are training rows too (FLIP names them; otherwise the last fifth). The ridge is
-chosen by mean squared error, whose curve is smooth. The encoding of residues, the function of the target and every flag of
-the network that has several values are chosen by Spearman's correlation, which does not depend on that function. Then all
-training rows are fitted, and the test rows are read once. Data, encodings and functions: proteins/sequences.py.
+(choose.py), else on validation rows, which are training rows too (FLIP or --set names them; otherwise the last fifth). The
+ridge is chosen by mean squared error, whose curve is smooth. The encoding of residues, the function of the target and every
+flag of the network that has several values are chosen by Spearman's correlation, which does not depend on that function. Then
+all training rows are fitted, and the test rows are read once. Data, encodings and functions: proteins/sequences.py.
 
   python -m proteins.train                                     1,296 artificial sequences, ten seconds, no file
   python -m proteins.train --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
@@ -15,9 +15,12 @@ training rows are fitted, and the test rows are read once. Data, encodings and f
   python -m proteins.train --split one_vs_rest --data DIR --w_std 1,1.41,2 --b_std 0,0.5 --depth 1,3
   python -m proteins.train --split two_vs_rest --data DIR --kernel linear --encoding centred --transform raw --ridge 1
   python -m proteins.train --split landscape --data DIR --kernel seq_cnn --sizes 1000,2000,4000,8000,16000
+  python -m proteins.train --dataset peptides.csv --sequence peptide --target activity --save peptides.npz
+  python -m proteins.train --load peptides.npz --predict new.csv --variance
 """
 
 import argparse
+import hashlib
 import itertools
 import os
 from functools import lru_cache, partial
@@ -31,6 +34,7 @@ import experiment
 import kernel
 import regression
 import tiles
+from own import tables
 from proteins import sequences
 from proteins.layers import SEQUENCES
 
@@ -41,8 +45,9 @@ except ImportError:  # without fast/, kernel.py computes the same, more slowly
 
 COMPARED = choose.DENSE  # most rows on which encodings, functions of the target and networks are compared
 NETWORK = ("depth", "w_std", "b_std", "head", "gamma")  # flags that describe a network; linear takes none of them
-FLAGS = {"target": "transform"}  # recorded name: flag, where they differ
-WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # do not change the result, so they are not recorded
+WHERE = ("data", "out", "quiet", "store", "sizes", "devices", "save", "load", "predict")  # not recorded
+FLAGS = {"split": "dataset", "target": "transform", "column": "target"}  # recorded name: flag, where they differ
+OWN = ("sequence", "column", "set", "digest")  # recorded with a file of your own
 
 
 def flags():
@@ -52,18 +57,7 @@ def flags():
         epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in sequences.FILES.values()}))}, from "
                f"{sequences.SOURCE} (there without the prefix flip_gb1_). --data is the folder that holds them, packed or "
                "unpacked.")
-    rows = parser.add_argument_group("sequences")
-    rows.add_argument("--split", default="made", choices=sequences.SPLITS, help="data set and split; made is artificial")
-    rows.add_argument("--data", metavar="DIR", help="folder with FLIP's files")
-    rows.add_argument("--n_train", type=int, help="number of training rows, for landscape and made; None: all")
-    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training rows too, each time the first "
-                      "of the n_train, on blocks of one kernel if the encoding is the same; encoding, target and network are "
-                      "chosen once, at the smallest size")
-    rows.add_argument("--n_test", type=int, help="number of test rows, the first ones; None: all")
-    rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS],
-                      help="numbers for residues; auto: the best by Spearman's correlation, as for --transform")
-    rows.add_argument("--transform", default="auto", dest="target", choices=["auto", *sequences.TARGETS],
-                      help="function of the target that is fitted; its inverse is applied to predictions")
+    row_flags(parser.add_argument_group("sequences"))
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="seq_cnn", choices=[*SEQUENCES, "linear"],
                          help="linear: <x, x'>, ridge regression; its --ridge is lambda itself (scikit-learn's alpha); if "
@@ -79,18 +73,57 @@ def flags():
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): one number; or several, separated by "
                         "commas, or auto (10 down to 1e-6): the best on training rows is chosen")
-    experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, validation for more, on the rows that FLIP names "
-                        "or else on the last fifth of the training rows")
+    experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, validation for more, on the rows that FLIP or "
+                        "--set names or else on the last fifth of the training rows")
     solver.add_argument("--tol", type=float, default=1e-6, help="stop when |y - A x| <= tol |y|")
     solver.add_argument("--rank", type=int, help="rank of the preconditioner; None: chosen by a cost model")
     solver.add_argument("--variance", action="store_true", help="also compute predictive variances (one solve for each test "
-                        "row) and their calibration; nngp only")
+                        "row) and their calibration; with --load, the sd of every prediction; nngp only")
+    model_flags(parser.add_argument_group("fitted model"))
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="seed of the order of training rows, and of pivots")
+    run.add_argument("--seed", type=int, default=0, help="seed of the order of training rows, of pivots, and without --set of "
+                     "the test rows of a file of your own")
     run.add_argument("--devices", type=int, help="number of devices to use; None: every GPU, or else every core")
     run.add_argument("--out", default="runs", metavar="DIR", help="append a line to runs.jsonl in this folder")
     run.add_argument("--quiet", action="store_true", help="print only the result line")
     return parser
+
+
+def row_flags(rows):
+    """Adds the flags that say which rows to fit and test, and how they become numbers."""
+    rows.add_argument("--dataset", "--split", default="made", dest="split", metavar="NAME_OR_FILE", help="data set and "
+                      f"split: {', '.join(sequences.SPLITS)}; made is artificial. Or your own: the path of a .csv or .csv.gz "
+                      "file with a column of sequences and a column of numbers")
+    rows.add_argument("--sequence", metavar="COLUMN", help="column of that file with the sequences; None: sequence, or with "
+                      "--load the column that the model was trained with")
+    rows.add_argument("--target", metavar="COLUMN", dest="column", help="column of that file with the numbers; None: target")
+    rows.add_argument("--set", metavar="COLUMN", help="column of that file that says train, validation or test; None: a fifth "
+                      "of the rows, drawn with --seed, is for testing")
+    rows.add_argument("--data", metavar="DIR", help="folder with FLIP's files")
+    rows.add_argument("--n_train", type=int, help="number of training rows, but not for FLIP's splits; None: all")
+    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training rows too, each time the first "
+                      "of the n_train, on blocks of one kernel if the encoding is the same; encoding, transform and network "
+                      "are chosen once, at the smallest size")
+    rows.add_argument("--n_test", type=int, help="number of test rows, the first ones; None: all")
+    rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS],
+                      help="numbers for residues; auto: the best by Spearman's correlation, as for --transform")
+    rows.add_argument("--transform", default="auto", dest="target", choices=["auto", *sequences.TARGETS],
+                      help="function of the target that is fitted; its inverse is applied to predictions")
+
+
+def model_flags(fitted):
+    """Adds the flags of a model in a file."""
+    fitted.add_argument("--save", metavar="FILE", help="keep what predictions need, as .npz: one kind and one size")
+    fitted.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with this model")
+    fitted.add_argument("--predict", metavar="FILE.csv", help="new sequences. The rows of this file, with a column prediction "
+                        "in the units of the target, go to predictions.csv in --out. With --variance, which needs K again, a "
+                        "column sd too: if f with standard deviation s is predicted for a function g of the target, "
+                        "(g^-1(f + s) - g^-1(f - s)) / 2")
+
+
+def own(args):
+    """Whether the data set is a file of your own."""
+    return args.split not in sequences.SPLITS
 
 
 def parse(argv):
@@ -106,13 +139,34 @@ def parse(argv):
     if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1):
         parser.error("--select gcv gives no rank correlation by which to compare encodings, targets and networks: give one "
                      "value of each, or use --select loo or validation")
-    experiment.refuse_idle(parser, argv, {"data": args.split == "made" and "--split made needs no file",
-                                          "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
-                                          "select": not has_choices(args) and "there is nothing to choose"})
+    experiment.refuse_idle(parser, argv, idle(args))
+    if (args.load is None) != (args.predict is None):
+        parser.error("--load FILE and --predict FILE go together")
+    if args.save and (args.kind == "both" or len(args.sizes) > 1):
+        parser.error("--save keeps one model: give one kind and one size, without --kind both and --sizes")
+    experiment.check_file(parser, args.save)
+    if own(args) and not os.path.isfile(args.split):
+        parser.error(f"--dataset {args.split} is {'a folder' if os.path.isdir(args.split) else 'not there'}; expected one of "
+                     f"{', '.join(sequences.SPLITS)}, or the path of a .csv or .csv.gz file")
+    if own(args):
+        args.sequence, args.column = args.sequence or "sequence", args.column or "target"
     if args.split in sequences.FLIP and (args.n_train or args.sizes):
         parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; use these "
                      "flags with landscape or made")
     return args
+
+
+def idle(args):
+    """{dest of a flag: why it changes nothing in this run, or False}."""
+    if args.load:
+        return dict.fromkeys(set(vars(args)) - {"load", "predict", "sequence", "out", "quiet", "devices", "variance"},
+                             "--load takes all that from the model's file")
+    named = not own(args) and "it names a column of --dataset FILE.csv"
+    return {"data": args.split == "made" and "--split made needs no file" or own(args) and "--dataset is a path",
+            "sequence": named, "set": named,
+            "column": named and f"{named} (the function of the target is --transform)",
+            "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
+            "select": not has_choices(args) and "there is nothing to choose"}
 
 
 def has_choices(args):
@@ -122,16 +176,19 @@ def has_choices(args):
 
 def main(argv=None):
     """Run one experiment. Returns the line written to runs.jsonl, as a dict; with --sizes {size: line}, with --kind both
-    {kind: line or {size: line}}."""
+    {kind: line or {size: line}}; with --load, what predict.py returns."""
     args = parse(argv)
+    if args.load:
+        from proteins import predict
+        return predict.predict(args, compiled)
     experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     with regression.phase("data", seconds):
-        split = sequences.load(args.split, args.data, args.seed, args.quiet)
+        split = load(args)
         derive(args, split)
     if not args.quiet:
-        print(experiment.described(args))
+        print(experiment.described(argparse.Namespace(**by_flag(vars(args)))))
     with regression.phase("choose", seconds):
         compared = compare(args, split, kinds[0])
     results = {kind: {} for kind in kinds}
@@ -143,16 +200,29 @@ def main(argv=None):
         for kind, (K, K_test) in zip(kinds, matrices):
             for n in sizes:
                 blocks = [block.leading(n).merged() for block in (K, K_test)]
-                result = {**one_size(args, kind, *blocks, split, n, encoding), "compared": compared,
-                          "entries": sum(block.entries for block in blocks)}
+                result, *fit = one_size(args, kind, *blocks, split, n, encoding)
+                result.update(compared=compared, entries=sum(block.entries for block in blocks))
                 result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
                 results[kind][n] = result
+    if args.save:
+        from proteins import predict
+        predict.save(args.save, split, layers(args, encoding), result, *fit)
     if args.split == "made" and not args.quiet:
         print(f"These sequences are artificial; a linear model explains at most {100 * sequences.MADE_LINEAR:.0f} % of the "
-              "variance. For a real protein: --split two_vs_rest --data DIR; --help lists the files that DIR must hold")
+              "variance. For a real protein: --split two_vs_rest --data DIR; --help lists the files that DIR must hold. For "
+              "your own: --dataset FILE.csv")
     results = {kind: by_size if len(by_size) > 1 else by_size[args.n_train] for kind, by_size in results.items()}
     return results if args.kind == "both" else results[args.kind]
+
+
+def load(args):
+    """The Split that the flags ask for. Of a file, the digest becomes args.digest: SHA-256 of its bytes, unpacked."""
+    if not own(args):
+        return sequences.load(args.split, args.data, args.seed, args.quiet)
+    content = tables.content(args.split)
+    args.digest = hashlib.sha256(content).hexdigest()[:12]
+    return sequences.own(args.split, content, args.sequence, args.column, args.set, args.seed, args.quiet)
 
 
 def parts(args, split, n):
@@ -296,12 +366,12 @@ def compare(args, split, kind):
                 solver, z, args.ridge, fitted, np.arange(fitted, len(y)), score(y)))
             table.append([{flag: setting[flag] for flag in several}, *choose.best(ridges)[:3]])
             if not args.quiet:
-                print(" ".join(f"{flag}={value}" for flag, value in table[-1][0].items())
+                print(" ".join(f"{flag}={value}" for flag, value in by_flag(table[-1][0]).items())
                       + ": ridge {:.2g}, Spearman {:.4f}, mse {:.5f}".format(*table[-1][1:]))
     best = max(range(len(table)), key=lambda i: table[i][2], default=0)
     vars(args).update(tried[best])
     if table and not args.quiet:
-        print("chosen: " + " ".join(f"{flag}={value}" for flag, value in table[best][0].items()))
+        print("chosen: " + " ".join(f"{flag}={value}" for flag, value in by_flag(table[best][0]).items()))
     return table
 
 
@@ -311,7 +381,7 @@ def score(y):
 
 
 def one_size(args, kind, K, K_test, split, n, encoding):
-    """Choose the ridge, solve and predict for one size; returns the result as a dict."""
+    """Choose the ridge, solve and predict for one size.  Returns the result as a dict, the Solver, and z and alpha, (n, 1)."""
     y, y_test = split.targets[:n], split.targets[split.n_train:][:args.n_test]
     forward, inverse = sequences.transform(args.target, y)
     fitted, z = n_fit(split, n), forward(y)[:, None]
@@ -327,7 +397,7 @@ def one_size(args, kind, K, K_test, split, n, encoding):
                                     experiment.devices(args.devices))
             variance = regression.scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
         result.update(calibration(f[:, 0], np.sqrt(variance), forward(y_test)))
-    return result
+    return result, solver, z, alpha
 
 
 def calibration(f, sd, z):
@@ -342,10 +412,17 @@ def calibration(f, sd, z):
             "test_sd_spearman": spearman(sd, off)}
 
 
+def by_flag(settings):
+    """Settings under the names of their flags, for messages."""
+    return {FLAGS.get(name, name): value for name, value in settings.items()}
+
+
 def config(args, kind, n):
-    """The settings that decide the result; results/ reads the split as `dataset`, encoding and target as `whiten`."""
-    return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
-            "dataset": args.split, "whiten": f"{args.encoding} {args.target}"}
+    """The settings that decide the result; results/ reads the split as `dataset`, of a file with its column and digest, and
+    encoding and target as `whiten`."""
+    hidden, dataset = (WHERE, [args.split, args.column, args.digest]) if own(args) else ((*WHERE, *OWN), [args.split])
+    return {**{key: value for key, value in vars(args).items() if key not in hidden}, "kind": kind, "n_train": n,
+            "dataset": " ".join(dataset), "whiten": f"{args.encoding} {args.target}"}
 
 
 def describe(result):
