@@ -3,6 +3,7 @@
   layers.py      layers for sequences, added to those of kernel.py
   sequences.py   files to checked sequences; encodings of residues, functions of the target
   train.py       the experiment: python -m proteins.train
+  predict.py     a fitted model in a file, and its predictions for new sequences (--save, --load, --predict)
 
 No other folder needs this one.
 """

@@ -1,4 +1,4 @@
-"""Files -> checked protein sequences: FLIP's GB1 benchmark, the full GB1 landscape, and an artificial landscape.
+"""Files -> checked protein sequences: FLIP's GB1 benchmark, the full GB1 landscape, an artificial landscape, your own.
 
   one_vs_rest, two_vs_rest, three_vs_rest, low_vs_high, sampled     FLIP (Dallago et al. 2021): 8,733 variants of GB1, in
              which 4 of 265 residues vary; training, validation (some of the training rows) and test as in FLIP's files
@@ -8,6 +8,7 @@
              table of main effects, plus a sum over neighbouring positions of a product of two such tables. Every table has
              mean 0, so the two sums are uncorrelated, and a model without interactions can explain at most the share
              MADE_LINEAR of the target's variance.
+  FILE.csv   your own: a column of sequences and a column of numbers (`own`)
 
 Rows are in the order fitted, held out (validation), test. An encoding turns residues into numbers, (n, length, 20):
 
@@ -27,7 +28,7 @@ The regression is on a function of the target y that keeps its order, with mean 
     split = sequences.load("two_vs_rest", "protein")
     x = sequences.fit(split.sequences[:split.n_train], "onehot")(split.sequences)
 
-Proved by: proteins/test_proteins.py
+Proved by: proteins/test_proteins.py and proteins/test_own.py
 """
 
 import hashlib
@@ -59,7 +60,10 @@ SHA256 = {  # checksums of the tables from which the results were computed
     "landscape": "14cfb23e04edcaf99daa106743782b9289c1c673fcb6193ed90f8f19d33755f3"}
 WORDS = {"set": {"train": "train", "test": "test"}, "validation": {
     **dict.fromkeys(("true", "t", "yes", "y", "1", "1.0"), True),
-    **dict.fromkeys(("false", "f", "no", "n", "0", "0.0", ""), False)}}
+    **dict.fromkeys(("false", "f", "no", "n", "0", "0.0", ""), False)},
+    "part": {"train": 0, "validation": 1, "valid": 1, "val": 1, "test": 2}}
+EXPECTED = {"set": "train or test", "validation": "True, yes, 1; or False, no, 0 or an empty cell",
+            "part": "train, validation or test"}
 SOURCE = "https://github.com/J-SNACKKB/FLIP, folder splits/gb1"
 MADE_LINEAR = 0.6
 BLOSUM62_ROWS = """
@@ -97,17 +101,50 @@ def load(name, folder=None, seed=0, quiet=True):
         raise ValueError(f"split {name} needs --data FOLDER, the folder that holds {FILES[name][0]} "
                          f"(download it from {SOURCE}); --split made needs no file")
     what = f"{FILES[name][1]} in {folder}"
+    path, content = _table(name, folder, quiet)
     if name == "landscape":
-        split = _shuffled(*_columns(name, folder, quiet, "Fitness"), seed)
-    else:
-        sequences, targets, part, held_out = _columns(name, folder, quiet, "target", "set", "validation")
-        kind = np.where(part == "test", 2, held_out)
-        order, sizes = np.argsort(kind, kind="stable"), np.bincount(kind, minlength=3)
-        split = Split([sequences[i] for i in order], targets[order], int(sizes[0]), int(sizes[:2].sum()))
+        return _checked(_shuffled(*_columns(path, content, "sequence", "Fitness"), seed), what, quiet)
+    sequences, targets, part, held_out = _columns(path, content, "sequence", "target", set="set", validation="validation")
+    return _checked(_parted(sequences, targets, np.where(part == "test", 2, held_out)), what, quiet)
+
+
+def own(path, content, sequence="sequence", target="target", part=None, seed=0, quiet=True):
+    """The Split of a CSV file of your own, given its bytes.
+
+    sequence, target, part: names of columns. `part` says train, validation (also valid or val) or test; validation rows are
+    training rows too. None: a fifth of the rows is for testing.   seed: of that fifth, and of the order of the training rows.
+    quiet: say neither how many rows are for testing nor how many of them are training rows too.
+    Rows with other letters, ValueError: as for `load`, but two rows to fit and two to test are needed.
+    """
+    sequences, targets, *parts = _columns(path, content, sequence, target, "; name yours with --sequence, --target and --set",
+                                          **({"part": part} if part else {}))
+    order = np.random.default_rng(seed).permutation(len(targets))
+    tested = max(2, round(len(order) / 5))
+    parts = parts[0][order] if parts else np.where(np.arange(len(order)) < tested, 2, 0)
+    split = _parted([sequences[i] for i in order], targets[order], parts)
+    if split.n_fit == split.n_train:  # no row is named for validation
+        split = split._replace(n_fit=split.n_train - split.n_train // 5)
+    split = _checked(split, path, quiet, least=2)
+    if part is None and not quiet:
+        print(f"note: {tested} of the {len(order)} rows of {path}, a fifth, drawn with seed {seed}, are kept for testing; to "
+              "choose them, add a column of train and test and name it with --set")
+    return split
+
+
+def _parted(sequences, targets, parts):
+    """The Split of these rows, sorted by `parts`: 0 fitted, 1 held out, 2 test; rows of one part keep their order."""
+    order, sizes = np.argsort(parts, kind="stable"), np.bincount(parts, minlength=3)
+    return Split([sequences[i] for i in order], targets[order], int(sizes[0]), int(sizes[:2].sum()))
+
+
+def _checked(split, what, quiet, least=1):
+    """The split, if it has `least` rows to fit and to test, or a ValueError; with a note of test rows that are training rows
+    too."""
     fit, test = split.n_fit, split.sequences[split.n_train:]
-    if not fit or not test:
+    if min(fit, len(test)) < least:
+        number = ("one", "two")[least - 1]
         raise ValueError(f"{what} has {fit} rows to fit, {split.n_train - fit} to validate and {len(test)} to test; expected "
-                         "at least one to fit and one to test")
+                         f"at least {number} to fit and {number} to test")
     train = set(split.sequences[:split.n_train])
     both = [sequence for sequence in test if sequence in train]
     if both and not quiet:
@@ -137,33 +174,37 @@ def _made(letters=6, length=4):
     return ["".join(RESIDUES[i] for i in row) for row in states], targets
 
 
-def _columns(name, folder, quiet, target, *others):
+def clean(text):
+    """A cell as a sequence: lower case is read as upper case."""
+    text = text.strip()
+    return text.upper() if text.isascii() else text  # upper() turns some other letters into two letters S
+
+
+def _columns(path, content, sequence, target, hint="", **others):
     """sequences (list), targets (n,) float64 and the other columns of a table, checked line by line.
 
-    Lower case is read as upper case. Rows whose sequence has no letter or letters other than RESIDUES are left out.
+    sequence, target: names of columns.   hint: as for `tables.columns`.   others: {key of WORDS: name of the column}.
+    Rows whose sequence has no letter or letters other than RESIDUES are left out.
     """
     sequences, columns, odd = [], [], Counter()  # odd: how often each other letter occurs, in rows; "" for no letter
-    content, path = _table(name, folder)
-    if not quiet:
-        data.compare(content, SHA256[name], path)
     names, lines = tables.lines(path, content)
-    places = tables.columns(path, names, ("sequence", target, *others))
+    places = tables.columns(path, names, (sequence, target, *others.values()), hint)
     for line, fields in lines:
-        sequence, value, *words = (fields[place].strip() for place in places)
-        sequence = sequence.upper() if sequence.isascii() else sequence  # upper() turns some other letters into two letters S
-        unknown = set(sequence) - set(RESIDUES)
-        if unknown or not sequence:
+        text, value, *words = (fields[place].strip() for place in places)
+        text = clean(text)
+        unknown = set(text) - set(RESIDUES)
+        if unknown or not text:
             odd.update(unknown or {""})
             continue
-        sequences.append(sequence)
+        sequences.append(text)
         columns.append([_number(value, target, path, line),
-                        *(_word(word, other, path, line) for word, other in zip(words, others))])
+                        *(_word(word, key, others[key], path, line) for word, key in zip(words, others))])
     left = len(lines) - len(sequences)
     if left:
         counts = ", ".join(f"{repr(letter) if letter else 'no letter'} in {count}" for letter, count in odd.most_common(20))
         left_out = f"{path}: {left} of {len(lines)} rows are left out; expected only the letters {RESIDUES}: {counts}"
         if not sequences:
-            raise ValueError(f"{left_out}; no row remains. Correct the column sequence")
+            raise ValueError(f"{left_out}; no row remains. Correct the column {sequence}")
         print(left_out)
     if not sequences:
         raise ValueError(f"{path} has no row below its header")
@@ -184,21 +225,26 @@ def _number(text, column, path, line):
     return value
 
 
-def _word(text, column, path, line):
-    """The meaning of a word in the column set or validation, from WORDS."""
-    word, expected = text.lower(), "train or test" if column == "set" else "True, yes, 1; or False, no, 0 or an empty cell"
-    if word not in WORDS[column]:
-        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected {expected}. Correct the line or remove it")
-    return WORDS[column][word]
+def _word(text, key, column, path, line):
+    """The meaning of a word, WORDS[key]."""
+    if text.lower() not in WORDS[key]:
+        raise ValueError(f"{path}, line {line}: {column} {text!r}; expected {EXPECTED[key]}. Correct the line or remove it")
+    return WORDS[key][text.lower()]
 
 
-def _table(name, folder):
-    """The bytes of the csv file of a split, from the folder or from an archive in it, and its name for messages."""
-    archive, member = FILES[name]
+def _table(name, folder, quiet):
+    """The csv file of a split: its name for messages, and its bytes, compared with SHA256 unless quiet."""
+    path, content = _found(*FILES[name], folder)
+    if not quiet:
+        data.compare(content, SHA256[name], path)
+    return path, content
+
+
+def _found(archive, member, folder):
+    """The name for messages and the bytes of a file, from the folder or from an archive in it."""
     for path in (os.path.join(folder, member), os.path.join(folder, os.path.basename(member))):
         if os.path.exists(path):
-            with open(path, "rb") as file:
-                return file.read(), path
+            return path, tables.content(path)
     path, own = os.path.join(folder, archive), os.path.join(folder, archive.removeprefix("flip_gb1_"))
     path = own if os.path.exists(own) else path
     if not os.path.exists(path):
@@ -206,7 +252,7 @@ def _table(name, folder):
                                 f"{SOURCE} and give --data the folder that holds it")
     try:
         with zipfile.ZipFile(path) as file:
-            return file.read(member), f"{member} in {path}"
+            return f"{member} in {path}", file.read(member)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{path} is truncated or holds no {member}: {error}") from error
 
@@ -226,27 +272,35 @@ class Encoding(NamedTuple):
 
     def __call__(self, sequences):
         """ValueError: a letter that is not a residue, or a length that the training rows do not allow."""
-        known, least, most = set(RESIDUES), self.length or 1, self.length or self.longest
         for i, text in enumerate(sequences, 1):
-            if known.issuperset(text) and least <= len(text) <= most:
-                continue
-            what, other = f"sequence {i} of {len(sequences)}, {text[:30]!r}{'...' * (len(text) > 30)},", set(text) - known
-            if other:
-                raise ValueError(f"{what} has the letter {min(other)!r}; expected only {RESIDUES}. Leave it out")
-            raise ValueError(f"{what} has {len(text)} residues; expected {'' if self.length else '1 to '}{most}, as in the "
-                             "training rows. Leave it out, or train on sequences of its length too")
-        codes = letters(sequences, most)
+            if fault := self.fault(text):
+                raise ValueError(f"sequence {i} of {len(sequences)}, {short(text)}, {fault}. Leave it out")
+        codes = letters(sequences, self.length or self.longest)
         codes = codes if self.positions is None else codes[:, self.positions]
         table = np.zeros((256, 20))
         table[np.frombuffer(RESIDUES.encode(), np.uint8)] = np.eye(20) if self.name != "blosum" else blosum()
         x = table.astype(np.float32)[codes]
         return x if self.mean is None else x - self.mean
 
+    def fault(self, text):
+        """Why this sequence cannot be encoded, or None."""
+        other, least, most = set(text) - set(RESIDUES), self.length or 1, self.length or self.longest
+        if other:
+            return f"has the letter {min(other)!r}; expected only {RESIDUES}"
+        if not least <= len(text) <= most:
+            expected = f"{most}, as in the training rows" if self.length else f"1 to {most}"
+            return f"has {len(text)} residues; expected {expected}"
+
     @property
     def key(self):
         """The name and a digest of what was fitted: encodings with the same key encode every sequence in the same way."""
         fitted = [field.tolist() if isinstance(field, np.ndarray) else field for field in self]
         return f"{self.name}-{hashlib.blake2b(repr(fitted).encode(), digest_size=6).hexdigest()}"
+
+
+def short(text):
+    """A sequence for messages."""
+    return f"{text[:30]!r}{'...' * (len(text) > 30)}"
 
 
 def letters(sequences, longest):

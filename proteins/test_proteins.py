@@ -371,7 +371,7 @@ def test_proteins_several_lengths(tmp_path, monkeypatch):
         protein(tmp_path, "--kernel", "seq_fc")
 
 
-SIZES = ["--target", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"]
+SIZES = ["--transform", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"]
 
 
 @pytest.mark.parametrize("encoding", seqs.ENCODINGS)
@@ -400,7 +400,7 @@ def test_proteins_sizes_are_scikit_learn(tmp_path):
     """With --sizes 20,700, ridge regression on centred sequences equals scikit-learn's with an intercept, fitted on the first
     n one-hot rows: the two sizes do not share a mean."""
     from sklearn.linear_model import Ridge
-    result = protein(tmp_path, "--kernel", "linear", "--encoding", "centred", "--target", "raw", "--ridge", "1", "--sizes",
+    result = protein(tmp_path, "--kernel", "linear", "--encoding", "centred", "--transform", "raw", "--ridge", "1", "--sizes",
                      "20,700")
     split = seqs.load("made")
     x = np.array([[letter == residue for letter in s for residue in "ARNDCQ"] for s in split.sequences], float)
@@ -414,7 +414,7 @@ def test_proteins_sizes_are_scikit_learn(tmp_path):
 def test_proteins_sizes_are_dense_solves(tmp_path, encoding):
     """With --sizes, a network with one hidden layer equals the arc-cosine formula (Cho and Saul 2009) and a dense solve in
     NumPy: every size has its own mean, its own mean and sd of the target, and a ridge relative to its own diagonal."""
-    result = protein(tmp_path, "--kernel", "seq_fc", "--depth", "1", "--encoding", encoding, "--target", "raw", "--ridge",
+    result = protein(tmp_path, "--kernel", "seq_fc", "--depth", "1", "--encoding", encoding, "--transform", "raw", "--ridge",
                      "0.1", "--b_std", "0.3", "--sizes", "10,200", "--tol", "1e-8")
     split = seqs.load("made")
     x = np.array([[letter == residue for letter in s for residue in seqs.RESIDUES] for s in split.sequences], float)
@@ -437,8 +437,9 @@ def test_proteins_choices_for_a_row_are_recorded(tmp_path):
     for n in (30, 60):
         config = row[n]["config"]
         alone = protein(tmp_path, "--n_train", str(n), *(
-            f"--{flag}={config[flag]}" for flag in ("kernel", "encoding", "target", "depth", "w_std", "b_std", "n_test",
-                                                    "tile")), "--ridge", ",".join(map(str, config["ridge"])))
+            f"--{train_protein.FLAGS.get(name, name)}={config[name]}" for name in (
+                "kernel", "encoding", "target", "depth", "w_std", "b_std", "n_test", "tile")),
+            "--ridge", ",".join(map(str, config["ridge"])))
         assert alone["compared"] == [] and len(row[n]["compared"]) == 36 and alone["config"] == config
         assert alone["ridge"] == row[n]["ridge"] and abs(alone["test_rmse"] / row[n]["test_rmse"] - 1) < 1e-5
 
@@ -476,7 +477,7 @@ def test_proteins_smoke(tmp_path, capsys):
     assert result["test_spearman"] > 0.99 and result["test_rmse"] < 0.1 and result["cg_converged"]
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result
     assert len(result["compared"]) == len(seqs.ENCODINGS) * len(seqs.TARGETS)
-    linear = protein(tmp_path, "--kernel", "linear", "--encoding", "onehot", "--target", "raw")
+    linear = protein(tmp_path, "--kernel", "linear", "--encoding", "onehot", "--transform", "raw")
     assert abs(linear["test_rmse"]**2 - (1 - seqs.MADE_LINEAR)) < 0.1
 
 
@@ -488,7 +489,7 @@ def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
     one-hot to 1e-4, and the published Spearman correlation to two digits, which checks data and metric."""
     from sklearn.linear_model import Ridge
     result = protein(tmp_path, "--split", split, "--data", GB1, "--kernel", "linear", "--encoding", "centred",
-                     "--target", "raw", "--ridge", "1")
+                     "--transform", "raw", "--ridge", "1")
     sequences, y, _, n = seqs.load(split, GB1)
     x = encode(sequences, "onehot", n).reshape(len(y), -1).astype(np.float64)
     f = Ridge(alpha=1.0).fit(x[:n], y[:n]).predict(x[n:])
@@ -557,7 +558,7 @@ def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
 def test_proteins_networks_are_compared(tmp_path):
     """With several values for flags of the network, the result is that of a run with the chosen values alone, which are
     recorded; every combination has its row in the table."""
-    flags = ["--n_train", "60", "--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc"]
+    flags = ["--n_train", "60", "--encoding", "onehot", "--transform", "raw", "--kernel", "seq_fc"]
     several = protein(tmp_path, *flags, "--w_std", "1,2", "--b_std", "0.5", "--head", "linear,exp", "--gamma", "1,2")
     assert [row[0] for row in several["compared"]] == [{"w_std": w_std, "head": head, "gamma": gamma} for w_std in (
         1.0, 2.0) for head, gamma in (("linear", None), ("exp", 1.0), ("exp", 2.0))]
@@ -591,7 +592,7 @@ def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select):
 def test_proteins_criteria(tmp_path, monkeypatch):
     """Without --select: leave-one-out up to choose.DENSE rows, validation above. 4 rows can be solved, and so can a table of
     FLIP's form without validation rows. GCV chooses a ridge if nothing else is to be chosen."""
-    one = ["--kernel", "seq_fc", "--encoding", "onehot", "--target", "raw"]
+    one = ["--kernel", "seq_fc", "--encoding", "onehot", "--transform", "raw"]
     assert protein(tmp_path, *one, "--n_train", "4")["select"] == "loo"
     gcv, loo = (protein(tmp_path, *one, "--n_train", "100", "--select", select) for select in ("gcv", "loo"))
     assert gcv["select"] == "gcv" and 0.1 < gcv["ridge"] / loo["ridge"] < 10 and gcv["search"][0][1] is None
@@ -629,7 +630,7 @@ def test_proteins_validation_rows_that_say_nothing(tmp_path, monkeypatch, held_o
         y[:held_out] = [3] * held_out
     table_of(tmp_path / "two_vs_rest.csv", [i < held_out for i in range(20)], y)
     flags = ["--split", "two_vs_rest", "--data", str(tmp_path), "--kernel", "seq_fc", "--depth", "1"]
-    for more in (["--select", "validation"], ["--encoding", "onehot", "--target", "raw"], ["--ridge", "0.1"]):
+    for more in (["--select", "validation"], ["--encoding", "onehot", "--transform", "raw"], ["--ridge", "0.1"]):
         with monkeypatch.context() as patch:
             patch.setattr(choose, "DENSE", 2048 if "--select" in more else 10)
             with pytest.raises(ValueError, match=words) as error:
@@ -638,7 +639,7 @@ def test_proteins_validation_rows_that_say_nothing(tmp_path, monkeypatch, held_o
     result = protein(tmp_path, *flags)
     assert result["select"] == "loo" and all(np.isfinite(row[2]) and row[2] != 0 for row in result["compared"])
     monkeypatch.setattr(choose, "DENSE", 10)
-    one = protein(tmp_path, *flags, "--encoding", "onehot", "--target", "raw", "--ridge", "0.1")
+    one = protein(tmp_path, *flags, "--encoding", "onehot", "--transform", "raw", "--ridge", "0.1")
     assert one["select"] is None and np.isfinite(one["test_spearman"])
 
 
@@ -659,7 +660,7 @@ def test_proteins_equal_targets(tmp_path, capsys):
         protein(tmp_path, *flags)
     assert "\n" not in str(error.value)
     table_of(tmp_path / "two_vs_rest.csv", [""] * 20, range(20), [2] * 5)
-    result = protein(tmp_path, *flags, "--target", "raw", "--ridge", "1e9")
+    result = protein(tmp_path, *flags, "--transform", "raw", "--ridge", "1e9")
     assert "note: all 5 test targets of two_vs_rest are 2, so Spearman's" in capsys.readouterr().out
     assert result["test_spearman"] == 0 and abs(result["test_rmse"] - (np.arange(20).mean() - 2)) < 1e-6
     (tmp_path / "four_mutations_full_data.csv").write_text("sequence,Fitness\n" + "".join(
@@ -671,7 +672,7 @@ def test_proteins_equal_targets(tmp_path, capsys):
 def test_proteins_stores_know_their_network(tmp_path, monkeypatch):
     """A store never returns tiles of another network: another w_std, b_std or head, another default, another layer in a named
     network or another engine is refused with one line. Every fitted encoding has its own tiles."""
-    flags = ["--n_train", "20", "--target", "raw", "--kernel", "seq_fc", "--ridge", "0.1"]
+    flags = ["--n_train", "20", "--transform", "raw", "--kernel", "seq_fc", "--ridge", "0.1"]
     kept, onehot = ["--store", str(tmp_path / "K")], ["--encoding", "onehot"]
     first = protein(tmp_path, *flags, *onehot, *kept)
     with monkeypatch.context() as patch:
@@ -705,7 +706,7 @@ def test_proteins_stores_know_their_network(tmp_path, monkeypatch):
 def test_proteins_sizes_store_and_kinds(tmp_path):
     """With --sizes, --kind both and --store, every result equals that of a run alone, in memory, from the store or with
     --store none; and the sizes form a curve that results/report.py fits and draws."""
-    flags = ["--encoding", "onehot", "--target", "raw", "--kernel", "seq_fc", "--tile", "32", "--n_test", "120"]
+    flags = ["--encoding", "onehot", "--transform", "raw", "--kernel", "seq_fc", "--tile", "32", "--n_test", "120"]
     sizes = protein(tmp_path, *flags, "--sizes", "25,50,100", "--kind", "both", "--store", str(tmp_path / "K"))
     for kind, n, kept in (("nngp", 100, []), ("ntk", 100, ["--store", str(tmp_path / "K")]),
                           ("ntk", 50, ["--store", "none"])):
@@ -721,7 +722,7 @@ def test_proteins_sizes_store_and_kinds(tmp_path):
 
 def test_proteins_variance(tmp_path):
     """Mean and variance equal those of a dense Gaussian process, and the calibration equals SciPy's formulas."""
-    result = protein(tmp_path, "--n_train", "60", "--n_test", "30", "--encoding", "blosum", "--target", "raw",
+    result = protein(tmp_path, "--n_train", "60", "--n_test", "30", "--encoding", "blosum", "--transform", "raw",
                      "--ridge", "0.1", "--kernel", "seq_fc", "--variance", "--tol", "1e-9")
     sequences, y, _, n_train = seqs.load("made")
     x = encode(sequences, "blosum", 60).astype(np.float64)
@@ -746,7 +747,7 @@ def test_proteins_variance(tmp_path):
     (["--n_test", "300"], "n_test=300: made allows 2 to 259 rows"),
     (["--n_train", "4", "--select", "validation"],
      "n_train=4 has 0 validation rows with 0 different targets, .* use --select loo"),
-    (["--n_train", "4", "--select", "validation", "--encoding", "onehot", "--target", "raw"],
+    (["--n_train", "4", "--select", "validation", "--encoding", "onehot", "--transform", "raw"],
      "n_train=4 has 0 validation rows with 0 different targets, .* use --select loo"),
     (["--head", "cos"], "head='cos', gamma=1.0: expected one of linear, cosine, relu, exp"),
     (["--w_std", "0"], "w_std=0.0, b_std=0.0: expected w_std > 0"),
@@ -761,7 +762,7 @@ def test_proteins_errors(flags, words, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--data", "x"], "--data changes nothing here: --split made needs no file"),
     (["--gamma", "2"], "--gamma changes nothing here: it belongs to --head exp"),
-    (["--ridge", "1", "--encoding", "onehot", "--target", "raw", "--select", "loo"], "--select changes nothing here")])
+    (["--ridge", "1", "--encoding", "onehot", "--transform", "raw", "--select", "loo"], "--select changes nothing here")])
 def test_proteins_flags_without_effect(flags, words, capsys):
     """A flag without effect is refused with one line that says why."""
     with pytest.raises(SystemExit):
@@ -769,8 +770,10 @@ def test_proteins_flags_without_effect(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_proteins_commands(capsys):
+def test_proteins_commands(capsys, tmp_path, monkeypatch):
     """The commands of README and docstring are accepted, and flags that contradict each other are refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "peptides.csv").touch()
     assert len(shown := commands("proteins.train", train_protein.__doc__)) > 3
     for command in shown:
         train_protein.parse(command)
@@ -781,7 +784,7 @@ def test_proteins_commands(capsys):
                          (["--kernel", "linear", "--b_std", "0"], "--b_std with --kernel linear"),
                          (["--kernel", "linear", "--dep=3"], "--depth with --kernel linear"),
                          (["--select", "gcv"], "use --select loo or validation"),
-                         (["--select", "gcv", "--encoding", "onehot", "--target", "raw", "--depth", "1,2"],
+                         (["--select", "gcv", "--encoding", "onehot", "--transform", "raw", "--depth", "1,2"],
                           "use --select loo or validation"),
                          (["--n_train", "20", "--sizes", "10,50"], "expected 1 to n_train=20"),
                          (["--split", "sampled", "--sizes", "9"], "FLIP says which rows to train on")):

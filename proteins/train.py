@@ -4,20 +4,23 @@
 
 Tiles and solver are those used for images (train_cifar.py); the kernels are others (proteins/layers.py). y is the measured
 fitness, or a monotone function of it. Every choice is made on training rows alone: by leave-one-out if K is small
-(choose.py), else on validation rows, which are training rows too (FLIP names them; otherwise the last fifth). The ridge is
-chosen by mean squared error, whose curve is smooth. The encoding of residues, the function of the target and every flag of
-the network that has several values are chosen by Spearman's correlation, which does not depend on that function. Then all
-training rows are fitted, and the test rows are read once. Data, encodings and functions: proteins/sequences.py.
+(choose.py), else on validation rows, which are training rows too (FLIP or --set names them; otherwise the last fifth). The
+ridge is chosen by mean squared error, whose curve is smooth. The encoding of residues, the function of the target and every
+flag of the network that has several values are chosen by Spearman's correlation, which does not depend on that function. Then
+all training rows are fitted, and the test rows are read once. Data, encodings and functions: proteins/sequences.py.
 
   python -m proteins.train                                     1,296 artificial sequences, ten seconds, no file
   python -m proteins.train --split two_vs_rest --data DIR      FLIP's GB1; --help says what DIR must hold
   python -m proteins.train --split three_vs_rest --data DIR --kernel seq_cnn --kind both
   python -m proteins.train --split one_vs_rest --data DIR --w_std 1,1.41,2 --b_std 0,0.5 --depth 1,3
-  python -m proteins.train --split two_vs_rest --data DIR --kernel linear --encoding centred --target raw --ridge 1
+  python -m proteins.train --split two_vs_rest --data DIR --kernel linear --encoding centred --transform raw --ridge 1
   python -m proteins.train --split landscape --data DIR --kernel seq_cnn --sizes 1000,2000,4000,8000,16000
+  python -m proteins.train --dataset peptides.csv --sequence peptide --target activity --save peptides.npz
+  python -m proteins.train --load peptides.npz --predict new.csv --variance
 """
 
 import argparse
+import hashlib
 import itertools
 import os
 from functools import lru_cache, partial
@@ -31,6 +34,7 @@ import experiment
 import kernel
 import regression
 import tiles
+from own import tables
 from proteins import sequences
 from proteins.layers import SEQUENCES
 
@@ -41,7 +45,9 @@ except ImportError:  # without fast/, kernel.py computes the same, more slowly
 
 COMPARED = choose.DENSE  # most rows on which encodings, functions of the target and networks are compared
 NETWORK = ("depth", "w_std", "b_std", "head", "gamma")  # flags that describe a network; linear takes none of them
-WHERE = ("data", "out", "quiet", "store", "sizes", "devices")  # do not change the result, so they are not recorded
+WHERE = ("data", "out", "quiet", "store", "sizes", "devices", "save", "load", "predict")  # not recorded
+FLAGS = {"split": "dataset", "target": "transform", "column": "target"}  # recorded name: flag, where they differ
+OWN = ("sequence", "column", "set", "digest")  # recorded with a file of your own
 
 
 def flags():
@@ -51,21 +57,11 @@ def flags():
         epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in sequences.FILES.values()}))}, from "
                f"{sequences.SOURCE} (there without the prefix flip_gb1_). --data is the folder that holds them, packed or "
                "unpacked.")
-    rows = parser.add_argument_group("sequences")
-    rows.add_argument("--split", default="made", choices=sequences.SPLITS, help="data set and split; made is artificial")
-    rows.add_argument("--data", metavar="DIR", help="folder with FLIP's files")
-    rows.add_argument("--n_train", type=int, help="number of training rows, for landscape and made; None: all")
-    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training rows too, each time the first "
-                      "of the n_train, on blocks of one kernel if the encoding is the same; encoding, target and network are "
-                      "chosen once, at the smallest size")
-    rows.add_argument("--n_test", type=int, help="number of test rows, the first ones; None: all")
-    rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS],
-                      help="numbers for residues; auto: the best by Spearman's correlation, as for --target")
-    rows.add_argument("--target", default="auto", choices=["auto", *sequences.TARGETS],
-                      help="function of the target that is fitted; its inverse is applied to predictions")
+    row_flags(parser.add_argument_group("sequences"))
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="seq_cnn", choices=[*SEQUENCES, "linear"],
-                         help="linear: <x, x'>, ridge regression; its --ridge is lambda itself (scikit-learn's alpha)")
+                         help="linear: <x, x'>, ridge regression; its --ridge is lambda itself (scikit-learn's alpha); if "
+                         "lengths vary, x is divided by the root of its length")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs, with both kernels computed in one pass and the choices made for nngp")
     network.add_argument("--depth", help="number of hidden layers or convolutions; None: 3. This flag and the next four take "
@@ -77,18 +73,57 @@ def flags():
     solver = parser.add_argument_group("solver")
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): one number; or several, separated by "
                         "commas, or auto (10 down to 1e-6): the best on training rows is chosen")
-    experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, validation for more, on the rows that FLIP names "
-                        "or else on the last fifth of the training rows")
+    experiment.select_flag(solver, f"loo for up to {choose.DENSE:,} rows, validation for more, on the rows that FLIP or "
+                        "--set names or else on the last fifth of the training rows")
     solver.add_argument("--tol", type=float, default=1e-6, help="stop when |y - A x| <= tol |y|")
     solver.add_argument("--rank", type=int, help="rank of the preconditioner; None: chosen by a cost model")
     solver.add_argument("--variance", action="store_true", help="also compute predictive variances (one solve for each test "
-                        "row) and their calibration; nngp only")
+                        "row) and their calibration; with --load, the sd of every prediction; nngp only")
+    model_flags(parser.add_argument_group("fitted model"))
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="seed of the order of training rows, and of pivots")
+    run.add_argument("--seed", type=int, default=0, help="seed of the order of training rows, of pivots, and without --set of "
+                     "the test rows of a file of your own")
     run.add_argument("--devices", type=int, help="number of devices to use; None: every GPU, or else every core")
     run.add_argument("--out", default="runs", metavar="DIR", help="append a line to runs.jsonl in this folder")
     run.add_argument("--quiet", action="store_true", help="print only the result line")
     return parser
+
+
+def row_flags(rows):
+    """Adds the flags that say which rows to fit and test, and how they become numbers."""
+    rows.add_argument("--dataset", "--split", default="made", dest="split", metavar="NAME_OR_FILE", help="data set and "
+                      f"split: {', '.join(sequences.SPLITS)}; made is artificial. Or your own: the path of a .csv or .csv.gz "
+                      "file with a column of sequences and a column of numbers")
+    rows.add_argument("--sequence", metavar="COLUMN", help="column of that file with the sequences; None: sequence, or with "
+                      "--load the column that the model was trained with")
+    rows.add_argument("--target", metavar="COLUMN", dest="column", help="column of that file with the numbers; None: target")
+    rows.add_argument("--set", metavar="COLUMN", help="column of that file that says train, validation or test; None: a fifth "
+                      "of the rows, drawn with --seed, is for testing")
+    rows.add_argument("--data", metavar="DIR", help="folder with FLIP's files")
+    rows.add_argument("--n_train", type=int, help="number of training rows, but not for FLIP's splits; None: all")
+    rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training rows too, each time the first "
+                      "of the n_train, on blocks of one kernel if the encoding is the same; encoding, transform and network "
+                      "are chosen once, at the smallest size")
+    rows.add_argument("--n_test", type=int, help="number of test rows, the first ones; None: all")
+    rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS],
+                      help="numbers for residues; auto: the best by Spearman's correlation, as for --transform")
+    rows.add_argument("--transform", default="auto", dest="target", choices=["auto", *sequences.TARGETS],
+                      help="function of the target that is fitted; its inverse is applied to predictions")
+
+
+def model_flags(fitted):
+    """Adds the flags of a model in a file."""
+    fitted.add_argument("--save", metavar="FILE", help="keep what predictions need, as .npz: one kind and one size")
+    fitted.add_argument("--load", metavar="FILE", help="fit nothing, but --predict with this model")
+    fitted.add_argument("--predict", metavar="FILE.csv", help="new sequences. The rows of this file, with a column prediction "
+                        "in the units of the target, go to predictions.csv in --out. With --variance, which needs K again, a "
+                        "column sd too: if f with standard deviation s is predicted for a function g of the target, "
+                        "(g^-1(f + s) - g^-1(f - s)) / 2")
+
+
+def own(args):
+    """Whether the data set is a file of your own."""
+    return args.split not in sequences.SPLITS
 
 
 def parse(argv):
@@ -104,13 +139,34 @@ def parse(argv):
     if args.select == "gcv" and ("auto" in (args.encoding, args.target) or len(experiment.settings(args)) > 1):
         parser.error("--select gcv gives no rank correlation by which to compare encodings, targets and networks: give one "
                      "value of each, or use --select loo or validation")
-    experiment.refuse_idle(parser, argv, {"data": args.split == "made" and "--split made needs no file",
-                                          "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
-                                          "select": not has_choices(args) and "there is nothing to choose"})
+    experiment.refuse_idle(parser, argv, idle(args))
+    if (args.load is None) != (args.predict is None):
+        parser.error("--load FILE and --predict FILE go together")
+    if args.save and (args.kind == "both" or len(args.sizes) > 1):
+        parser.error("--save keeps one model: give one kind and one size, without --kind both and --sizes")
+    experiment.check_file(parser, args.save)
+    if own(args) and not os.path.isfile(args.split):
+        parser.error(f"--dataset {args.split} is {'a folder' if os.path.isdir(args.split) else 'not there'}; expected one of "
+                     f"{', '.join(sequences.SPLITS)}, or the path of a .csv or .csv.gz file")
+    if own(args):
+        args.sequence, args.column = args.sequence or "sequence", args.column or "target"
     if args.split in sequences.FLIP and (args.n_train or args.sizes):
         parser.error(f"--n_train and --sizes with --split {args.split}: FLIP says which rows to train on; use these "
                      "flags with landscape or made")
     return args
+
+
+def idle(args):
+    """{dest of a flag: why it changes nothing in this run, or False}."""
+    if args.load:
+        return dict.fromkeys(set(vars(args)) - {"load", "predict", "sequence", "out", "quiet", "devices", "variance"},
+                             "--load takes all that from the model's file")
+    named = not own(args) and "it names a column of --dataset FILE.csv"
+    return {"data": args.split == "made" and "--split made needs no file" or own(args) and "--dataset is a path",
+            "sequence": named, "set": named,
+            "column": named and f"{named} (the function of the target is --transform)",
+            "gamma": "exp" not in (args.head or []) and "it belongs to --head exp",
+            "select": not has_choices(args) and "there is nothing to choose"}
 
 
 def has_choices(args):
@@ -120,16 +176,19 @@ def has_choices(args):
 
 def main(argv=None):
     """Run one experiment. Returns the line written to runs.jsonl, as a dict; with --sizes {size: line}, with --kind both
-    {kind: line or {size: line}}."""
+    {kind: line or {size: line}}; with --load, what predict.py returns."""
     args = parse(argv)
+    if args.load:
+        from proteins import predict
+        return predict.predict(args, compiled)
     experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     with regression.phase("data", seconds):
-        split = sequences.load(args.split, args.data, args.seed, args.quiet)
+        split = load(args)
         derive(args, split)
     if not args.quiet:
-        print(experiment.described(args))
+        print(experiment.described(argparse.Namespace(**by_flag(vars(args)))))
     with regression.phase("choose", seconds):
         compared = compare(args, split, kinds[0])
     results = {kind: {} for kind in kinds}
@@ -141,16 +200,29 @@ def main(argv=None):
         for kind, (K, K_test) in zip(kinds, matrices):
             for n in sizes:
                 blocks = [block.leading(n).merged() for block in (K, K_test)]
-                result = {**one_size(args, kind, *blocks, split, n, x_test), "compared": compared,
-                          "entries": sum(block.entries for block in blocks)}
+                result, *fit = one_size(args, kind, *blocks, split, n, encoding)
+                result.update(compared=compared, entries=sum(block.entries for block in blocks))
                 result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
                 results[kind][n] = result
+    if args.save:
+        from proteins import predict
+        predict.save(args.save, split, layers(args, encoding), result, *fit)
     if args.split == "made" and not args.quiet:
         print(f"These sequences are artificial; a linear model explains at most {100 * sequences.MADE_LINEAR:.0f} % of the "
-              "variance. For a real protein: --split two_vs_rest --data DIR; --help lists the files that DIR must hold")
+              "variance. For a real protein: --split two_vs_rest --data DIR; --help lists the files that DIR must hold. For "
+              "your own: --dataset FILE.csv")
     results = {kind: by_size if len(by_size) > 1 else by_size[args.n_train] for kind, by_size in results.items()}
     return results if args.kind == "both" else results[args.kind]
+
+
+def load(args):
+    """The Split that the flags ask for. Of a file, the digest becomes args.digest: SHA-256 of its bytes, unpacked."""
+    if not own(args):
+        return sequences.load(args.split, args.data, args.seed, args.quiet)
+    content = tables.content(args.split)
+    args.digest = hashlib.sha256(content).hexdigest()[:12]
+    return sequences.own(args.split, content, args.sequence, args.column, args.set, args.seed, args.quiet)
 
 
 def parts(args, split, n):
@@ -173,10 +245,10 @@ def encodings(args, split):
 def kernels(args, kinds, encoding, x, x_test):
     """[(K, K_test), ...], one for each kind.  With --store, every fitted encoding has its own folder of tiles, because an
     encoding fitted on few rows can differ from one fitted on many."""
-    known_by = {"kernel": args.kernel, "layers": layers(args, x), "engine": engine.__module__, "encoding": encoding.key}
+    known_by = {"kernel": args.kernel, "layers": layers(args, encoding), "engine": engine.__module__, "encoding": encoding.key}
     folder = os.path.join(args.store, encoding.key) if args.store not in (None, "none") else args.store
-    return experiment.matrices(partial(network_kernel, args, x=x), kinds, {"train": x, "test": x_test}, folder, known_by,
-                               args.tile, devices=experiment.devices(args.devices), quiet=args.quiet)
+    return experiment.matrices(partial(network_kernel, args, encoding=encoding), kinds, {"train": x, "test": x_test}, folder,
+                               known_by, args.tile, devices=experiment.devices(args.devices), quiet=args.quiet)
 
 
 def derive(args, split):
@@ -210,19 +282,20 @@ def check_targets(args, n, fitted, held_out=None):
     if held_out is not None and len(set(held_out)) < 2:
         raise ValueError(f"{args.split} with n_train={n} has {len(held_out)} validation rows with {len(set(held_out))} "
                          "different targets, but choosing needs two; use --select loo, or give one value of --ridge, "
-                         "--encoding, --target and each flag of the network")
+                         "--encoding, --transform and each flag of the network")
 
 
-def layers(args, x):
-    """The list of layers for these flags and inputs shaped like x (n, length, channels)."""
+def layers(args, encoding):
+    """The list of layers for these flags and sequences in this encoding."""
     if args.kernel == "linear":  # one layer; its w_std undoes the means over channels and positions
-        return [("mask",), ("seq_flatten",), ("dense", (x.shape[1] * x.shape[2]) ** 0.5, 0.0)]
+        positions = len(encoding.positions) if encoding.length else 1  # if lengths vary, seq_flatten divides by sqrt(l l')
+        return [("mask",), ("seq_flatten",), ("dense", (positions * len(sequences.RESIDUES)) ** 0.5, 0.0)]
     return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
 
 
-def network_kernel(args, kind, x):
-    """kernel_fn(x1, x2) for these flags and inputs shaped like x; kind: one kind, or a tuple of kinds."""
-    return compiled(tuple(layers(args, x)), kind)
+def network_kernel(args, kind, encoding):
+    """kernel_fn(x1, x2) for these flags and this encoding; kind: one kind, or a tuple of kinds."""
+    return compiled(tuple(layers(args, encoding)), kind)
 
 
 compiled = lru_cache(engine)  # cached, because JAX compiles every new function again
@@ -278,8 +351,9 @@ def compare(args, split, kind):
         check_targets(args, n, y[:fitted], None if loo else y[fitted:])
     for shared, group in itertools.groupby(tried if several else [], lambda setting: {**setting, "target": None}):
         network = argparse.Namespace(**{**vars(args), **shared})
-        x = sequences.fit(split.sequences[:n], network.encoding)([split.sequences[row] for row in rows])
-        K = tiles.gram(network_kernel(network, kind, x), x, args.tile, experiment.devices(args.devices),
+        encoding = sequences.fit(split.sequences[:n], network.encoding)
+        x = encoding([split.sequences[row] for row in rows])
+        K = tiles.gram(network_kernel(network, kind, encoding), x, args.tile, experiment.devices(args.devices),
                        args.quiet).merged()
         prior = scale(args, K)
         if loo:
@@ -292,12 +366,12 @@ def compare(args, split, kind):
                 solver, z, args.ridge, fitted, np.arange(fitted, len(y)), score(y)))
             table.append([{flag: setting[flag] for flag in several}, *choose.best(ridges)[:3]])
             if not args.quiet:
-                print(" ".join(f"{flag}={value}" for flag, value in table[-1][0].items())
+                print(" ".join(f"{flag}={value}" for flag, value in by_flag(table[-1][0]).items())
                       + ": ridge {:.2g}, Spearman {:.4f}, mse {:.5f}".format(*table[-1][1:]))
     best = max(range(len(table)), key=lambda i: table[i][2], default=0)
     vars(args).update(tried[best])
     if table and not args.quiet:
-        print("chosen: " + " ".join(f"{flag}={value}" for flag, value in table[best][0].items()))
+        print("chosen: " + " ".join(f"{flag}={value}" for flag, value in by_flag(table[best][0]).items()))
     return table
 
 
@@ -306,8 +380,8 @@ def score(y):
     return lambda f, rows: spearman(f[:, 0], y[rows])
 
 
-def one_size(args, kind, K, K_test, split, n, x_test):
-    """Choose the ridge, solve and predict for one size; returns the result as a dict."""
+def one_size(args, kind, K, K_test, split, n, encoding):
+    """Choose the ridge, solve and predict for one size.  Returns the result as a dict, the Solver, and z and alpha, (n, 1)."""
     y, y_test = split.targets[:n], split.targets[split.n_train:][:args.n_test]
     forward, inverse = sequences.transform(args.target, y)
     fitted, z = n_fit(split, n), forward(y)[:, None]
@@ -319,10 +393,11 @@ def one_size(args, kind, K, K_test, split, n, x_test):
               "test_mse": float(np.mean((f[:, 0] - forward(y_test)) ** 2)), **result}  # test_mse: of forward(y)
     if args.variance:
         with regression.phase("variance", result["seconds"]):
-            k_test = tiles.diagonal(network_kernel(args, kind, x_test), x_test, 16, experiment.devices(args.devices))
+            k_test = tiles.diagonal(network_kernel(args, kind, encoding), encoding(parts(args, split, n)[1]), 16,
+                                    experiment.devices(args.devices))
             variance = regression.scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
         result.update(calibration(f[:, 0], np.sqrt(variance), forward(y_test)))
-    return result
+    return result, solver, z, alpha
 
 
 def calibration(f, sd, z):
@@ -337,10 +412,17 @@ def calibration(f, sd, z):
             "test_sd_spearman": spearman(sd, off)}
 
 
+def by_flag(settings):
+    """Settings under the names of their flags, for messages."""
+    return {FLAGS.get(name, name): value for name, value in settings.items()}
+
+
 def config(args, kind, n):
-    """The settings that decide the result; results/ reads the split as `dataset`, encoding and target as `whiten`."""
-    return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
-            "dataset": args.split, "whiten": f"{args.encoding} {args.target}"}
+    """The settings that decide the result; results/ reads the split as `dataset`, of a file with its column and digest, and
+    encoding and target as `whiten`."""
+    hidden, dataset = (WHERE, [args.split, args.column, args.digest]) if own(args) else ((*WHERE, *OWN), [args.split])
+    return {**{key: value for key, value in vars(args).items() if key not in hidden}, "kind": kind, "n_train": n,
+            "dataset": " ".join(dataset), "whiten": f"{args.encoding} {args.target}"}
 
 
 def describe(result):
