@@ -373,9 +373,7 @@ def parse(argv):
     if args.plot and os.path.splitext(args.plot)[1] not in PLOTS:
         parser.error(f"--plot {args.plot}: expected a name that ends in {', '.join(PLOTS)}")
     for path in (args.save, args.plot):
-        folder = os.path.dirname(os.path.abspath(path or "."))
-        if path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
-            parser.error(f"{path} cannot be written: expected a file in a folder that is there and can be written")
+        experiment.check_file(parser, path)
     return args
 
 
