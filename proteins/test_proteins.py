@@ -773,7 +773,8 @@ def test_proteins_flags_without_effect(flags, words, capsys):
 def test_proteins_commands(capsys, tmp_path, monkeypatch):
     """The commands of README and docstring are accepted, and flags that contradict each other are refused."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "peptides.csv").touch()
+    for name in ("peptides.csv", "variants.csv", "new.csv", "variants.npz"):
+        (tmp_path / name).touch()
     assert len(shown := commands("proteins.train", train_protein.__doc__)) > 3
     for command in shown:
         train_protein.parse(command)
