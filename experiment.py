@@ -246,11 +246,15 @@ def writable(folder):
         raise OSError(f"--out {folder}: {path} cannot be written ({error.strerror}); give a folder that can") from error
 
 
+def peak_memory():
+    """The most memory this process has used, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def record(folder, config, result, run, describe=None):
     """Append to runs.jsonl in `folder` the result, completed by its configuration, `provenance` and the most memory this
     process has used. It is printed first, described by describe(result)."""
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    result["peak_memory_gb"] = peak_memory() / 1e9
     result.update(config=config, **run)
     if describe:
         print(describe(result), flush=True)

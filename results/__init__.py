@@ -8,6 +8,7 @@
   pictures.py          the pictures of the front page
   plot.py              the picture of one run (--plot)
   compare_solvers.py   our solver compared with others
+  compare_sklearn.py   our estimator compared with scikit-learn's KernelRidge
 
 No other folder needs this one; only the flag --plot does.
 """

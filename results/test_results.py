@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from results import compare_solvers, laws, report, tables
+from results import compare_sklearn, compare_solvers, laws, report, tables
 
 # ------------------------------------------------------------------------------------------ hosts
 
@@ -26,6 +26,14 @@ def test_train_solvers_compared(capsys):
     assert len(steps) == len(results) >= 6 and steps["none"] >= 2 * steps["rank 100"]
     said = capsys.readouterr().out
     assert all(f"\n| {name} | " in said for name in steps)
+
+
+def test_train_sklearn_compared(capsys):
+    """compare_sklearn.py: KernelRidge and KernelRegressor have the same coefficients, up to the rounding of K v."""
+    found, difference = compare_sklearn.main(["--n", "200"])
+    assert difference < 1e-6
+    said = capsys.readouterr().out
+    assert all(f"\n| {method} | " in said and one["seconds"] > 0 for method, one in found.items())
 
 
 # ---------------------------------------------------------------------------------------- scaling
