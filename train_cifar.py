@@ -300,7 +300,8 @@ def computed(args, n, K, K_test, team, seconds):
         return {"entries_computed": None, "entries_per_second": None}
     found = int(team.all_reduce(np.array([K.found + K_test.found]))[0])
     count = K.entries + K_test.entries - found if n == args.n_train else 0
-    return {"entries_computed": count, "entries_per_second": count / seconds}
+    return {"entries_computed": count, "entries_per_second": count / seconds,
+            "compiler": fused.compiler(layers(args)) if args.engine == "fused" else "XLA"}
 
 
 def describe(result):
@@ -308,7 +309,7 @@ def describe(result):
     config, seconds = result["config"], result["seconds"]
     copies, percent = result["rows"] // config["n_train"], "{:.2f} %".format
     rate = {0: "none computed", None: "computed in every product"}.get(
-        result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s")
+        result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s, compiled by {result.get('compiler')}")
     lines = {
         "fitted": f"{config['dataset']} {config['kernel']} {config['kind']} n_train={config['n_train']}"
                   + (f" x {copies}" if copies > 1 else "") + f" n_test={config['n_test']}, whitened by {config['whiten']}"

@@ -32,6 +32,7 @@ and every shift is aligned. The letters of this file:
   gap      is the sum over all elements of all sheets, divided by (h w)^2.
   flatten  needs p = q only. If no layer pools, the diagonals (c = c') of the letters in sheet 0 suffice.
 
+On CPUs with a C++ compiler cpu.cpp takes the place of sheets and convs; on GPUs gpu.py takes that of one conv and relu.
 A fully connected network is one matrix product and one pass over its result.
 Sequences are images one position wide: a letter is a number, and a window is three reads. At padding, too, sqrt(v) is zero.
 
@@ -53,6 +54,10 @@ try:
     from fast import gpu
 except ImportError:  # gpu.py was deleted, or this JAX has no Triton backend: then XLA compiles for GPUs too
     gpu = None
+try:
+    from fast import cpu
+except ImportError:  # cpu.py was deleted
+    cpu = None
 
 ELEMENTWISE = ("relu", "normalize", "exp")
 SHEET = {"cpu": 2**18, "gpu": 2**25}  # elements of a sheet, all pairs: 1 MB stays in a CPU's cache; 128 MB on a GPU
@@ -61,6 +66,17 @@ SHEET = {"cpu": 2**18, "gpu": 2**25}  # elements of a sheet, all pairs: 1 MB sta
 def on_gpu():
     """Whether gpu.py replaces `conv_relu`."""
     return gpu is not None and jax.default_backend() == "gpu"
+
+
+def on_cpu(dtype):
+    """Whether cpu.py replaces `run_network`."""
+    return cpu is not None and jax.default_backend() == "cpu" and dtype == jnp.float32 and bool(cpu.available())
+
+
+def compiler(name, **options):
+    """What compiles the convolutions of this network here, in float32: C++, Triton, or XLA, which compiles all else."""
+    convs = any(layer[0].startswith("conv") for layer in kernel.network(name, **options))
+    return "Triton" if convs and on_gpu() else "C++" if convs and on_cpu(jnp.float32) else "XLA"
 
 
 def parse(layers):
@@ -299,7 +315,8 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
     (n1, h, w, _), n2 = x1.shape, len(x2)
     only_diagonal = w == 1 or len(stages) == 1 and ending == "flatten"  # c = c': then stds are as large as a sheet
     most = max(kernel.on(SHEET) // (h * w * (8 if only_diagonal else w)) // 8 * 8, 8)
-    pairs = block_side(n2 * mirrors, most)
+    compiled = on_cpu(x1.dtype)
+    pairs = cpu.LANES if compiled else block_side(n2 * mirrors, most)
     per_block = pairs // mirrors  # images of x2
 
     def prepared(x):
@@ -311,10 +328,16 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
         lambda y: jnp.moveaxis(y, -1, 1).reshape(len(y) * per_block, *y.shape[1:-1], 1),
         blocks if symmetric else prepared(x1))
 
+    firsts = jax.tree.map(lambda y: y[:n1, ..., 0], jax.vmap(cpu.pixels)(*by_image[:2])) if compiled else None
+
     def column_block(numbered):
         block, (x2, stds2, _) = numbered
-        x2, stds2 = jax.tree.map(lambda y: as_second(jnp.concatenate([y, y[..., ::-1, :]][:mirrors], axis=-1),
-                                                     step), (x2, stds2))
+        rows = jnp.minimum((block + 1) * per_block, n1) if symmetric else jnp.int32(n1)
+        x2, stds2 = jax.tree.map(lambda y: jnp.concatenate([y, y[..., ::-1, :]][:mirrors], axis=-1), (x2, stds2))
+        if compiled:
+            w2_b2 = jnp.concatenate([coefficients(convs, x1.dtype) for convs in stages])
+            return tuple(cpu.network(stages, ending, states, rows, firsts, cpu.pixels(x2, stds2), w2_b2))
+        x2, stds2 = jax.tree.map(lambda y: as_second(y, step), (x2, stds2))
 
         def one_row(i, initial_sheet, carry):
             out, buffers = carry
@@ -330,11 +353,10 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
             return lax.fori_loop(0, 8, lambda k, carry: one_row(8 * i + k, lambda a: (K[:, k, None],), carry), carry)
         zeros = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
                  empty(stages, h, w, step, pairs, states, x1.dtype))
-        rows = jnp.minimum((block + 1) * per_block, n1) if symmetric else n1
         if w == 1 and ending == "flatten":  # the last eight may reach beyond n1: those rows are dropped
             return lax.fori_loop(0, -(-rows // 8), eight_rows, zeros)[0]
         return lax.fori_loop(0, rows, lambda i, carry: one_row(i, input_sheets(by_image[0][i], x2), carry), zeros)[0]
-    out = lax.map(column_block, (jnp.arange(len(blocks[2])), blocks))  # (blocks, n1, pairs)
+    out = lax.map(column_block, (jnp.arange(len(blocks[2]), dtype=jnp.int32), blocks))  # (blocks, n1, pairs) each
     out = tuple(y.reshape(-1, n1, mirrors, per_block).transpose(1, 2, 0, 3).reshape(n1, mirrors, -1)[:, :, :n2]
                 .reshape(n1, -1) for y in out)
     return out, by_image[2][:n1, 0], jnp.tile(blocks[2].reshape(-1)[:n2], mirrors)

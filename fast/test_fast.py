@@ -19,7 +19,7 @@ import pytest
 import augment
 import kernel
 import tiles
-from fast import fused, gpu
+from fast import cpu, fused, gpu
 
 # ----------------------------------------------------------------------------------------- kernel
 
@@ -53,18 +53,34 @@ def both_engines(name, x1, x2=None, **options):
     return list(zip(fast, map(np.asarray, kernel.kernel_fn(name, kernel.KINDS, **options)(x1, x2))))
 
 
+needs_compiler = pytest.mark.skipif(cpu.compiler() is None, reason="there is no C++ compiler")
+by_both = pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False], ids=["C++", "XLA"])
+
+
+def use(compiled, monkeypatch):
+    """Lets cpu.cpp compute the convolutions, or XLA.  Returns a list that grows when cpu.network is called."""
+    calls, network = [], cpu.network
+    monkeypatch.setattr(cpu, "network", lambda *rest: calls.append(1) or network(*rest))
+    if not compiled:
+        monkeypatch.setattr(fused, "cpu", None)
+    return calls
+
+
+@by_both
 @pytest.mark.parametrize("name, shape, options", [
     ("fc", (5, 3, 2), {}), ("cnn_vec", (5, 3, 2), {"w_std": 1.2, "b_std": 0.3}),
     ("cnn_gap", (8, 8, 1), {"w_std": 1.2, "b_std": 0.3, "depth": 3}),
     ("myrtle10", (12, 8, 11), {"b_std": 0.3})], ids=str)
-def test_fused_is_kernel(name, shape, options):
+def test_fused_is_kernel(name, shape, options, compiled, monkeypatch):
     """fused.py equals kernel.py, to 1e-5 in float32 and 1e-12 in float64, for any image shape, number of channels, w_std and
     b_std, also for opposite, nearly black, identical and flipped images."""
+    calls = use(compiled, monkeypatch)
     x = images(np.random.default_rng(0), 9, shape).astype(np.float32)
     x[4], x[5] = x[3], x[3][:, ::-1]
     both = both_engines(name, x, x[2:], **options)
     assert all(relative_error(fast, exact) < 1e-5 for fast, exact in both)
-    if name in ("fc", "cnn_vec"):  # the others are the same code
+    assert bool(calls) == (compiled and name != "fc")
+    if name in ("fc", "cnn_vec") and not compiled:  # the others are the same code, and cpu.cpp has no float64
         double = fused.kernel_fn(name, kernel.KINDS, **options)(x.astype(float), x[2:].astype(float))
         assert all(relative_error(fast, exact) < 1e-12 for fast, (_, exact) in zip(double, both))
 
@@ -89,20 +105,26 @@ def test_fused_on_cifar(name, n):
         assert relative_error(fast, exact) < 1e-5
 
 
-def test_fused_on_64_by_64():
+@by_both
+def test_fused_on_64_by_64(compiled, monkeypatch):
     """fused.py equals kernel.py to 1e-5 on images of 64 x 64, which have 16.8 million pairs of pixels."""
+    use(compiled, monkeypatch)
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
     conv = [("conv", 2**0.5, 0.0), ("relu",)]
     for fast, exact in both_engines([*conv, ("pool",), *conv, ("gap",), ("dense", 1.0, 0.0)], x[:1], x[1:]):
         assert relative_error(fast, exact) < 1e-5
 
 
+@by_both
 @pytest.mark.parametrize("name, sizes, options", [("fc", (1, 1300), {}), ("cnn_vec", (1, 19), {"depth": 3}),
                                                   (POOLED, (19,), {})], ids=network_id)
-def test_fused_symmetry_and_blocks(name, sizes, options, monkeypatch):
+def test_fused_symmetry_and_blocks(name, sizes, options, compiled, monkeypatch):
     """fn(x) is symmetric to the last bit and equals fn(x, x) up to rounding, diagonal included, also where the columns
     fill several blocks, for any number of rows."""
-    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
+    if compiled and name == "fc":
+        pytest.skip("fc has no convolutions")
+    use(compiled, monkeypatch)
+    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns, by cpu.cpp of 16
     fn = fused.kernel_fn(name, "ntk", **options)
     for n in sizes:
         x = np.random.default_rng(n).normal(size=(n, 8, 4, 3)).astype(np.float32)
@@ -170,14 +192,16 @@ def in_prepare_only(conv_relu):
     return checked
 
 
+@by_both
 @pytest.mark.parametrize("tail", [
     [("pool",), ("conv", 1.5, 0.1), ("relu",), ("flatten",), ("dense", 1.2, 0.1)],
     [("pool",), ("pool",), ("gap",), ("dense", 1.2, 0.1), ("relu",), ("dense", 1.0, 0.2)],
     [("conv", 0.9, 0.0), ("relu",), ("flatten",), ("dense", 1.2, 0.1), ("relu",)],
 ], ids=lambda tail: "-".join(layer[0] for layer in tail))
-def test_fused_takes_lists_of_layers(tail):
+def test_fused_takes_lists_of_layers(tail, compiled, monkeypatch):
     """Lists of layers that no name stands for work too: flatten after a pool, two pools in a row, relus at the end, a
     different w_std and b_std in each layer."""
+    use(compiled, monkeypatch)
     layers = [("conv", 1.1, 0.2), ("relu",), *tail]
     x = np.random.default_rng(0).normal(size=(3, 8, 4, 2))
     for fast, exact in both_engines(layers, x):
@@ -196,6 +220,55 @@ def test_fused_refuses(layers):
         fused.kernel_fn("myrtle5", "nngp")(np.ones((1, 8, 6, 3)))
 
 
+@needs_compiler
+@pytest.mark.parametrize("layers, shape", [
+    ([("pool",), ("conv", 1.3, 0.1), ("relu",), ("pool",), ("flatten",), ("dense", 1.0, 0.0)], (4, 12)),
+    ([("conv", 1.3, 0.1), ("relu",)] * 2 + [("pool",), ("pool",), ("conv", 0.8, 0.4), ("relu",), ("flatten",),
+                                           ("dense", 1.0, 0.0)], (8, 4)),
+    ([("conv", 1.3, 0.1), ("relu",), ("pool",), ("pool",), ("pool",), ("conv", 1.1, 0.1), ("relu",), ("gap",),
+      ("dense", 1.0, 0.0)], (16, 8))], ids=["pool first", "flatten after two pools", "one pixel wide"])
+def test_fused_on_a_cpu(layers, shape, monkeypatch):
+    """cpu.cpp equals kernel.py to 1e-5: NNGP alone, the NTK, images that fill two vectors of 16 in part, mirror images, a pool
+    before the first conv, flatten after pools, images that end one pixel wide. NaN in an image is NaN in its row alone."""
+    calls, x = use(True, monkeypatch), np.random.default_rng(0).normal(size=(20, *shape, 2))
+    exact = kernel.kernel_fn(layers, kernel.KINDS)(x[:3], np.concatenate([x[1:], augment.mirror(x[1:])]))
+    exact = [np.asarray(K).reshape(3, 2, 19) for K in exact]
+    x, fn = x.astype(np.float32), fused.kernel_fn(layers, kernel.KINDS)
+    for flips, kernel_fn in ((False, fn), (True, fused.kernel_fn(layers, kernel.KINDS, flips=True))):
+        for K, K_exact in zip(kernel_fn(x[:3], x[1:]), exact):
+            assert relative_error(K, K_exact[:, :1 + flips].sum(axis=1)) < 1e-5
+    assert relative_error(fused.kernel_fn(layers, "nngp")(x[:3], x[1:]), exact[0][:, 0]) < 1e-5 and len(calls) == 3
+    x[1, 1, 1, 1] = np.nan
+    want = np.logical_or.outer([False, True, False], np.arange(19) == 0)
+    assert all(np.array_equal(np.isnan(K), want) for K in fn(x[:3], x[1:]))
+
+
+@needs_compiler
+def test_fused_without_a_compiler(tmp_path, monkeypatch, capsys):
+    """Without a compiler, or with one that fails, one line says so, and XLA computes the same; CXX= says nothing. A second
+    process builds nothing. Loading what was built leaves numbers below 1e-38 as they are."""
+    x = np.random.default_rng(0).normal(size=(3, 4, 4, 2)).astype(np.float32)
+    want = np.asarray(fused.kernel_fn("cnn_vec", "ntk", depth=2)(x))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'cpu.cpp:1:1: error: no such header' >&2; exit 1; }\n")
+    failing.chmod(0o755)
+    for cxx, words in (("", ""), ("no-such-compiler", "no C++ compiler on PATH"), (str(failing), "error: no such header")):
+        monkeypatch.setenv("CXX", cxx)
+        cpu.available.cache_clear()
+        assert relative_error(fused.kernel_fn("cnn_vec", "ntk", depth=2)(x), want) < 1e-5
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == bool(words) and words in said and fused.compiler("cnn_vec") == "XLA"
+    monkeypatch.delenv("CXX")
+    cpu.available.cache_clear()
+    assert fused.compiler("cnn_vec") == "C++" and fused.compiler("fc") == "XLA"
+    built = cpu.build(cpu.compiler())
+    time = os.stat(built).st_mtime_ns
+    assert built.startswith(str(tmp_path)) and cpu.build(cpu.compiler()) == built and os.stat(built).st_mtime_ns == time
+    assert np.float32(1e-40) * np.float32(1) != 0
+    assert os.listdir(os.path.dirname(built)) == [os.path.basename(built)]
+
+
 def test_fused_compiles_loops():
     """The program that JAX compiles does not grow with depth: it is as long for 8 convolutions as for 4."""
     x = np.ones((2, 8, 8, 3), np.float32)
@@ -206,11 +279,11 @@ def test_fused_compiles_loops():
 
 
 def test_train_is_fused(tmp_path):
-    """If fast/ is present, train_cifar.py computes its kernels with fused.py, also after gpu.py was deleted."""
+    """If fast/ is present, train_cifar.py computes its kernels with fused.py, also after gpu.py and cpu.py were deleted."""
     for name in os.listdir(HERE):
         if name.endswith(".py"):
             shutil.copy(os.path.join(HERE, name), tmp_path)
-    shutil.copytree(os.path.join(HERE, "fast"), tmp_path / "fast", ignore=shutil.ignore_patterns("gpu.py", "__pycache__"))
+    shutil.copytree(os.path.join(HERE, "fast"), tmp_path / "fast", ignore=shutil.ignore_patterns("?pu.*", "__pycache__"))
     for where in (HERE, tmp_path):
         done = subprocess.run([sys.executable, "train_cifar.py", "--n_train", "50", "--n_test", "10", "--ridge", "1",
                                "--verbose", "--out", tmp_path], cwd=where, capture_output=True, text=True)

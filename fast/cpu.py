@@ -1,0 +1,104 @@
+"""The convolutions of fused.py on a CPU, in C++: cpu.cpp is built here on first use, and called from JAX.
+
+The compiler is $CXX, or the first of c++, g++ and clang++ that is on PATH; CXX= (empty) turns this file off. The library is
+kept in ~/.cache/infinite-networks (or below $XDG_CACHE_HOME) under a name made of source, command and processor, so that
+another version, compiler or machine builds its own. Building takes seconds, once. Without a compiler, or if it fails, one line
+says so, and XLA compiles fused.py's own loops. Numbers are float32; float64 is left to XLA.
+
+Proved by: fast/test_fast.py
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+import kernel
+
+SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cpu.cpp")
+LANES = 16  # second images that are computed together, as in cpu.cpp
+FLAGS = "-std=c++17", "-O3", "-ffast-math", "-fPIC", "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
+
+
+def compiler():
+    """Path of the C++ compiler, or None."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, filter(None, names))), None)
+
+
+def processor():
+    """What -march=native depends on."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return platform.machine() + "".join(sorted({line for line in file if line.startswith(("flags", "Features"))}))
+    except OSError:
+        return platform.machine() + platform.processor()
+
+
+def build(cxx):
+    """Path of the library, built with the compiler `cxx` unless it is there.  Raises OSError or CalledProcessError."""
+    coefficients = ",".join(f"{value!r}f" for value in kernel.ANGLE["float32"])
+    compile_ = [cxx, *FLAGS, f"-DCOEFFICIENTS={coefficients}", "-isystem", jax.ffi.include_dir(), "-c", SOURCE]
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    with open(SOURCE, "rb") as file:
+        about = file.read(), compile_, version, processor(), jaxlib.__version__
+    name = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(cache, "infinite-networks")
+    path = os.path.join(folder, f"cpu-{name}.so")
+    if not os.path.exists(path):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as new:  # several processes may build at once: each renames its own
+            subprocess.run([*compile_, "-o", f"{new}/cpu.o"], capture_output=True, text=True, check=True)
+            # linked without -ffast-math, with which GCC would change how the whole process rounds tiny numbers
+            subprocess.run([cxx, "-shared", f"{new}/cpu.o", "-o", f"{new}/cpu.so"], capture_output=True, text=True, check=True)
+            os.replace(f"{new}/cpu.so", path)
+    return path
+
+
+@lru_cache(maxsize=1)
+def available():
+    """Builds and loads the library.  Returns the name under which JAX knows it; None if that failed, which one line says."""
+    cxx = compiler()
+    if cxx is None:
+        if os.environ.get("CXX") != "":
+            print("fast/cpu.py: no C++ compiler on PATH; convolutions are computed by XLA, two to three times slower",
+                  file=sys.stderr)
+        return None
+    try:
+        path = build(cxx)
+        jax.ffi.register_ffi_target(path, jax.ffi.pycapsule(ctypes.cdll.LoadLibrary(path).network), platform="cpu")
+        return path
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        print(f"fast/cpu.py: {cxx} could not build cpu.cpp ({next((line for line in reason if 'error' in line), reason[0])}); "
+              "convolutions are computed by XLA, two to three times slower", file=sys.stderr)
+        return None
+
+
+def pixels(x, stds):
+    """x (channels, h + 1, w, ...) and the `fused.deviations` of each resolution as cpu.cpp reads them: without the row of
+    zeros, and the numbers of all convs in one axis. A sequence (w = 1) becomes one row, whose loops are longer."""
+    x, lying = x[:, :-1], x.shape[2] == 1
+    return (x.swapaxes(1, 2) if lying else x,
+            *(jnp.concatenate([y[k][:, :-1].reshape(-1, *y[k].shape[3:]) for y in stds]) for k in range(2)))
+
+
+def network(stages, ending, states, rows, firsts, seconds, w2_b2):
+    """K, or K and T, of the first `rows` of n1 images with sixteen others, before the dense layers: (states, n1, 16).
+
+    firsts: x, std, 1 / std of `pixels`, for each of n1 images.   seconds: the same of sixteen images, in the last axis.
+    w2_b2: `fused.coefficients` of all convs."""
+    call = jax.ffi.ffi_call(available(), jax.ShapeDtypeStruct((states, len(firsts[0]), LANES), jnp.float32))
+    return call(rows, *firsts, *seconds, w2_b2, convs=np.array([len(convs) for convs in stages], np.int64),
+                flatten=ending == "flatten")
