@@ -136,7 +136,7 @@ def folder(path, resize=None):
     found = [(file, name) for part in parts for name in subfolders(part) for file in files(os.path.join(part, name))]
     if not found:
         raise ValueError(f"{path} has no folder with {', '.join(SUFFIXES)} files in it; expected a folder for each class")
-    counts = [sum(file.startswith(part + os.sep) for file, _ in found) for part in parts]
+    counts = [sum(file.startswith(os.path.join(part, "")) for file, _ in found) for part in parts]
     if not all(counts):
         raise ValueError(f"{parts[counts.index(0)]} holds no images; expected a folder for each class")
     x = opened([file for file, _ in found], resize)

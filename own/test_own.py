@@ -61,6 +61,15 @@ def test_model_damaged(tmp_path, spoil, words):
         train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
 
 
+def test_own_folder_with_a_slash(tmp_path):
+    """A folder is the same with a slash at its end, as shells complete it."""
+    for k, name in enumerate(["a", "b"] * 4):
+        (tmp_path / "x" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 20 * k).save(tmp_path / "x" / name / f"{k}.png")
+    one, other = (images.read(f"{tmp_path}/x{slash}") for slash in ("", "/"))
+    assert all(np.array_equal(a, b) for a, b in zip(one[:4], other[:4])) and one.names == other.names == ("a", "b")
+
+
 def test_model_of_own_images(tmp_path, capsys):
     """A model of one's own images, floats with words for labels, is loaded, predicts as the run that saved it, and says the
     words; numbers that are not finite are refused."""
