@@ -60,12 +60,18 @@ class Row(NamedTuple):
 
 
 class Spectrum:
-    """K = Q S Q^T of a dense symmetric K (n, n), in float64.  scale: mean(diag K), or what ridges are relative to."""
+    """K = Q S Q^T of a dense symmetric K (n, n), in float64.  scale: mean(diag K), or what ridges are relative to.
 
-    def __init__(self, K, scale=None):
+    intercept: K is linear, and its features have mean zero over all rows (K 1 = 0), which is ridge regression with an
+    intercept. Then each regression of leave-one-out has an intercept of its own: K gets a constant feature with a ridge 1e-6
+    times as large. Without it the row that is left out would be known to the others from the mean."""
+
+    def __init__(self, K, scale=None, intercept=False):
+        K = np.asarray(K, np.float64)
+        scale = float(np.mean(np.diagonal(K)) if scale is None else scale)
         with threadpool_limits(1 if len(K) < 2048 else None, "blas"):  # on a busy machine two threads take ten times as long
-            self.S, self.Q = np.linalg.eigh(np.asarray(K, np.float64))
-        self.scale = float(np.mean(np.diagonal(K))) if scale is None else float(scale)
+            self.S, self.Q = np.linalg.eigh(K + 1e6 * scale if intercept else K)
+        self.scale = scale
         self.noise = max(0.0, -self.S[0])  # a kernel has no negative eigenvalue: this is the rounding of its entries
 
     def inverse(self, ridge):

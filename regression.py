@@ -104,16 +104,17 @@ def fit(K, K_test, y, ridges, select="loo", tol=1e-6, **options):
     return alpha, f, {**found, **evidence(solver, y, alpha, info), "seconds": seconds}, solver
 
 
-def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1, by="mse", tol=1e-6, **options):
+def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1, by="mse", tol=1e-6, intercept=False,
+                 **options):
     """The best of the ridges, a Solver for it, and what was measured, as fields of a result.
 
     select: of choose.CRITERIA; one ridge needs no choice.   held_out: for validation, (n_fit, rows held out) as
-    `choose.validation` takes them.   score, copies, by: as in choose.py.   tol: of the solve to come.   options: of
-    `Solver`.   Up to choose.DENSE rows the fields hold the leave-one-out error of the best ridge, however it was chosen.
+    `choose.validation` takes them.   score, copies, by, intercept: as in choose.py.   tol: of the solve to come.   options:
+    of `Solver`.   Up to choose.DENSE rows the fields hold the leave-one-out error of the best ridge, however it was chosen.
     """
     select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
     if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):
-        spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean())
+        spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)
     solver = Solver(K, ridges=[choose.best(table, by).ridge] if table else ridges, tol=tol, c=y.shape[1], **options)

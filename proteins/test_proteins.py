@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from scipy.stats import norm, spearmanr
+from sklearn.linear_model import Ridge
 
 import choose
 import kernel
@@ -399,7 +400,6 @@ def test_proteins_sizes_equal_runs_alone(tmp_path, monkeypatch, name, encoding):
 def test_proteins_sizes_are_scikit_learn(tmp_path):
     """With --sizes 20,700, ridge regression on centred sequences equals scikit-learn's with an intercept, fitted on the first
     n one-hot rows: the two sizes do not share a mean."""
-    from sklearn.linear_model import Ridge
     result = protein(tmp_path, "--kernel", "linear", "--encoding", "centred", "--transform", "raw", "--ridge", "1", "--sizes",
                      "20,700")
     split = seqs.load("made")
@@ -487,7 +487,6 @@ def test_proteins_smoke(tmp_path, capsys):
 def test_proteins_ridge_is_scikit_learn(tmp_path, split, published):
     """Ridge regression with this solver, on centred sequences, has the test RMSE of scikit-learn's with an intercept on
     one-hot to 1e-4, and the published Spearman correlation to two digits, which checks data and metric."""
-    from sklearn.linear_model import Ridge
     result = protein(tmp_path, "--split", split, "--data", GB1, "--kernel", "linear", "--encoding", "centred",
                      "--transform", "raw", "--ridge", "1")
     sequences, y, _, n = seqs.load(split, GB1)
@@ -553,6 +552,28 @@ def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
     whole = best(*chosen, np.arange(40))
     assert np.allclose([result[key] for key in ("ridge", "loo_score", "loo_mse")], whole, rtol=1e-4)
     assert result["select"] == "loo" and result["cg_converged"]
+
+
+def test_proteins_leave_one_out_has_an_intercept(tmp_path):
+    """Leave-one-out of linear on centred sequences is n refits of scikit-learn's Ridge with an intercept on one-hot residues,
+    also where hardly any residue occurs twice. There, without an intercept of its own, a refit would know the row left out
+    from the mean: targets in any order would be predicted in this order."""
+    rng, ridges = np.random.default_rng(0), (1.0, 1e-3)
+    sequence = [list("AAAAAAAA") for _ in range(24)]
+    for k, row in enumerate(sequence):
+        row[k % 8] = seqs.RESIDUES[1 + k // 2]
+    path = tmp_path / "x.csv"
+    y = rng.normal(size=30).round(4)
+    rows = ["".join(row) for row in sequence] + ["CCCCCCCC"] * 6
+    path.write_text("sequence,target,set\n" + "".join(
+        f"{s},{v},{'train' if k < 24 else 'test'}\n" for k, (s, v) in enumerate(zip(rows, y))))
+    result = protein(tmp_path, "--dataset", str(path), "--set", "set", "--kernel", "linear", "--encoding", "centred",
+                     "--transform", "raw", "--ridge", ",".join(map(str, ridges)))
+    x, z = encode(rows, "onehot", 24)[:24].reshape(24, -1), (y[:24] - y[:24].mean()) / y[:24].std()
+    refits = [np.array([Ridge(alpha=ridge).fit(np.delete(x, i, 0), np.delete(z, i)).predict(x[i:i + 1])[0]
+                        for i in range(24)]) for ridge in ridges]
+    assert np.allclose([row[1:] for row in result["search"]],
+                       [[spearmanr(f, z).statistic, np.mean((f - z) ** 2)] for f in refits], rtol=1e-4)
 
 
 def test_proteins_networks_are_compared(tmp_path):

@@ -306,6 +306,11 @@ def scale(args, K):
     return np.ones(K.shape[0]) if args.kernel == "linear" else K.diagonal()
 
 
+def has_intercept(args):
+    """Whether these flags mean ridge regression with an intercept."""
+    return args.kernel == "linear" and args.encoding == "centred"
+
+
 def spearman(f, y):
     """Spearman's rank correlation of f and y, both (n,); 0 if one of them is constant."""
     ranks = rankdata(f), rankdata(y)
@@ -357,7 +362,7 @@ def compare(args, split, kind):
                        args.quiet).merged()
         prior = scale(args, K)
         if loo:
-            spectrum = choose.Spectrum(K.columns(np.arange(len(y))), prior.mean())
+            spectrum = choose.Spectrum(K.columns(np.arange(len(y))), prior.mean(), has_intercept(network))
         else:
             solver = regression.Solver(K, ridges=args.ridge, tol=choose.SEARCH, seed=args.seed, prior=prior)
         for setting in group:
@@ -387,7 +392,7 @@ def one_size(args, kind, K, K_test, split, n, encoding):
     fitted, z = n_fit(split, n), forward(y)[:, None]
     alpha, f, result, solver = regression.fit(
         K, K_test, z, args.ridge, criterion(args, n), args.tol, score=score(y), held_out=(fitted, np.arange(fitted, n)),
-        rank=args.rank, seed=args.seed, quiet=args.quiet, prior=scale(args, K))
+        rank=args.rank, seed=args.seed, quiet=args.quiet, prior=scale(args, K), intercept=has_intercept(args))
     result = {"test_spearman": spearman(f[:, 0], y_test),
               "test_rmse": float(np.sqrt(np.mean((inverse(f[:, 0]) - y_test) ** 2))),
               "test_mse": float(np.mean((f[:, 0] - forward(y_test)) ** 2)), **result}  # test_mse: of forward(y)
