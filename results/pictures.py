@@ -1,4 +1,4 @@
-"""The pictures of the README, drawn from real computations: kernel, sheets, solve, curves.
+"""The pictures of the README, drawn from real computations: kernel, sheets, solve, curves, lesson.
 
     python -m results.pictures [FOLDER]           half a minute; FOLDER is results/pictures by default
 
@@ -6,11 +6,13 @@ They are SVG with real text and no background, in greys and colours that are leg
 Proved by: results/test_pictures.py
 """
 
+import contextlib
 import json
 import os
 import sys
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -163,9 +165,33 @@ def draw_curves(folder, path=RUNS):
     return points
 
 
+@style
+def draw_lesson(folder):
+    """Draw the picture of the lesson's second chapter, a random network that gets wider, by running the code above it.
+    Returns the variables of that code."""
+    with open(os.path.join(HERE, "..", "lesson.ipynb")) as file:
+        cells = json.load(file)["cells"]
+    end = next(k for k, cell in enumerate(cells) if cell["source"][0].startswith("## 3."))
+    plt.switch_backend("agg")
+    plain, found = dict(matplotlib.rcParams), {}
+    for cell in cells[:end]:
+        if cell["cell_type"] == "code":
+            plt.close("all")
+            code = "".join(cell["source"]).replace("plt.show()", "")
+            with contextlib.redirect_stdout(None):
+                exec(code.replace("figure.facecolor", "savefig.facecolor"), found)
+    figure = plt.gcf()
+    figure.axes[0].lines[-1].set_color(GREY)
+    figure.axes[0].legend(frameon=False, fontsize=7, handlelength=1, labelcolor=GREY)
+    save(figure, folder, "lesson")
+    plt.close("all")
+    matplotlib.rcParams.update(plain)
+    return found
+
+
 def main(folder=FOLDER):
     os.makedirs(folder, exist_ok=True)
-    for draw in (draw_kernel, draw_sheets, draw_solve, draw_curves):
+    for draw in (draw_kernel, draw_sheets, draw_solve, draw_curves, draw_lesson):
         draw(folder)
 
 

@@ -17,12 +17,12 @@ from results import pictures, plot
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     return folder, {draw.__name__: draw(folder) for draw in (
-        pictures.draw_kernel, pictures.draw_sheets, pictures.draw_solve, pictures.draw_curves)}
+        pictures.draw_kernel, pictures.draw_sheets, pictures.draw_solve, pictures.draw_curves, pictures.draw_lesson)}
 
 
 @pytest.mark.parametrize("name, words", [
     ("kernel", ["K of 300 digits", "the device that"]), ("sheets", ["a=4", "r′=3", "3 × 3 window"]),
-    ("solve", ["no preconditioner", "Jacobi", "low rank"]), ("curves", ["cnn_vec", "myrtle10", "test accuracy"])])
+    ("solve", ["no preconditioner", "Jacobi", "low rank"]), ("curves", ["cnn_vec", "myrtle10", "test accuracy"]), ("lesson", ["width 1000", "kernel_fn", "2,000 networks"])])
 def test_pictures_are_small_and_have_text(drawn, name, words):
     """Each picture is an SVG under 60 KB whose words are text."""
     text = (drawn[0] / f"{name}.svg").read_text()
@@ -53,6 +53,12 @@ def test_pictures_curves_are_at_most_eight(drawn):
     """There are four to eight curves, each with at least three sizes."""
     points = drawn[1]["draw_curves"]
     assert 4 <= len(points) <= 8 and all(len(of) >= 3 for of in points.values())
+
+
+def test_pictures_lesson_is_the_chapter(drawn):
+    """The picture of the lesson shows what chapter 2 computes: its errors are those that its text states."""
+    found = drawn[1]["draw_lesson"]
+    assert found["error_10"] > 3 * found["error_1000"] > 0 and f"{found['error_1000']:.2f}" == "0.09"
 
 
 def test_plot_of_residuals():
