@@ -22,7 +22,8 @@ def drawn(tmp_path_factory):
 
 @pytest.mark.parametrize("name, words", [
     ("kernel", ["K of 300 digits", "the device that"]), ("sheets", ["a=4", "r′=3", "3 × 3 window"]),
-    ("solve", ["no preconditioner", "Jacobi", "low rank"]), ("curves", ["cnn_vec", "myrtle10", "test accuracy"]), ("lesson", ["width 1000", "kernel_fn", "2,000 networks"])])
+    ("solve", ["no preconditioner", "Jacobi", "low rank"]), ("curves", ["cnn_vec", "myrtle10", "test accuracy"]),
+    ("lesson", ["width 1000", "kernel_fn", "2,000 networks"])])
 def test_pictures_are_small_and_have_text(drawn, name, words):
     """Each picture is an SVG under 60 KB whose words are text."""
     text = (drawn[0] / f"{name}.svg").read_text()
