@@ -227,7 +227,7 @@ def provenance(processes=1):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
+    changed = git("status", "--porcelain", "--", "*.py", "*.cpp", "requirements.txt")
     return {"device": jax.local_devices()[0].device_kind, "devices": jax.local_device_count(),
             "processes": processes, "cores": tiles.cores(), "jax": jax.__version__,
             "neural_tangents": importlib.metadata.version("neural-tangents"),

@@ -3,7 +3,7 @@
   pytest -q -n 2 --benchmark-disable                        all tests: these, and those of the rooms
   pytest -q --benchmark-disable test_all.py                 the core: kernel, tiles, pcg, regression, choose, augment,
                                                             data, train, docs; -k kernel is one section
-  pytest --benchmark-only --benchmark-sort=name             time per kernel entry, 32 x 32 images
+  pytest --benchmark-only                                   time of K v; python -m results.speed: that of kernels
 
 Oracles: neural_tangents, finite wide networks, dense float64 formulas, scikit-learn, plain loops.
 Four CPU devices; strict about dtypes and shapes. Tests on CIFAR-10 skip where it is not beside us. Nothing here needs a room:
@@ -1817,23 +1817,6 @@ def time_it(benchmark, call, what, amount):
     if not benchmark.disabled:
         benchmark.extra_info[what + "/s"] = amount / benchmark.stats.stats.median
     return out
-
-
-def fastest(call, sizes):
-    """The n of these for which call(n)() takes the least time an entry."""
-    def seconds_per_entry(n):
-        with as_users_have_it():
-            call(n)()
-            return min(timeit.repeat(call(n), number=1, repeat=3)) / n**2
-    return min(sizes, key=seconds_per_entry)
-
-
-def test_benchmark_matrix_product(benchmark):
-    """The floor of fc: the bare float32 product of 4,000 and 4,000 images."""
-    n = 3 if benchmark.disabled else 4000
-    x1, x2 = np.random.default_rng(0).normal(size=(2, n, 3072)).astype(np.float32)
-    product = jax.jit(lambda x1, x2: jnp.matmul(x1, x2.T, precision="highest"))
-    time_it(benchmark, lambda: product(x1, x2).block_until_ready(), "entries", n * n)
 
 
 @pytest.mark.parametrize("who", ["tiles", "numpy, float32", "numpy, float64"])

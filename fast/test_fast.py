@@ -9,16 +9,13 @@ import subprocess
 import sys
 
 from test_all import (  # isort: skip
-    HERE, POOLED, both_kinds, cifar, every_network, fastest, images, needs_cifar, network_id, reference, relative_error,
-    time_it,
+    HERE, POOLED, cifar, images, needs_cifar, network_id, reference, relative_error,
 )
-import jax
 import numpy as np
 import pytest
 
 import augment
 import kernel
-import tiles
 from fast import cpu, fused, gpu
 
 # ----------------------------------------------------------------------------------------- kernel
@@ -288,54 +285,3 @@ def test_train_is_fused(tmp_path):
         done = subprocess.run([sys.executable, "train_cifar.py", "--n_train", "50", "--n_test", "10", "--ridge", "1",
                                "--verbose", "--out", tmp_path], cwd=where, capture_output=True, text=True)
         assert "engine=fused" in done.stdout and "test accuracy" in done.stdout, done.stderr
-
-
-
-# -------------------------------------------------------------------------------------- benchmark
-
-# Rows and columns of the block that is timed, for images of 32 x 32 x 3; neural_tangents is timed at its fastest size.
-BLOCK = {"fc": {"fused": 4000, "kernel": 4000, "neural_tangents": (1000, 4000)},
-         "cnn_vec": {"fused": 1024, "kernel": 128, "neural_tangents": (64, 128, 256)}}
-
-OTHERS = {"fused": 64, "kernel": 2, "neural_tangents": (1, 2, 4)}
-
-@every_network
-@both_kinds
-@pytest.mark.parametrize("engine", ["fused", "kernel", "neural_tangents"])
-def test_benchmark(benchmark, name, kind, engine):
-    """Seconds for a block of n x n entries, float32, two different sets of images.
-
-    fused.py runs in tiles, with one CPU device per core, as in train_cifar.py. The others, and fc, run on one device with
-    one thread per core."""
-    if benchmark.disabled and name != "fc":
-        pytest.skip("one network shows that it runs; --benchmark-only times them all")
-    benchmark.group = f"{name} {kind}"
-    n = 3 if benchmark.disabled else BLOCK.get(name, OTHERS)[engine]
-    make = {"fused": fused.kernel_fn, "kernel": kernel.kernel_fn, "neural_tangents": kernel.reference_fn}
-    fn, side = make[engine](name, kind), 8 if benchmark.disabled else 32
-    devices = jax.local_devices()[:os.cpu_count()]
-
-    def call(n):
-        rng = np.random.default_rng(0)
-        x1, x2 = (rng.normal(size=(n, side, side, 3)).astype(np.float32) for _ in range(2))
-        if engine == "fused" and name != "fc":
-            return lambda: tiles.cross(fn, x1, x2, n // 2, devices, quiet=True).dense()
-        return lambda: fn(x1, x2).block_until_ready()
-    if isinstance(n, tuple):
-        n = fastest(call, n)
-    benchmark.extra_info["n"] = n
-    K = time_it(benchmark, call(n), "entries", n * n)
-    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()
-
-
-@both_kinds
-def test_benchmark_kappas(benchmark, kind):
-    """The lower bound on the other times: kappa1 (ntk: and kappa0) of numbers in cache, on every core."""
-    devices, rounds = jax.local_devices()[:os.cpu_count()], 2 if benchmark.disabled else 5000
-    x = np.random.default_rng(0).uniform(-1, 1, size=(len(devices), 2**14)).astype(np.float32)
-
-    def relu(_, c):
-        kappa0, kappa1 = kernel.kappas(c)
-        return kappa1 - 0.5 if kind == "nngp" else kappa1 - 0.5 * kappa0
-    loop = jax.pmap(lambda c: jax.lax.fori_loop(0, rounds, relu, c), devices=devices)
-    time_it(benchmark, lambda: loop(x).block_until_ready(), "relus", rounds * x.size)

@@ -12,9 +12,8 @@ import subprocess
 import sys
 
 from test_all import (  # isort: skip
-    HERE, both_kinds, commands, fastest, linear, reference, refitted, relative_error, time_it,
+    HERE, commands, linear, reference, refitted, relative_error,
 )
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -1021,34 +1020,3 @@ def test_molecules_flags_without_effect(flags, words, capsys):
     with pytest.raises(SystemExit):
         train_molecule.parse(flags)
     assert words in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------------------------- benchmark
-
-@needs_rdkit
-@both_kinds
-@pytest.mark.parametrize("engine", ["graphs", "neural_tangents"])
-def test_benchmark_graphs(benchmark, kind, engine):
-    """Seconds for a block of n x n entries of `gcn` with three rounds, float32, for molecules that come with RDKit. For
-    neural_tangents they have 16 atoms, so that it pads nothing; for graphs.py 14 to 18, because only 283 have 16. Tiles are
-    computed on one CPU device for each core, as for images."""
-    if benchmark.disabled and (engine, kind) != ("graphs", "nngp"):
-        pytest.skip("one shows that it runs; --benchmark-only times them all")
-    benchmark.group = f"gcn {kind}"
-    n, sizes = {"graphs": (1280, range(14, 19)), "neural_tangents": ((4, 8, 16, 32), [16])}[engine]
-    n = 3 if benchmark.disabled else n
-    mols = [mol for mol in files.load("nci").mols if mol.GetNumAtoms() in sizes]
-    x = files.graphs(mols[:n if isinstance(n, int) else max(n)])
-    layers, devices = graph_layers.gcn(x.degree, 1 if benchmark.disabled else 3), jax.local_devices()[:os.cpu_count()]
-    fn = {"graphs": graphs.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](layers, kind)
-
-    def call(n):
-        part = x[np.arange(n)]
-        if engine == "graphs":
-            return lambda: tiles.cross(fn, part, part, -(-n // 2), devices, quiet=True).dense()
-        return lambda: fn(part, part).block_until_ready()
-    if isinstance(n, tuple):
-        n = fastest(call, n)
-    benchmark.extra_info["n"] = n
-    K = time_it(benchmark, call(n), "entries", n * n)
-    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()

@@ -9,9 +9,8 @@ import os
 import zipfile
 
 from test_all import (  # isort: skip
-    HERE, both_kinds, commands, fastest, reference, refitted, relative_error, time_it,
+    HERE, commands, reference, refitted, relative_error,
 )
-import jax
 import numpy as np
 import pytest
 from scipy.stats import norm, spearmanr
@@ -19,7 +18,6 @@ from sklearn.linear_model import Ridge
 
 import choose
 import kernel
-import tiles
 from fast import fused, gpu
 from proteins import layers as sequence_layers
 from proteins import sequences as seqs
@@ -813,35 +811,3 @@ def test_proteins_commands(capsys, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             train_protein.parse(flags)
         assert words in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------------------------- benchmark
-
-@every_sequence_network
-@both_kinds
-@pytest.mark.parametrize("length, engine", [(length, engine) for length in (4, 56)
-                                            for engine in ("fused", "neural_tangents")])
-def test_benchmark_sequences(benchmark, name, kind, length, engine):
-    """Seconds for a block of n x n entries between two different sets of sequences, float32: of 4 residues, as many as vary in
-    GB1, and of 56, its whole domain; one CPU device for each core."""
-    if benchmark.disabled and (length, kind) != (4, "nngp"):
-        pytest.skip("one length shows that it runs; --benchmark-only times both")
-    benchmark.group = f"{name} {kind}, {length} residues"
-    sizes = {("seq_fc", 4): (1024, 2048), ("seq_fc", 56): (512, 1024, 2048), ("seq_cnn", 4): (256, 512),
-             ("seq_cnn", 56): (64, 128), ("seq_cnn_gap", 4): (128, 256), ("seq_cnn_gap", 56): (16, 32)}[name, length]
-    n = 3 if benchmark.disabled else sizes if engine == "neural_tangents" else 1024 if length == 56 else \
-        2048 if name == "seq_fc" else 4096
-    fn = {"fused": fused.kernel_fn, "neural_tangents": kernel.reference_fn}[engine](name, kind)
-
-    def call(n):
-        x1, x2 = np.eye(20, dtype=np.float32)[np.random.default_rng(0).integers(0, 20, (2, n, length))]
-        if engine == "fused" and name != "seq_fc":
-            devices = jax.local_devices()[:os.cpu_count()]
-            return lambda: tiles.cross(fn, x1, x2, -(-n // 2), devices, quiet=True)
-        return lambda: fn(x1, x2).block_until_ready()
-    if isinstance(n, tuple):
-        n = fastest(call, n)
-    benchmark.extra_info["n"] = n
-    K = time_it(benchmark, call(n), "entries", n * n)
-    K = K.dense() if isinstance(K, tiles.TiledMatrix) else K
-    assert K.shape == (n, n) and K.dtype == np.float32 and np.isfinite(K).all()

@@ -7,6 +7,7 @@
   report.py            the command that writes the tables: python -m results.report
   pictures.py          the pictures of the front page
   plot.py              the picture of one run (--plot)
+  speed.py             kernel entries a second, beside neural_tangents and the floor: speed.jsonl
   compare_solvers.py   our solver compared with others
   compare_sklearn.py   our estimator compared with scikit-learn's KernelRidge
 

@@ -29,7 +29,10 @@ from results.tables import (
     load,
     name,
     results,
+    speed,
 )
+
+SPEED = os.path.join(HERE, "speed.jsonl")
 
 
 def figure(groups, dataset, path):
@@ -84,6 +87,7 @@ def parts(groups, dataset):
     for marker, metric in (("proteins", "test_spearman"), ("molecules", "test_auc"), ("numbers", "test_rmse"),
                            ("assays", "test_ap")):
         out[marker] = elsewhere(groups, metric)
+    out["speed"] = speed(SPEED)
     out["landscape"] = "\n\n".join(part(groups, "landscape") for part in (learning, laws))
     return out
 

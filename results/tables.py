@@ -216,6 +216,33 @@ def cost(groups, dataset):
     return table(["", *(f"n = {n:,}" for n in sizes), "slope"], rows)
 
 
+def speed(path):
+    """A table for each machine in speed.jsonl: for each network and kind the last line here and of neural_tangents."""
+    machines = {}
+    with open(path) as lines:
+        for line in map(json.loads, lines):
+            if not line["small"]:
+                where = line["device"], line["devices"] if line["device"].startswith("NVIDIA") else line["cores"]
+                machines.setdefault(where, {})[line["network"], line["kind"], line["engine"]] = line
+    out = []
+    for (device, count), measured in machines.items():
+        rows, order = [], [name for name in KERNELS if any(name == key[0] for key in measured)]
+        for name, kind in ((name, kind) for name in order for kind in ("nngp", "ntk")):
+            one, other = (measured.get((name, kind, engine)) for engine in ("here", "neural_tangents"))
+            if one:
+                rate, floor = one["entries_per_second"], one["floor"]
+                rows.append([name, kind.upper(), f"{rate:,.3g}" if rate < 1000 else f"{rate:,.0f}", one["compiler"],
+                             f"{other['entries_per_second']:,.3g} ({other['block']})" if other else "",
+                             f"{rate / other['entries_per_second']:.3g}" if other else "",
+                             f"{rate / floor:.0%}" if floor else ""])
+        last = max(measured.values(), key=lambda line: line["date"])
+        made = f"{last['flops'] / 1e9:,.0f} GFLOP/s in a matrix product" + (
+            f", {last['copy'] / 1e12:.1f} TB/s in a copy" if last["copy"] else "")
+        out.append(f"{count} x {device}, {made}, JAX {last['jax']}, {last['date'][:10]}, commit {last['commit']}:\n\n" + table(
+            ["network", "kind", "here, entries/s", "compiled by", "neural_tangents (batch)", "ratio", "of the floor"], rows))
+    return "\n\n".join(out)
+
+
 FRONT = (("fc", "ntk", False), ("fc", "ntk", True), ("cnn_vec", "nngp", False), ("cnn_vec", "nngp", True),
          ("myrtle5", "nngp", True), ("myrtle10", "nngp", True))  # kernel, kind, flips
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from results import compare_sklearn, compare_solvers, laws, report, tables
+from results import compare_sklearn, compare_solvers, laws, report, speed, tables
 
 # ------------------------------------------------------------------------------------------ hosts
 
@@ -34,6 +34,23 @@ def test_train_sklearn_compared(capsys):
     assert difference < 1e-6
     said = capsys.readouterr().out
     assert all(f"\n| {method} | " in said and one["seconds"] > 0 for method, one in found.items())
+
+
+def test_speed_is_measured(tmp_path):
+    """speed.py writes a line for each network, kind and engine; its table has their ratio. Myrtle-10's floor counts 3 x 32^4 +
+    3 x 16^4 + 3 x 8^4 elements, each 32 instructions, or 8 bytes."""
+    path, elements = tmp_path / "speed.jsonl", 3 * (32**4 + 16**4 + 8**4)
+    with as_users_have_it():
+        lines = speed.main(["--small", "--only", "fc", "--rounds", "1", "--out", str(path)])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines and tables.speed(path) == ""
+    assert {(line["kind"], line["engine"]) for line in lines} == {
+        (kind, engine) for kind in ("nngp", "ntk") for engine in ("here", "neural_tangents")}
+    assert np.isclose(speed.floor("myrtle10", "nngp", 64e12, None), 1e12 / elements)
+    assert np.isclose(speed.floor("myrtle10", "ntk", 64e12, 16e9), 1e9 / elements)
+    for line, rate in zip(lines[:2], (3e6, 2e4)):
+        line.update(small=False, entries_per_second=rate, floor=4e6, block=7)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| fc | NTK | 3,000,000 | XLA | 2e+04 (7) | 150 | 75% |" in tables.speed(path)
 
 
 # ---------------------------------------------------------------------------------------- scaling
