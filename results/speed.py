@@ -160,8 +160,8 @@ def main(argv=None):
                 rate = max(tried)
                 compiler = fused.compiler(name) if engine == "here" and name != "gcn" else "XLA"
                 lines.append({"network": name, "kind": kind, "engine": engine, "compiler": compiler, "block": tried[rate],
-                              "entries_per_second": rate, "floor": floor(name, kind, flops, copy), "flops": flops, "copy": copy,
-                              "small": args.small, **about, "device": processor()})
+                              "entries_per_second": rate, "floor": floor(name, kind, flops, copy), "flops": flops,
+                              "copy": copy, "small": args.small, **about, "device": processor()})
                 with open(args.out, "a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
                 print(f"{name} {kind} {engine}: {rate:,.3g} entries/s", flush=True)

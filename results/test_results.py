@@ -127,7 +127,7 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     page.write_text("above" + "".join(f"\n<!-- {part}: written by results/report.py -->\nold\n<!-- end of {part} -->"
                                       for part in ("results", "learning", "laws", "augmentation", "cost",
                                                    "proteins", "molecules", "numbers", "assays",
-                                                   "landscape")) + "\nbelow\n")
+                                                   "landscape", "speed")) + "\nbelow\n")
     front = tmp_path / "front.md"
     front.write_text("<!-- front: written by results/report.py -->\nold\n<!-- end of front -->\n")
     paths = ["--runs", str(runs), "--readme", str(page), "--front", str(front)]
