@@ -1,4 +1,4 @@
-"""Flips and crops as an index on the data set; flips at a quarter of the price.
+"""Flips and crops as an index on the data set; flips at half the price.
 
 An augmented data set of n images is a list of rows (original, flip, offset). The images themselves are made when a tile asks
 for them, never all at once. With C crops and flips there are
@@ -10,13 +10,13 @@ augmented set. Copy 0 is the original. A crop pads the image by `pad` pixels of 
 at `offset`, each coordinate in 0 ... 2 pad; (pad, pad) is the image itself. The paper's 20x CIFAR-10 is
 expand(50000, flips=True, crops=10), a million rows.
 
-Mirror images need not be rows. With f x the mirror image of x, k(f x, f x') = k(x, x') for every kernel here, so that
+Mirror images need not be rows. With x* the mirror image of x, k(x*, x'*) = k(x, x') for every kernel here, so that
 
-  K of {x_i} and {f x_i} = [[K_1, K_2], [K_2, K_1]],     K_1 = k(x_i, x_j),  K_2 = k(x_i, f x_j),
+  K of {x_i} and {x_i*} = [[K_1, K_2], [K_2, K_1]],     K_1 = k(x_i, x_j),  K_2 = k(x_i, x_j*),
 
 and both blocks are symmetric. An image and its mirror image have the same label, so (alpha, alpha) is the solution if
-(K_1 + K_2 + lambda I) alpha = y, and f(t) = sum over j of (k(t, x_j) + k(t, f x_j)) alpha_j. This is the regression on {x_i}
-alone with the kernel k(x, x') + k(x, f x'), which `symmetric` makes. The predictions are the same, not an approximation;
+(K_1 + K_2 + lambda I) alpha = y, and f(t) = sum over j of (k(t, x_j) + k(t, x_j*)) alpha_j. This is the regression on {x_i}
+alone with the kernel k(x, x') + k(x, x'*), which `symmetric` makes. The predictions are the same, not an approximation;
 half of the entries are computed, a quarter is kept and multiplied. Crops allow no such shortcut: a crop loses pixels.
 
     view = augment.expand(len(x), flips=True, crops=10, seed=0)
@@ -37,14 +37,14 @@ KEPT = 5 * 2**27  # bytes of whitened images: 54,000 of CIFAR-10
 
 
 def mirror(x):
-    """f x: images (n, h, w, channels), left for right.  ValueError: other shapes."""
+    """x*: images (n, h, w, channels), left for right.  ValueError: other shapes."""
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}: only images (n, h, w, channels) have mirror images")
     return x[:, :, ::-1]
 
 
 def symmetric(kernel_fn):
-    """The kernel k(x, x') + k(x, f x') of a kernel_fn(x1, x2=None) that is k(x, x') and may return several.
+    """The kernel k(x, x') + k(x, x'*) of a kernel_fn(x1, x2=None) that is k(x, x') and may return several.
 
     fused.kernel_fn(..., flips=True) is the same, and shares what the two have in common.
     """
@@ -138,7 +138,7 @@ class Images:
 
 
 def expand(n, flips=False, crops=1, seed=0, pad=4):
-    """The view of n images with every crop of every image, and its mirror image if `flips`.
+    """The view of n images: `crops` crops of each, and their mirror images if `flips`.
 
     crops: crops an image, the first of them the image itself; the others are drawn without
     repetition among the (2 pad + 1)^2 - 1 shifts, for each image its own. seed: of those draws.

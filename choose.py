@@ -62,9 +62,8 @@ class Row(NamedTuple):
 class Spectrum:
     """K = Q S Q^T of a dense symmetric K (n, n), in float64.  scale: mean(diag K), or what ridges are relative to.
 
-    intercept: K is linear, and its features have mean zero over all rows (K 1 = 0), which is ridge regression with an
-    intercept. Then each regression of leave-one-out has an intercept of its own: K gets a constant feature with a ridge 1e-6
-    times as large. Without it the row that is left out would be known to the others from the mean."""
+    intercept: for a linear K of centred features (K 1 = 0). K gets a constant feature with 1e-6 of the ridge, so that
+    leave-one-out fits the intercept anew each time. Otherwise the mean would tell the others about the row left out."""
 
     def __init__(self, K, scale=None, intercept=False):
         K = np.asarray(K, np.float64)
@@ -158,9 +157,8 @@ def validation(solver, y, ridges, n_fit, held_out, score=None):
 
 
 def _descend(solver, y, ridges, row):
-    """[row(ridge, alpha), ...]: solves to SEARCH in the residual, from the largest ridge down, the easy direction; all
-    of them, for the error of pooled kernels rises before it falls, but none below one with which A is not positive
-    definite."""
+    """[row(ridge, alpha), ...]: solves to residual SEARCH, from the largest ridge, the easiest, down. It does not stop at the
+    first rise: with pooling the error rises before it falls. It stops where A is not positive definite."""
     table, alpha = [], None
     for ridge in sorted(ridges, reverse=True):
         try:

@@ -2,7 +2,7 @@
 
     args = parser.parse_args(argv); experiment.check(parser, args, "devices", "rank")
     run, seconds = experiment.provenance(), {}
-    with experiment.phase("kernel", seconds):
+    with regression.phase("kernel", seconds):
         (K, K_test), = experiment.matrices(kernel_fn, ("nngp",), {"train": x, "test": x_test}, None, {}, 1024)
     experiment.record("results", config, {"test_accuracy": 0.5, "seconds": seconds}, run)
     if __name__ == "__main__": experiment.run(main, parse(None))

@@ -1,19 +1,19 @@
 """What k(x, x') is for an infinitely wide network.
 
-A network is a list of layers. For two inputs with positions p and q (pixels; one position for a plain vector) carry two
-arrays from layer to layer:
+A network is a list of layers. For two inputs with positions p and q (pixels; a plain vector has one) two arrays go from layer
+to layer, and the variances of each input:
   K[p, q]  covariance of the pre-activations                    NNGP
-  T[p, q]  sum over all parameters of d f(x)_p . d f(x')_q      NTK
-  v[p]     variance K_xx[p, p], from each input alone: once per input, not once per pair
+  T[p, q]  <d f(x)_p / d theta, d f(x')_q / d theta>, theta all parameters   NTK
+  v[p], v'[q]  variances K_xx[p, p] and K_x'x'[q, q], once per input
 
   input              K = <x_p, x'_q> / channels                            T = 0
-  dense, conv        K <- w_std^2 A(K) + b_std^2                           T <- K_new + w_std^2 A(T)
+  dense, conv        K <- w_std^2 mean(K) + b_std^2                        T <- K_new + w_std^2 mean(T)
   relu               K <- sqrt(v v') kappa1(c) / 2,  c = K / sqrt(v v')    T <- kappa0(c) T / 2
-  pool, flatten, gap K <- A(K)                                             T <- A(T)
+  pool, flatten, gap K <- mean(K)                                          T <- mean(T)
   normalize          K <- c                                                T <- T / sqrt(v v')
   exp                K <- sqrt(v v') exp(gamma (c - 1))                    T <- gamma exp(gamma (c - 1)) T
 
-with kappa0(c) = (pi - arccos c) / pi and kappa1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi (Cho & Saul 2009), and A the
+with kappa0(c) = (pi - arccos c) / pi and kappa1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi (Cho & Saul 2009), and mean the
 identity (dense), the mean over the 3 x 3 window that moves in both images together (conv), the mean over 2 x 2 windows that
 move independently (pool), the mean over p of [p, p] (flatten), the mean over all p, q (gap). NTK parameterisation: Jacot et
 al. 2018, Arora et al. 2019.
@@ -25,7 +25,7 @@ A layer of your own is one function with @layer above it; see the README. protei
 
     python -c "import kernel, numpy as np; print(kernel.kernel_fn('fc', 'ntk')(np.eye(3)))"
 
-Cost of an entry: one arccos per position pair and relu.      Proved by: test_all.py, section kernel
+Cost of an entry: one kappa1 (NTK: and one kappa0) per position pair and relu.      Proved by: test_all.py, section kernel
 """
 
 import importlib.util
@@ -60,7 +60,7 @@ class Side(NamedTuple):
 
 
 class Input(NamedTuple):
-    """What a network takes whose first layer has another name than those here; see INPUTS."""
+    """How the networks of a room, such as proteins/, take their inputs; found in INPUTS by their first layer."""
     check: Callable  # layers -> None, or ValueError
     positions: Callable  # x -> (n, h, w, channels), or ValueError
     features: Callable  # (layers, x (..., channels)) -> what the input layer multiplies
@@ -173,8 +173,7 @@ def kappas(c):
     so no arccos is called and nothing cancels as c -> -1.
     The slope of kappa0 is infinite at c = 1: a rounding error of 1e-7 in c would change the NTK of an image with itself by
     1e-4. A |c| within 16 units of rounding of 1 therefore counts as 1 (a CIFAR-10 image with itself came out within 9).
-    Errors: 2e-7 in float32 and 2e-15 in float64; in kappa0 of a c that is that close to 1 without being 1, up to 6e-4 and
-    3e-8.
+    Errors: 2e-7 in float32 and 2e-15 in float64; of kappa0 for c rounded to 1, up to 6e-4 and 3e-8.
     """
     t = 1 - jnp.abs(c)
     t = jnp.where(t < 16 * float(jnp.finfo(c.dtype).eps), jnp.zeros_like(t), t)
@@ -275,12 +274,12 @@ def carries_pairs(layers):
 def deviations(layers, x):
     """sqrt(v) before each layer that reads variances, for one input x (h, w, channels): the recursion of x with itself."""
     K, stds, notes = covariance(layers, x, x), [], {}
-    for one in layers:
-        kind = LAYERS[one[0]]
-        if kind.variance:
+    for layer in layers:
+        rule = LAYERS[layer[0]]
+        if rule.variance:
             stds.append(jnp.sqrt(diagonal(K)))
-        side = Side(x, stds[-1] if kind.variance else None, notes)
-        K, _ = kind.apply(one, K, K, side, side)
+        side = Side(x, stds[-1] if rule.variance else None, notes)
+        K, _ = rule.apply(layer, K, K, side, side)  # T is not needed: K stands in
     return stds
 
 
@@ -288,10 +287,10 @@ def pair(layers, kind, x1, x2, stds1, stds2):
     """k(x1, x2) of two inputs (h, w, channels), scalars: the recursion at the top of this file."""
     K = covariance(layers, x1, x2)
     T, stds, notes = jnp.zeros_like(K), iter(zip(stds1, stds2)), {}
-    for one in layers:
-        of = LAYERS[one[0]]
-        std1, std2 = next(stds) if of.variance else (None, None)
-        K, T = of.apply(one, K, T, Side(x1, std1, notes), Side(x2, std2, notes))
+    for layer in layers:
+        rule = LAYERS[layer[0]]
+        std1, std2 = next(stds) if rule.variance else (None, None)
+        K, T = rule.apply(layer, K, T, Side(x1, std1, notes), Side(x2, std2, notes))
     return chosen(kind, K, T)
 
 
@@ -352,7 +351,7 @@ def kernel_fn(name, kind, **options):
     Raises ValueError: unknown name or kind, images that do not fit the network.
     """
     layers = network(name, **options)
-    chosen(kind, None, None)
+    chosen(kind, None, None)  # raises ValueError here, not at the first call
 
     @jax.jit
     def fn(x1, x2=None):

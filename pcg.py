@@ -2,7 +2,7 @@
 
 K is only ever multiplied by (n, c) arrays. Vectors are float64, whatever the tiles of K are.
 
-  n  rows     c  right-hand sides     M  preconditioner, M ~ A     k  rank of M
+  n  rows     c  right-hand sides     M  preconditioner, M ~ A     F  (n, k), K ~ F F^T
   ridge is absolute here: a number lambda added to the diagonal
 
 The method of every textbook is `textbook`, a dozen lines for one right-hand side. `solve` is the same method with what a
@@ -12,8 +12,8 @@ real K needs; x, r, z, d and q are (n, c):
     repeat:  q = A d;  alpha = <r, z> / <d, q>;  x += alpha d;  r -= alpha q
              every CHECK steps, and before a column is called done:  r' = y - A x, the true residual
                  freeze the columns with |r'| <= tol |y|
-                 if r is off by more than 10 %, |r' - r| > |r'| / 10, restart the column:  r = r', beta = 0;
-                 freeze a column that has not halved |r'| since its last restart: rounding allows no more
+                 if r wrongly says done, or |r' - r| > |r'| / 10, restart the column:  r = r', beta = 0;
+                 but freeze it if |r'| has not halved since its last restart: rounding allows no more
              z = M^-1 r;  beta = <r, z> / <r, z>_before;  d = z + beta d
 
 It differs from the textbook, and from jax.scipy.sparse.linalg.cg, in five points:
@@ -38,7 +38,7 @@ F F^T ~ K from k columns of K:
 Frangella, Tropp, Webber 2023). With s^2 the smallest eigenvalue of F^T F,
 
     M = F F^T + diag(w),     w = s^2 sqrt(diag K / mean(diag K)) + ridge
-    M^-1 r = t - F (I + F^T diag(w)^-1 F)^-1 F^T t / w,     t = r / w         (Woodbury; the middle is k x k)
+    M^-1 r = t - diag(w)^-1 F (I + F^T diag(w)^-1 F)^-1 F^T t,    t = diag(w)^-1 r    (Woodbury; the middle is k x k)
 
 The usual choice is w = ridge. Outside the span of F, M is then only ridge, far below K. The smallest eigenvalue found is a
 better guess (Frangella, Tropp, Udell 2021): on CIFAR-10 it lowers the condition number by up to four orders of magnitude.
@@ -115,7 +115,7 @@ class State(NamedTuple):
 
 
 class Indefinite(ArithmeticError):
-    """K + ridge I has an eigenvalue <= 0.  cure: an absolute ridge with which it has none."""
+    """K + ridge I is not positive definite beyond rounding.  cure: a ridge that is enough, absolute or relative as given."""
 
     def __init__(self, message, cure):
         super().__init__(message)
@@ -236,8 +236,8 @@ def _warn(info, tol, unfinished):
 def _indefinite(product, d, curvature, ridge, step):
     """The error for directions d with <d, A d> = curvature <= 0, with a ridge that would have done.
 
-    Lanczos' method from the worst of them finds the lowest eigenvalue of A, or nearly: half of it is
-    added on top, and a millionth of the largest where it is zero.
+    Lanczos' method from the worst of them finds nearly the lowest eigenvalue of A. The cure adds 1.5 times its size to the
+    ridge, and at least a millionth of the largest.
     """
     quotient = curvature / np.maximum(_dot(d, d), 1e-300)
     lowest, highest = _extremes(product, d[:, quotient.argmin()])
@@ -246,7 +246,7 @@ def _indefinite(product, d, curvature, ridge, step):
     return Indefinite(
         f"K + ridge I is not positive definite: with an absolute ridge of {ridge:.2e} it has an eigenvalue "
         f"of {lowest:.1e} (found at step {step}). Rows that are alike make K singular, and rounding of its "
-        f"entries less than that. Raise the ridge to {cure:.1e} or more", cure)
+        f"entries makes it indefinite. Raise the ridge to {cure:.1e} or more", cure)
 
 
 def _extremes(product, start, steps=40):
@@ -357,7 +357,7 @@ def _blas():
 
 
 def block(n):
-    """Pivots to draw at a time where a look at K is cheap: few for a small K, for Worth wants to choose."""
+    """Pivots to draw at a time where columns are cheap: few for a small K, so that the rank can be chosen finely."""
     return int(np.clip(n // 64, 16, BLOCK))
 
 
@@ -369,7 +369,8 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
     small block between them, so that they are distributed as if drawn one by one while K and F are
     touched by matrix products only (Epperly, Tropp, Webber 2024).
     matrix: has shape, diagonal() -> (n,), columns(indices) -> (n, len(indices)) float64, perhaps team.
-    rank: None is n / 2 or MOST at most.   worth: a `Worth`, asked before each block whether it pays.
+    rank: None is n / 2 or MOST at most.   worth: large/rank.py's Worth, asked before each block
+    whether it pays.
     Stops early where what is left is rounding: below 1e-7 of the trace, for tiles are float32.
     """
     rng = np.random.default_rng(seed)

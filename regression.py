@@ -49,16 +49,16 @@ class Solver:
     """(y, ridge, tol) -> alpha, info, for one K and one preconditioner of it."""
 
     def __init__(self, K, name="lowrank", rank=None, ridges=(), tol=1e-6, c=1, seed=0, max_iters=1000,
-                 quiet=True, verbose=False, keep=None, look=None, prior=None):
-        """name: of PRECONDITIONERS.   rank, seed: of low_rank. If rank is None it is chosen to save time: `ridges` will be
-        compared, and one of them solved to `tol`, for c columns.
-        keep: (ridge, tol, y) -> the checkpoint of that solve, or None.   look: the preconditioner, if there is one already.
+                 quiet=True, verbose=False, keep=None, ready=None, prior=None):
+        """name: of PRECONDITIONERS.   rank, seed: of low_rank. rank None takes the rank that saves most time when `ridges` are
+        compared and one is solved to `tol`, with c columns.
+        keep: (ridge, tol, y) -> the checkpoint of that solve, or None.   ready: the preconditioner, if there is one already.
         prior: (n,), to whose mean ridges are relative; None is the diagonal of K.
         """
         self.prior = K.diagonal() if prior is None else prior
-        self.K, self.name, self.look, self.scale = K, name, look, self.prior.mean()
+        self.K, self.name, self.ready, self.scale = K, name, ready, self.prior.mean()
         self.max_iters, self.quiet, self.verbose, self.keep, self.tol = max_iters, quiet, verbose, keep, tol
-        if look is None and name == "lowrank":
+        if ready is None and name == "lowrank":
             n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.scale
             solves = [(ridge, choose.SEARCH) for ridge in ridges if len(ridges) > 1]
             product = 2 * n * n * c * K.slowness
@@ -66,23 +66,23 @@ class Solver:
             worth = None if rank else _worth(
                 n, solves + [(ridges[len(ridges) // 2], tol)], product, K.reads_all * product / block, c)
             rank = rank or (None if worth else max(1, min(n // 8, 1000)))  # simple and safe, where nothing is known of costs
-            self.look = pcg.low_rank(K, rank, seed, worth, block, quiet)
-        elif look is None:
-            self.look = PRECONDITIONERS[name](K)
-        self.rank = getattr(self.look, "rank", None)
+            self.ready = pcg.low_rank(K, rank, seed, worth, block, quiet)
+        elif ready is None:
+            self.ready = PRECONDITIONERS[name](K)
+        self.rank = getattr(self.ready, "rank", None)
 
     def leading(self, n):
         """The Solver of the leading n x n block of K; it shares the preconditioner."""
-        look = self.look.leading(n) if hasattr(self.look, "leading") else None
+        ready = self.ready.leading(n) if hasattr(self.ready, "leading") else None
         return Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet, verbose=self.verbose,
-                      keep=self.keep, look=look, prior=self.prior[:n])
+                      keep=self.keep, ready=ready, prior=self.prior[:n])
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
         """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, but in terms of the relative ridge."""
         absolute = ridge * self.scale
         keep = self.keep and self.keep(ridge=ridge, tol=tol, y=y)
         try:
-            return pcg.solve(self.K.matvec, y, absolute, self.look(absolute), tol, self.max_iters, x0,
+            return pcg.solve(self.K.matvec, y, absolute, self.ready(absolute), tol, self.max_iters, x0,
                              self.quiet, keep)
         except pcg.Indefinite as error:
             cure = error.cure / self.scale
@@ -113,7 +113,7 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     of `Solver`.   Up to choose.DENSE rows the fields hold the leave-one-out error of the best ridge, however it was chosen.
     """
     select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
-    if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):
+    if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):  # molecules/missing.py: no one spectrum
         spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)
@@ -182,10 +182,10 @@ def rounding(solver, y, alpha):
     return float(ROUNDING * solver.K.diagonal().mean() * np.sqrt(len(y) / 3) * size.max())
 
 
-def variance(solver, K_test, prior, ridge, block=COLUMNS):
+def variance(solver, K_test, k_test, ridge, block=COLUMNS):
     """(k(x, x) + lambda - k(x, X) A^-1 k(X, x)) of each test row, (m,), without the factor s^2.
 
-    prior: k(x, x), (m,).   K_test: (m, n).   block: right-hand sides solved at once.
+    k_test: k(x, x), (m,).   K_test: (m, n).   block: right-hand sides solved at once.
     One solve for each test row, to a residual of choose.SEARCH / 10: the error of the variance is quadratic in it.
     """
     m, out = K_test.shape[0], np.empty(K_test.shape[0])
@@ -195,12 +195,12 @@ def variance(solver, K_test, prior, ridge, block=COLUMNS):
             stop = min(m, start + block)
             k = K_test.rows(start, stop).T
             explained = np.einsum("nm,nm->m", k, solver(k, ridge, choose.SEARCH / 10)[0])
-            out[start:stop] = np.maximum(prior[start:stop] - explained, 0) + ridge * solver.scale  # 0 but for rounding
+            out[start:stop] = np.maximum(k_test[start:stop] - explained, 0) + ridge * solver.scale  # 0 but for rounding
             bar.update(stop - start)
     return out
 
 
-def scale(y, alpha):
+def prior_scale(y, alpha):
     """s^2, the scale of the prior with the largest likelihood: mean over outputs of <y, alpha> / n."""
     return float(np.mean(np.einsum("nc,nc->c", y, alpha)) / len(y))
 

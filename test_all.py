@@ -696,7 +696,7 @@ def test_regression_variance():
     expected = prior + lam - np.einsum("mn,nm->m", k, np.linalg.solve(A, k.T))
     assert np.allclose(variance, expected, rtol=1e-4)
     alpha, _ = solver(y, 0.05, 1e-10)
-    s2 = regression.scale(y, alpha)
+    s2 = regression.prior_scale(y, alpha)
 
     def log_likelihood(s2):
         return sum(multivariate_normal(cov=s2 * A).logpdf(column) for column in y.T)
@@ -1754,7 +1754,7 @@ def test_docs_output(tmp_path, capsys):
 
 def test_docs_forks(monkeypatch):
     """What README shows of forking does what it says: a frozen layer adds nothing to the NTK, so that of a
-    network with one layer trained is its NNGP, and it has a name on the command line; the Gaussian kernel's solution is
+    network with one layer trained is its NNGP, and it has a name; the Gaussian kernel's solution is
     the dense one; the preconditioner inverts the diagonal blocks; the list of layers is a network."""
     blocks = dict(zip(("eight", "network", "layer", "kernel", "preconditioner"),
                       re.findall(r"^```python\n(.*?)```", readme(), re.M | re.S)))
@@ -1764,12 +1764,12 @@ def test_docs_forks(monkeypatch):
     x, x_test = np.random.default_rng(0).normal(size=(2, 12, 4, 4, 1))
     nngp, ntk = kernel.kernel_fn([("flatten",), ("frozen", 1.3), ("relu",), ("dense", 1.1, 0.0)], kernel.KINDS)(x)
     assert np.allclose(nngp, ntk, rtol=1e-12) and kernel.kernel_fn("frozen", "nngp", depth=2)(x).shape == (12, 12)
-    scope = dict(kernel=kernel, tiles=tiles, jnp=jnp, np=np, pcg=pcg, ridge=0.1, x_train=x, x_test=x_test,
-                 y=np.random.default_rng(1).normal(size=(12, 2)))
+    scope = dict(kernel=kernel, tiles=tiles, jnp=jnp, np=np, pcg=pcg, lam=0.1, x_train=x, x_test=x_test,
+                 Y=np.random.default_rng(1).normal(size=(12, 2)))
     with as_users_have_it(x64=True):
         exec(blocks["network"] + blocks["kernel"] + blocks["preconditioner"], scope)
     K, K_test = (np.exp(-((z[:, None] - x) ** 2).mean(axis=(2, 3, 4)) / 2) for z in (x, x_test))
-    assert np.allclose(scope["f"], K_test @ np.linalg.solve(K + 0.1 * np.eye(12), scope["y"]), atol=1e-5)
+    assert np.allclose(scope["f"], K_test @ np.linalg.solve(K + 0.1 * np.eye(12), scope["Y"]), atol=1e-5)
     B = scope["block_jacobi"](Dense(K), 5)(0.1)(np.eye(12))
     assert np.allclose(np.linalg.inv(B[5:10, 5:10]), K[5:10, 5:10] + 0.1 * np.eye(5)) and not B[:5, 5:].any()
 

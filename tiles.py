@@ -11,8 +11,8 @@ and one sum over the processes finishes it.
   n, m  rows, columns   b  tile side   c  columns of v   D  devices of a process   P  processes
 
 Any n, b, D, P. The last tiles of a row or column are computed at full size, padded with copies of row 0, so that the
-kernel sees only real data, and then cut. Tile number t, counted down the columns, belongs to process t mod P; t does not
-depend on n, so a larger K leaves every tile where it was.
+kernel sees only real data, and then cut. Tile number t, counted down the columns, belongs to process t mod P. More
+columns do not change t, so a larger training set leaves every tile where it was.
 
 Tiles are kept in a mapping {(i, j): array}: a dict, or whatever has the same methods (large/store.py: a folder).
 
@@ -64,8 +64,8 @@ def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False, store=None, team=AL
 
     kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored. Where it returns a tuple of
     these, as with NNGP and NTK in one pass, so does this function.
-    x: n inputs: an array, or anything with len(x) and, for an array of row numbers, x[rows]: an array, or an object with
-    on(device), which makes the array there (augment.Images).
+    x: n inputs, an array or an object with len(x) and x[row numbers]. These rows are an array, or have on(device), which
+    makes it there (augment.Images).
     tile: side b of a tile.   devices: JAX devices to use, by default every local one.
     store: a mapping for the tiles, or a tuple of them; None is a dict in memory. Tiles that it has are not computed.
     team: the processes that share the work.
@@ -159,8 +159,7 @@ def _dicts(kernel_fn, x1, x2, sides):
 def computed(fn, inputs, sides, keys, devices=None):
     """Yields (key, [arrays that fn returns]) for every key, one key on each device at a time.
 
-    inputs: [(0 or 1, rows), ...], the arguments of fn: block number key[0] of `rows`, sides[0] rows long, or block number
-    key[1], sides[1] rows long.
+    inputs: [(side, x), ...], one for each argument of fn: block key[side] of x, sides[side] rows long; side is 0 or 1.
     Each device takes a run of neighbouring keys, so that a block is placed once for as long as it is needed. Keys are
     taken in squares whose blocks of rows and columns fit in what x keeps (x.kept rows; an array keeps all).
     """

@@ -6,7 +6,7 @@
 the answer. The ridge, and whatever flag is given several values, is chosen on training images alone: by
 leave-one-out where K is small (choose.py).
 
-  python train_cifar.py                                            digits, ten seconds, no network
+  python train_cifar.py                                            digits, half a minute, offline
   python train_cifar.py --dataset cifar10 --n_train 10000          downloads CIFAR-10 into ./data
   python train_cifar.py --dataset cifar10 --data DIR --kernel cnn_vec --kind ntk --n_train 1000
   python train_cifar.py --dataset cifar10 --data DIR --flips --crops 10 --n_train 1000
@@ -76,13 +76,14 @@ def main(argv=None):
     if args.verbose:
         print(experiment.described(args))
     with regression.phase("choose", seconds):
-        compared = experiment.compare(args, partial(criterion, args, kinds[0], view, x_train, y, labels, fits, team))
+        compared = experiment.compare(args, partial(evaluate, args, kinds[0], view, x_train, y, labels, fits, team))
+        # now each flag has one value, the best
         whiten = fits[args.whiten](args.zca_eps)
 
     with regression.phase("kernel", seconds):  # K = k(X, X) and k(x, X), a pair for each kind
         x, x_test = view.of(x_train, whiten), view_test.of(x_test, whiten)
-        kernel_fn = partial(network_kernel, args.engine, layers(args), args.flips)
-        matrices = kernels(args, kernel_fn, kinds, x, x_test, team)
+        kernel_of = partial(network_kernel, args.engine, layers(args), args.flips)  # kind -> kernel_fn
+        matrices = kernels(args, kernel_of, kinds, x, x_test, team)
         priors = scales(args, kinds, [K for K, _ in matrices], x, team)
 
     results, states = {kind: {} for kind in kinds}, []
@@ -103,7 +104,7 @@ def main(argv=None):
             result = {**scores(args, f, test_labels), **found, **regression.evidence(solver, y[:rows], alpha, info)}
             if args.variance:
                 with regression.phase("variance", spent):
-                    result.update(uncertainty(args, kernel_fn(kind), solver, K_test, x_test, y[:rows], alpha, f, ridge,
+                    result.update(uncertainty(args, kernel_of(kind), solver, K_test, x_test, y[:rows], alpha, f, ridge,
                                               test_labels))
             result.update(compared=compared, one_pass=args.kind == "both", entries=sum(block.entries for block in blocks),
                           **computed(args, n, K_all, K_test_all, team, seconds["kernel"]),
@@ -159,7 +160,8 @@ def source(args):
 
 
 def load(args):
-    """(x_train, labels, x_test, test_labels), images as bytes, and {protocol: zca_eps -> the whitening fitted so}."""
+    """(x_train, labels, x_test, test_labels), images as bytes, and {protocol: zca_eps -> the whitening fitted so}. Sets
+    args.classes, names, fit_on and fitted_on, and the default --whiten of large images."""
     n_fit, (images, (*_, args.classes)) = args.fit_on or FIT_ON, source(args)
     args.names = getattr(images, "names", None)
     x, labels, x_test, test_labels = data.load(images, args.data, args.n_train, args.n_test, args.seed, n_fit=n_fit)
@@ -195,13 +197,13 @@ def on_disk(args):
     return args.store not in (None, "none")
 
 
-def kernels(args, kernel_fn, kinds, x, x_test, team):
+def kernels(args, kernel_of, kinds, x, x_test, team):
     """[(K, K_test) of each kind]."""
     about = {"layers": layers(args), "engine": args.engine, "whiten": args.whiten, "zca_eps": args.zca_eps,
              "fitted_on": args.fitted_on}
     if args.flips == "symmetric":
         about["flips"] = args.flips  # of the kernel; explicit ones are rows
-    return experiment.matrices(kernel_fn, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
+    return experiment.matrices(kernel_of, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
                             devices=experiment.devices(args.devices), quiet=args.quiet, team=team)
 
 
@@ -235,9 +237,9 @@ def selection(args, labels, copies, needed=True):
     return select, (n_fit * copies, np.arange(n_fit, n) * copies), score
 
 
-def criterion(args, kind, view, x_train, y, labels, fits, team, setting):
-    """[choose.Row, ...] of one setting of the flags that were given several values, for a kind, on the first training
-    images: those of the smallest size, choose.DENSE rows at most."""
+def evaluate(args, kind, view, x_train, y, labels, fits, team, setting):
+    """[choose.Row, ...] of one setting of the flags with several values, on the first images: the smallest of --sizes,
+    choose.DENSE rows at most."""
     one = argparse.Namespace(**{**vars(args), **setting})
     n = min(args.sizes[0], max(5, choose.DENSE // view.copies))
     x, rows = view.of(x_train, fits[one.whiten](one.zca_eps))[np.arange(n * view.copies)], n * view.copies
@@ -270,7 +272,7 @@ def uncertainty(args, kernel_fn, solver, K_test, x_test, y, alpha, f, ridge, tes
     """The predictive variance of every test image, and how well it is calibrated."""
     solver.keep = None  # hundreds of right-hand sides: too much to write after every step
     k_test = tiles.diagonal(kernel_fn, x_test, 16, team=K_test.team)
-    likeliest = regression.scale(y, alpha)
+    likeliest = regression.prior_scale(y, alpha)
     variance = likeliest * regression.variance(solver, K_test, k_test, ridge)
     return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
             **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels, args.classes))}
@@ -416,7 +418,7 @@ def flags():
     images.add_argument("--whiten", help="how images are whitened, z -> W z, W = U (S + zca_eps tr(C) / d)^(-1/2) U^T, "
                         "C = U S U^T = mean of z z^T: zca, z = image - mean image; zca_unit, z = image minus its own "
                         "mean, divided by its norm, as in published results. channel: minus mean, divided by sd of each "
-                        "channel; none: pixels / 255. None: the best for the kernel (results in README)")
+                        "channel; none: pixels / 255. None: the best for the kernel (results/README.md)")
     images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel, or 0.1")
     images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on N training images; it may exceed "
                         f"n_train. None is all there are, {FIT_ON:,} at most")

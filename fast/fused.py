@@ -405,7 +405,7 @@ def scalars(layers, K, T, v1, v2):
 def kernel_fn(name, kind, flips=False, **options):
     """`kernel.kernel_fn`, fast: same arguments, same results, same errors.
 
-    flips: k(x, x') + k(x, f x') in place of k(x, x'), where f x' is the mirror image of x' (augment.py).
+    flips: k(x, x') + k(x, x'*) in place of k(x, x'), where x'* is the mirror image of x' (augment.py).
     Raises ValueError also if a list of layers is not (conv, relu) and pool in any number, then gap or flatten, then any of
     dense, relu, normalize and exp.   Runs on one device; `tiles.gram` uses all of them.
     """

@@ -14,7 +14,7 @@ P_t = M_t F F^T M_t + diag(w). Its Woodbury formula has M_t F in place of F.
 
   n  rows   c  tasks   k  rank
 
-    K = missing.Labelled(K, M);  regression.fit(K, K_test, y, ..., look=missing.Look(low, M))
+    K = missing.Labelled(K, M);  regression.fit(K, K_test, y, ..., ready=missing.Look(low, M))
 
 Cost: a product costs as much as with K; the preconditioner c n k^2 operations for each ridge.
 Proved by: molecules/test_molecules.py

@@ -40,7 +40,7 @@ def fitted(result, solver, targets, alpha, mean, K_val, y):
         error = left_out(K_val.matvec(alpha) + mean, y["val"])
     else:
         error = about["error"] and [about["error"]] * len(mean)
-    scales = [regression.scale(*(z[:, [task]] for z in (targets, alpha))) for task in range(len(mean))]
+    scales = [regression.prior_scale(*(z[:, [task]] for z in (targets, alpha))) for task in range(len(mean))]
     return {**about, "prior_scale": scales, "error": error, "missing": bool(np.isnan(y["train"]).any()), "alpha": alpha,
             "mean": mean}
 

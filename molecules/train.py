@@ -408,7 +408,7 @@ def problem(args, blocks, y):
         options["held_out"] = K.shape[0], (K_val, targets["val"])
     if not masks["train"].all():
         low = pcg.low_rank(K, args.rank or min(RANK, max(1, K.shape[0] // 2)), args.seed, quiet=args.quiet)
-        options["look"], K = missing.Look(low, masks["train"]), missing.Labelled(K, masks["train"])
+        options["ready"], K = missing.Look(low, masks["train"]), missing.Labelled(K, masks["train"])
     return K, targets["train"], (mean, unit), options
 
 

@@ -62,7 +62,7 @@ def load(path, what):
 def fitted(found, solver, y, alpha):
     """What `deviation` needs of a fit, as a dict.  found: a result of `regression.fit`."""
     mse = found.get("loo_mse") or min((mse for *_, mse in found["search"]), default=None)
-    return {"ridge": found["ridge"], "diagonal": float(solver.scale), "prior_scale": regression.scale(y, alpha),
+    return {"ridge": found["ridge"], "diagonal": float(solver.scale), "prior_scale": regression.prior_scale(y, alpha),
             "error": mse and mse**0.5}
 
 

@@ -400,7 +400,7 @@ def one_size(args, kind, K, K_test, split, n, encoding):
         with regression.phase("variance", result["seconds"]):
             k_test = tiles.diagonal(network_kernel(args, kind, encoding), encoding(parts(args, split, n)[1]), 16,
                                     experiment.devices(args.devices))
-            variance = regression.scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
+            variance = regression.prior_scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
         result.update(calibration(f[:, 0], np.sqrt(variance), forward(y_test)))
     return result, solver, z, alpha
 

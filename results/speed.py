@@ -13,6 +13,7 @@ Images are 32 x 32 x 3 and normally distributed, sequences have 56 residues, mol
 Floor: no processor makes more entries than its arithmetic allows. Its rate is taken from a matrix product of 4,096 x 4,096:
 one multiply-add for each channel of fc or seq_fc, and INSTRUCTIONS for each element of a convolution and relu (cpu.cpp's, by
 count; all go through the same units). On a GPU also no faster than it reads and writes each element once: a copy's rate.
+Both are measured before every network and kind, and the tables use the best of a machine.
 
 Proved by: results/test_results.py
 """
@@ -148,10 +149,10 @@ def main(argv=None):
     if set(names) - set(SIDES):
         parser.error(f"--only {args.only}: expected some of {', '.join(SIDES)}")
     about, lines, gpu = experiment.provenance(), [], jax.default_backend() != "cpu"
-    flops, copy = machine(args.rounds, 64 if args.small else 4096)
     for name in names:
         for kind in ("ntk", "nngp"):
             sides = SIDES[name][0][gpu], *SIDES[name][1][gpu]
+            flops, copy = machine(args.rounds, 64 if args.small else 4096)  # anew: the speed of a machine varies
             for engine, call, batches in (("here", ours, sides[:1]), ("neural_tangents", theirs, sides[1:])):
                 tried = {}
                 for n in (2,) if args.small else batches:
