@@ -1,6 +1,7 @@
 """Every claim of the core, in the order in which to read it; the first line of each test is its claim.
 
   pytest -q -n 2 --benchmark-disable                        all tests: these, and those of the rooms
+  pytest -q --benchmark-disable -m quick                    a part of the core, in under a minute
   pytest -q --benchmark-disable test_all.py                 the core: kernel, tiles, pcg, regression, choose, augment,
                                                             data, train, docs; -k kernel is one section
   pytest --benchmark-only                                   time of K v; python -m results.speed: that of kernels
@@ -61,6 +62,7 @@ import train_cifar  # noqa: E402
 CIFAR = os.path.join(HERE, "..", "shared", "data", "cifar10", "cifar-10-batches-bin")
 needs_cifar = pytest.mark.skipif(not os.path.exists(CIFAR), reason="CIFAR-10 is not beside the project")
 both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
+quick = pytest.mark.quick  # under a minute in all, for the loop of editing and testing
 every_network = pytest.mark.parametrize("name", kernel.IMAGES)
 # a Myrtle network with one convolution at each of two resolutions, which compiles four times as fast
 POOLED = [("conv", 1.3, 0.2), ("relu",), ("pool",), ("conv", 1.1, 0.1), ("relu",), ("gap",), ("dense", 1.2, 0.1)]
@@ -158,6 +160,7 @@ def test_kernel_is_neural_tangents(name, options):
             assert K.dtype == dtype and relative_error(K, want) < tolerance
 
 
+@quick
 @pytest.mark.parametrize("head", ["cosine", "relu", "exp"])
 def test_kernel_heads_by_hand(head):
     """The NNGP of a head is its formula of the kernel without one, written out."""
@@ -270,6 +273,7 @@ def test_kernel_is_the_limit_of_wide_networks(name, options):
         assert (np.abs(samples.mean(axis=0) - K) < error).all()
 
 
+@quick
 def test_kernel_arccos():
     """kappa0 and kappa1 are NumPy's to 2e-7 in float32 and 2e-15 in float64; at and beyond 1 too."""
     for dtype, tolerance in ((np.float32, 2e-7), (np.float64, 2e-15)):
@@ -304,6 +308,7 @@ def test_kernel_inputs():
     assert not np.allclose(K, kernel.kernel_fn("fc", "ntk", depth=3)(x))
 
 
+@quick
 @pytest.mark.parametrize("call, words", [
     (lambda: kernel.kernel_fn("resnet", "ntk"), "'resnet' is unknown; choose one of fc, "),
     (lambda: kernel.kernel_fn("fc", "gp"), "'gp' is unknown; choose nngp or ntk"),
@@ -353,6 +358,7 @@ def test_tiles_any_size(n, tile, devices):
         assert (block.columns([k - 1])[:, 0] == dense[:k, k - 1]).all()
 
 
+@quick
 def test_tiles_store_the_upper_triangle():
     """Of 25 tiles the 15 on and above the diagonal are computed and kept, in float32."""
     x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
@@ -367,6 +373,7 @@ def test_tiles_store_the_upper_triangle():
     assert all(tile.dtype == np.float32 for tile in K.tiles.values())
 
 
+@quick
 def test_tiles_ask_for_rows():
     """x may be anything with len and rows; no more than a tile's rows are asked for at a time."""
     x, asked = np.random.default_rng(0).normal(size=(23, 4)).astype(np.float32), []
@@ -383,6 +390,7 @@ def test_tiles_ask_for_rows():
     assert max(asked) == 5 and relative_error(K.dense(), np.asarray(fn(x), np.float64)) < 1e-6
 
 
+@quick
 def test_tiles_product_in_float64():
     """K v of float32 tiles is summed in float64: exact to 1e-14, where float32 sums are not."""
     x = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
@@ -393,6 +401,7 @@ def test_tiles_product_in_float64():
     assert np.abs(K.dense() @ v.astype(np.float32) - exact).max() > 1e-9 * np.abs(exact).max()
 
 
+@quick
 def test_tiles_errors():
     """NaN in the inputs, a v of the wrong shape, no rows, a matrix beyond memory: one sentence each."""
     fn, x = kernel.kernel_fn("fc", "nngp"), np.ones((4, 3), np.float32)
@@ -412,6 +421,7 @@ def test_tiles_errors():
         dataclasses.replace(K, shape=(3000000,) * 2).dense()
 
 
+@quick
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_tiles_belong_to_one_process(symmetric):
     """Every tile is some process's and of no other, shares differ by one tile at most, and a larger
@@ -466,6 +476,7 @@ def test_pcg_is_cholesky(condition, tol, name):
     assert info.converged and np.abs(K @ (x - exact)).max() < 5 * tol * np.abs(K @ exact).max()
 
 
+@quick
 def test_pcg_textbook():
     """The textbook's method and `solve` without a preconditioner make the same steps: Cholesky's answer, each."""
     K, y = spectrum(80, 1e3), np.random.default_rng(0).normal(size=80)
@@ -477,6 +488,7 @@ def test_pcg_textbook():
     assert np.allclose(*five, rtol=1e-10)
 
 
+@quick
 def test_pcg_is_scikit_learn():
     """On digits, tiles and CG give the dual coefficients of scikit-learn's KernelRidge."""
     from sklearn.kernel_ridge import KernelRidge
@@ -488,6 +500,7 @@ def test_pcg_is_scikit_learn():
     assert np.allclose(alpha, model.dual_coef_, rtol=1e-6, atol=1e-8 * np.abs(alpha).max())
 
 
+@quick
 def test_pcg_residual_of_every_column():
     """Every column meets the tolerance, the true residual is reported, a zero column stays zero.
 
@@ -516,6 +529,7 @@ def test_pcg_low_rank_cuts_iterations(source):
     assert counts[0] >= 4 * counts[2] and counts[1] > 0.5 * counts[0]
 
 
+@quick
 def test_pcg_condition():
     """The condition number read off the coefficients is that of K + ridge I to 1 %."""
     K = spectrum(100, 1e4)
@@ -526,6 +540,7 @@ def test_pcg_condition():
     assert len(info.history) == info.iterations + 1 and info.history[0] == 1
 
 
+@quick
 def test_pcg_says_so():
     """Too few steps, a tolerance beyond rounding, an indefinite K, NaN: said, each in one sentence."""
     K, y = spectrum(200, 1e8), np.random.default_rng(0).normal(size=(200, 2))
@@ -542,6 +557,7 @@ def test_pcg_says_so():
         pcg.solve(lambda v: np.nan * v, y)
 
 
+@quick
 def test_pcg_edges():
     """n = 1, more columns than rows, vectors, exact duplicates, a start at the solution: all right."""
     for K, y in ((np.full((1, 1), 3.0), np.ones((1, 1))), (np.eye(3), np.ones((3, 7))),
@@ -584,6 +600,7 @@ def test_pcg_resumes(source):
         assert again[1].condition == info.condition and again[1].iterations == info.iterations
 
 
+@quick
 def test_pcg_indefinite():
     """A kernel that rounding has made indefinite, and rows that are alike without a ridge, are named, and
     the ridge suggested cures them, though not by a hundred times what it must."""
@@ -603,6 +620,7 @@ def test_pcg_indefinite():
 
 
 
+@quick
 def test_precondition_partial_cholesky():
     """On a matrix of its rank right to 1e-5, for F is float32; on a real kernel within twice the best
     error at half its rank."""
@@ -617,6 +635,7 @@ def test_precondition_partial_cholesky():
         assert left.sum() < 2 * np.linalg.eigvalsh(K)[:-rank // 2].sum()
 
 
+@quick
 def test_precondition_low_rank_formula():
     """P^-1 is the inverse of F F^T + s^2 sqrt(diag K / mean) + ridge, made densely, for n beyond what a
     thread takes; for a leading block, of the first rows of F, also where they are fewer than its columns."""
@@ -652,6 +671,7 @@ def threads(count, work):
     return out
 
 
+@quick
 @pytest.mark.parametrize("count", [2, 5])
 def test_precondition_rows_by_process(count):
     """Processes that hold their rows of F only, some of them none, have the pivots, the spectrum and the
@@ -703,6 +723,7 @@ def test_regression_variance():
     assert log_likelihood(s2) > max(log_likelihood(0.99 * s2), log_likelihood(1.01 * s2))
 
 
+@quick
 def test_regression_probabilities():
     """Class probabilities are the shares of draws in which each output is the largest."""
     rng = np.random.default_rng(0)
@@ -714,6 +735,7 @@ def test_regression_probabilities():
     assert np.allclose(regression.class_probabilities(np.zeros((1, 4)), np.ones(1)), 0.25)
 
 
+@quick
 def test_regression_calibration():
     """nll, ece and the Gaussian nll are what plain loops make; labels drawn from P have an ece near 0,
     and twice or half the sd is worse in all three."""
@@ -735,6 +757,7 @@ def test_regression_calibration():
         assert all(worse[name] > got[name] for name in got)
 
 
+@quick
 def test_regression_rounding():
     """The residual that the exact kernel leaves of a solution with float32 tiles is the predicted one, to a
     factor of ten; and no more steps make it smaller."""
@@ -751,6 +774,7 @@ def test_regression_rounding():
 
 # ----------------------------------------------------------------------------------------- choose
 
+@quick
 def test_choose_leave_one_out_is_refits():
     """Leave-one-out errors of a real kernel are those of n regressions on the n - 1 other images, to 1e-8."""
     x, labels = digits(60)
@@ -766,6 +790,7 @@ def test_choose_leave_one_out_is_refits():
         assert abs(dimension - np.trace(K @ np.linalg.inv(K + lam * np.eye(60)))) < 1e-8
 
 
+@quick
 def test_choose_leaves_out_all_copies():
     """With mirror images and crops as rows, all copies of an image are left out: the error on the image is that of the
     regression on every copy of the others, to 1e-8; with the symmetric kernel it is the same."""
@@ -785,6 +810,7 @@ def test_choose_leaves_out_all_copies():
     assert np.abs(explicit - half).max() < 1e-8
 
 
+@quick
 def test_choose_gcv_is_its_formula():
     """GCV from a block solve with random signs is n |alpha|^2 / (tr A^-1)^2 of a dense inverse, to what its probes
     leave of the trace, and chooses a neighbour of the same ridge at least."""
@@ -801,6 +827,7 @@ def test_choose_gcv_is_its_formula():
     assert choose.best(table).ridge == ridges[int(np.argmin(want))]
 
 
+@quick
 def test_choose_criteria():
     """Where none is asked for: leave-one-out for a small K, validation for a large one; GCV with copies is refused."""
     assert [choose.criterion(None, *size) for size in ((4096, 1), (4096, 4), (4097, 1), (4097, 2))] == [
@@ -810,12 +837,14 @@ def test_choose_criteria():
         choose.criterion("gcv", 100, 2)
 
 
+@quick
 def test_choose_prefers_the_larger_ridge():
     """Of ridges within a thousandth of the least error, the largest is taken; by score, the best score."""
     table = [choose.Row(1.0, 0.9, 2.0), choose.Row(0.1, 0.7, 1.0005), choose.Row(0.01, 0.8, 1.0)]
     assert choose.best(table).ridge == 0.1 and choose.best(table, "score").ridge == 1.0
 
 
+@quick
 def test_choose_ridges_that_are_too_small(capsys):
     """A ridge with which K is not positive definite is no candidate, nor is a smaller one; alone, it is an
     error that names a ridge, in the user's terms, that will do."""
@@ -837,6 +866,7 @@ def test_choose_ridges_that_are_too_small(capsys):
 
 # ---------------------------------------------------------------------------------------- augment
 
+@quick
 @pytest.mark.parametrize("flips, crops", [(False, 1), (True, 1), (False, 3), (True, 4)])
 def test_augment_is_a_loop(flips, crops):
     """Rows of a view are the images that a plain loop pads, cuts and mirrors, in any order."""
@@ -852,6 +882,7 @@ def test_augment_is_a_loop(flips, crops):
         assert (got == (cut[:, ::-1] if view.flip[row] else cut)).all()
 
 
+@quick
 def test_augment_copies():
     """Copy 0 is the original, no copy comes twice, half are mirrored, fewer images are a prefix."""
     x = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
@@ -866,6 +897,7 @@ def test_augment_copies():
     assert (augment.expand(6, True, 10, seed=1, pad=2).offset != view.offset).any()
 
 
+@quick
 def test_augment_in_tiles():
     """The kernel of a view, made tile by tile, is the kernel of all its images made at once."""
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
@@ -915,6 +947,7 @@ def test_augment_symmetric(name):
         assert np.abs(f - g).max() < 1e-5 * np.abs(f).max() and 4 * H.size == K.size
 
 
+@quick
 def test_augment_errors():
     """More crops than shifts, images that are too few, mirror images of vectors are refused."""
     with pytest.raises(ValueError, match=r"\(3, 5\): only images"):
@@ -927,6 +960,7 @@ def test_augment_errors():
 
 # ------------------------------------------------------------------------------------------- data
 
+@quick
 def test_data_digits():
     """1,437 + 360 real images, uint8; the same test images for every seed."""
     x, y, x_test, y_test = data.load("digits")
@@ -935,6 +969,7 @@ def test_data_digits():
     assert (data.load("digits", seed=5)[2] == x_test).all() and (data.load("digits", seed=5)[0] != x).any()
 
 
+@quick
 def test_data_order():
     """Every prefix is balanced to one image, sizes are nested, seeds differ, all rows come once."""
     _, y, _, _ = data.load("digits", n_train=1000)
@@ -965,6 +1000,7 @@ def cifar_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@quick
 def test_data_cifar10(cifar_folder):
     """Records are read as label, then planes R, G, B row by row; 10.1 and 10.2 replace the test set."""
     x, y, x_test, y_test = data.load("cifar10", cifar_folder)
@@ -987,6 +1023,7 @@ def test_data_cifar10_is_the_real_one():
     assert np.allclose(x.std((0, 1, 2)) / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
 
 
+@quick
 def test_data_nothing_to_whiten():
     """Images that are all the same, or each of one colour, have no covariance: one sentence says which."""
     with pytest.raises(ValueError, match="all 8 images are the same"):
@@ -995,6 +1032,7 @@ def test_data_nothing_to_whiten():
         data.whitening("zca_unit", np.arange(8, dtype=np.uint8).repeat(4).reshape(8, 2, 2, 1))
 
 
+@quick
 def test_data_cifar100(tmp_path):
     """A record of CIFAR-100: a coarse label, the fine one, which counts, and three planes; a record too few is refused."""
     rng = np.random.default_rng(0)
@@ -1007,6 +1045,7 @@ def test_data_cifar100(tmp_path):
         data.load("cifar100", str(tmp_path))
 
 
+@quick
 @pytest.mark.parametrize("damage, words", [
     (lambda d: (d / "data_batch_3.bin").unlink(), "data_batch_3.bin is not there; give --data"),
     (lambda d: (d / "test_batch.bin").write_bytes(b"x" * 100), "has 100 bytes; 20 records of CIFAR have"),
@@ -1024,6 +1063,7 @@ def test_data_damaged_files(cifar_folder, damage, words):
     assert "\n" not in str(error.value)
 
 
+@quick
 def test_data_rows_asked_for():
     """More rows than there are, no rows, an unknown name: refused with the numbers."""
     with pytest.raises(ValueError, match="n_train=2000, but digits has 1 to 1437 rows"):
@@ -1043,6 +1083,7 @@ def archive(path, members):
     return path.as_uri(), hashlib.md5(path.read_bytes()).hexdigest()
 
 
+@quick
 def test_data_download(cifar_folder, tmp_path, monkeypatch):
     """The archive is checked by its digest and extracted once; a wrong digest or path is refused."""
     members = {f"cifar-10-batches-bin/{f.name}": f.read_bytes() for f in cifar_folder.glob("*.bin")}
@@ -1068,6 +1109,7 @@ def test_data_download(cifar_folder, tmp_path, monkeypatch):
         data.load("cifar10")
 
 
+@quick
 def test_data_whitening():
     """zca with eps = 0 makes the covariance of what it was fitted on the identity; channel makes every channel mean 0
     and deviation 1; none divides by 255; each sees one image at a time, and only the images it was fitted on."""
@@ -1093,6 +1135,7 @@ def correlated(n):
     return x
 
 
+@quick
 @pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize("protocol", ["zca", "zca_unit"])
 def test_data_whitening_is_its_formula(protocol, flips):
@@ -1115,6 +1158,7 @@ def test_data_whitening_is_its_formula(protocol, flips):
     assert np.abs(got - before(new) @ W).max() < 1e-4 * np.abs(got).max()
 
 
+@quick
 @pytest.mark.parametrize("protocol", ["channel", "zca", "zca_unit"])
 def test_data_whitening_of_mirror_images(protocol):
     """Fitted with flips, the whitened mirror image is the mirror image of the whitened image."""
@@ -1131,6 +1175,7 @@ def rows_to_fit_on(name, folder, most):
         assert (data.load(name, folder, n_train, n_fit=n_fit)[0] == x[:n]).all()
 
 
+@quick
 def test_data_rows_to_fit_on():
     """n_fit brings more training rows, those that a larger n_train would bring, as far as there are."""
     rows_to_fit_on("digits", None, 1437)
@@ -1152,6 +1197,7 @@ def labels_of_a_file(save, load, y):
         assert "npy" in str(error.value) or "npz" in str(error.value)
 
 
+@quick
 def test_data_labels(cifar_folder):
     """What a file holds as labels: (n,), (n, 1) and one-hot rows mean the same, anything else is refused by name."""
     def save2(y):
@@ -1163,6 +1209,7 @@ def test_data_labels(cifar_folder):
     labels_of_a_file(save2, lambda: data.load("cifar10.2", cifar_folder)[3], y2)
 
 
+@quick
 def test_data_one_hot():
     """Targets are 1 - 1/classes for the class and -1/classes elsewhere."""
     assert np.allclose(data.one_hot(np.array([2, 0]), 4),
@@ -1178,6 +1225,7 @@ def train(tmp_path, *flags):
     return train_cifar.main([*flags, "--out", str(tmp_path), "--quiet"])
 
 
+@quick
 def test_train_smoke(tmp_path):
     """With no flags: 97 % or more on digits, and one line of runs.jsonl with all there is to know."""
     result = train(tmp_path)
@@ -1406,6 +1454,7 @@ def test_train_compares_as_runs_alone_do(tmp_path):
         assert alone["ridge"] == ridge and abs(alone["loo_mse"] / mse - 1) < 1e-5
 
 
+@quick
 @pytest.mark.parametrize("name", kernel.IMAGES)
 def test_train_defaults(name):
     """Every network has a whitening of its own, and a flag that is given wins."""
@@ -1415,6 +1464,7 @@ def test_train_defaults(name):
     assert train_cifar.parse(["--kernel", name, "--zca_eps", "7"]).zca_eps == [7.0]
 
 
+@quick
 def test_train_devices_that_are_not_there(tmp_path):
     """More devices than JAX sees are refused."""
     with pytest.raises(ValueError, match="--devices 5, but JAX sees 4 here"):
@@ -1514,6 +1564,7 @@ def test_train_validation_that_says_nothing(tmp_path, monkeypatch, capsys):
         train(tmp_path)
 
 
+@quick
 def test_train_sizes_equal_runs_alone(tmp_path):
     """Each size of a row gives what it gives alone, with crops, flips and a choice of ridges; the record runs again."""
     flags = ["--n_test", "40", "--crops", "2", "--flips", "--ridge", "1e-3,1e-2"]
@@ -1597,6 +1648,7 @@ def test_train_interrupted_in_a_callback():
     assert running.returncode == 130 and err.startswith("interrupted: nothing was kept") and len(err.splitlines()) == 1, err
 
 
+@quick
 def test_train_out_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     """--out that cannot be written is refused before any work and named; a disk that fills up later costs the record, not the
     result, which is printed first."""
@@ -1614,6 +1666,7 @@ def test_train_out_that_cannot_be_written(tmp_path, monkeypatch, capsys):
         assert "test accuracy" in capsys.readouterr().out
 
 
+@quick
 def test_train_record_after_a_torn_line(tmp_path):
     """Half a line at the end of runs.jsonl, of a run that was killed, does not swallow the next record."""
     (tmp_path / "runs.jsonl").write_text('{"a": 1}\n{"b": ')
@@ -1622,6 +1675,7 @@ def test_train_record_after_a_torn_line(tmp_path):
     assert first == '{"a": 1}' and torn == '{"b": ' and json.loads(last)["c"] == 2
 
 
+@quick
 @pytest.mark.parametrize("before, devices, precision", [
     ("", tiles.cores(), "highest"), ("import jax; jax.config.update('jax_num_cpu_devices', 3); ", 3, None),
     ("import jax; jax.devices(); ", 1, "highest")])
@@ -1634,6 +1688,7 @@ def test_tiles_use_every_core(before, devices, precision):
     assert out.split() == [str(devices), str(precision), str(precision is not None)], err
 
 
+@quick
 def test_tiles_cores_and_memory_of_a_container(tmp_path, monkeypatch):
     """Cores and memory are those of the control groups, version 1 and 2, of the group or of one above it."""
     group, root = tmp_path / "cgroup", tmp_path / "fs"
@@ -1733,6 +1788,7 @@ def test_docs_commands_run(tmp_path, monkeypatch):
             run_small(command)
 
 
+@quick
 def test_docs_eight_lines():
     """The paper in eight lines, at the top of the README: it runs, and prints the accuracy that it says."""
     block = re.search(r"^```python\n(.*?)```", readme(), re.M | re.S)[1]
@@ -1774,6 +1830,7 @@ def test_docs_forks(monkeypatch):
     assert np.allclose(np.linalg.inv(B[5:10, 5:10]), K[5:10, 5:10] + 0.1 * np.eye(5)) and not B[:5, 5:].any()
 
 
+@quick
 def test_docs_readme():
     """README is short, gives its two commands by line 40, and links to files that are there."""
     text = readme()

@@ -59,14 +59,6 @@ def run(source, name, namespace):
     return out.getvalue()
 
 
-@pytest.fixture(scope="module")
-def lesson():
-    """{number of a cell: what it printed}, and the namespace after the last cell."""
-    plt.switch_backend("Agg")
-    namespace = {"__name__": "lesson"}
-    return {number: run(source, f"lesson.ipynb, cell {number}", namespace) for number, _, source in CODE}, namespace
-
-
 def agrees(value, stated):
     """Whether a value, rounded to the digits of the text, is the text, and would be on a machine that rounds otherwise."""
     if stated in ("True", "False"):
@@ -75,28 +67,31 @@ def agrees(value, stated):
     return all(Decimal(float(value) * scale).quantize(stated) == stated for scale in (1 - 1e-4, 1, 1 + 1e-4))
 
 
-def test_lesson_states_what_it_computes(lesson):
-    """Every number that the text gives to a name is the value of that variable; so it is in the answers, whose code runs."""
-    count = 0
+def test_lesson_states_what_it_computes():
+    """Every code cell runs. Every number that the text gives to a name is the value of that variable; so it is in the answers,
+    whose code runs. What the cells print is stored in the file: the same words, numbers within 2 %. The code for CIFAR-10 in
+    the last section runs, on digits here, and is right on more than nine in ten."""
+    plt.switch_backend("Agg")
+    values, count = {"__name__": "lesson"}, 0
+    printed = {number: run(source, f"lesson.ipynb, cell {number}", values) for number, _, source in CODE}
     for text in TEXT:
         text, answer, code = split(text)
-        space = dict(lesson[1])
+        space = dict(values)
         run(code, f"answer {code!r}", space)
-        for part, values in ((text, lesson[1]), (answer, space)):
+        for part, where in ((text, values), (answer, space)):
             for name, stated in STATED.findall(part):
-                assert agrees(values[name], stated), f"{name} = {stated} in the text, {values[name]} in the code"
+                assert agrees(where[name], stated), f"{name} = {stated} in the text, {where[name]} in the code"
                 count += 1
     assert count >= 40
-
-
-def test_lesson_stores_what_it_prints(lesson):
-    """What the cells print is stored in the file: the same words, numbers within 2 %."""
     for number, cell, _ in CODE:
         stored = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
-        old, new = (re.split(r"(\d+(?:[.,]\d+)*)", text) for text in (stored, lesson[0][number]))
-        assert old[::2] == new[::2], f"cell {number} prints {lesson[0][number]!r}, stored is {stored!r}: execute the notebook"
+        old, new = (re.split(r"(\d+(?:[.,]\d+)*)", text) for text in (stored, printed[number]))
+        assert old[::2] == new[::2], f"cell {number} prints {printed[number]!r}, stored is {stored!r}: execute the notebook"
         for a, b in zip(old[1::2], new[1::2]):
             assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.02, abs=1e-4)
+    code, = re.findall(r"```python\n(.*?)```", TEXT[-1], re.S)
+    said = run(code.replace('"cifar10", n_train=10_000', '"digits", n_train=300'), "last section", dict(values))
+    assert "cifar10" in code and 0.9 < float(said) < 1
 
 
 def test_lesson_is_stored_whole():
@@ -130,13 +125,6 @@ def test_lesson_has_eight_chapters():
         results = page.read()
     figures = re.findall(r"(\d\d\.\d\d(?: ± \d\.\d\d)?)\s%", chapters[-1])
     assert len(figures) == 3 and all(f" {figure} |" in results for figure in figures)
-
-
-def test_lesson_ends_with_code_that_runs(lesson):
-    """The code for CIFAR-10 in the last section runs, on digits here, and is right on more than nine in ten."""
-    code, = re.findall(r"```python\n(.*?)```", TEXT[-1], re.S)
-    said = run(code.replace('"cifar10", n_train=10_000', '"digits", n_train=300'), "last section", dict(lesson[1]))
-    assert "cifar10" in code and 0.9 < float(said) < 1
 
 
 def test_lesson_defines_nothing_that_the_core_has():
