@@ -75,12 +75,10 @@ def main(args):
     Returns {"path", "predictions" (m, tasks), "sd" (m, tasks) or None, "probabilities" of the positive classes (m, tasks) or
     None}, m: the molecules that RDKit can read.
     """
-    about, arrays = model.load(args.load, "molecules")
-    if args.variance:
-        model.covariance(about)
-        if about["missing"]:
-            raise ValueError(f"--variance with {args.load}, which was fitted with missing labels: every task has its own "
-                             "matrix, so it would take a solve for each row and task; leave it out")
+    about, arrays = model.start(args, "molecules")
+    if args.variance and about["missing"]:
+        raise ValueError(f"--variance with {args.load}, which was fitted with missing labels: every task has its own matrix, "
+                         "so it would take a solve for each row and task; leave it out")
     _, names, lines = smiles.opened(args.predict)
     column, = tables.columns(args.predict, names, [args.smiles or about["smiles"]],
                              "; say with --smiles which of them holds the SMILES")

@@ -26,6 +26,7 @@ import regression
 import tiles
 from own import images, tables
 
+PREDICTIONS = "predictions.csv"
 FORMAT = 3  # of the file
 SHOWN = 5  # predictions that are printed
 ROWS = 256  # whose class probabilities are computed at once
@@ -56,6 +57,24 @@ def load(path, what):
         raise ValueError(f"{path} is not a model that --save has written, or damaged: {error!r}") from error
     if about["what"] != what:
         raise ValueError(f"{path} is a model of {about['what']}, and this program predicts {what}")
+    return about, arrays
+
+
+def start(args, what):
+    """`load` of args.load, before any work is done.  ValueError: --variance with an NTK.  OSError: the predictions cannot be
+    written into args.out."""
+    about, arrays = load(args.load, what)
+    if args.variance:
+        covariance(about)
+    path = os.path.join(args.out, PREDICTIONS)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        new = not os.path.exists(path)
+        open(path, "ab").close()
+        if new:
+            os.remove(path)
+    except OSError as error:
+        raise OSError(f"--out {args.out}: {path} cannot be written ({error.strerror}); give a folder that can") from error
     return about, arrays
 
 
@@ -96,7 +115,7 @@ def predict(args, network_kernel):
     args: of train_cifar.py.   network_kernel: (engine, layers, flips, kind) -> kernel_fn.
     Returns {"path", "classes" (m,), "scores" (m, c), "sd" (m,) or None, "probabilities" (m, c) or None}.
     """
-    about, arrays = load(args.load, "images")
+    about, arrays = start(args, "images")
     view = augment.View(**{name: arrays[f"view_{name}"] for name in ("original", "flip", "offset")},
                         pad=about["pad"], copies=about["copies"])
     whiten = data.Whitening(*(arrays[f"whiten_{name}"] for name in data.Whitening._fields))
@@ -123,7 +142,7 @@ def predict(args, network_kernel):
 
 def write(folder, names, rows, added, quiet=False):
     """Write predictions.csv in a folder, the columns `added` {name: (m,)} after the input's own; returns its path."""
-    path = os.path.join(folder, "predictions.csv")
+    path = os.path.join(folder, PREDICTIONS)
     tables.write(path, names, rows, added)
     first = next(iter(added))
     shown, columns = added[first][:SHOWN], [*names, *added]

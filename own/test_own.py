@@ -61,6 +61,19 @@ def test_model_damaged(tmp_path, spoil, words):
         train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
 
 
+def test_model_predictions_that_cannot_be_written(tmp_path, monkeypatch):
+    """A folder --out that cannot hold predictions.csv, and --variance with an NTK, are refused before a tile is computed."""
+    train(tmp_path, "--n_train", "30", "--n_test", "5", "--ridge", "1", "--kind", "ntk", "--save", str(tmp_path / "m.npz"))
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 1), np.uint8))
+    monkeypatch.setattr(model.tiles, "cross", None)
+    load = ["--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy")]
+    with pytest.raises(OSError, match="m.npz.x: .*predictions.csv cannot be written .Not a directory.; give a folder that can"):
+        train_cifar.main([*load, "--quiet", "--out", str(tmp_path / "m.npz" / "x")])
+    with pytest.raises(ValueError, match="--variance with a model of kind ntk"):
+        train(tmp_path, *load, "--variance")
+    assert not (tmp_path / "predictions.csv").exists()
+
+
 def test_own_folder_with_a_slash(tmp_path):
     """A folder is the same with a slash at its end, as shells complete it."""
     for k, name in enumerate(["a", "b"] * 4):

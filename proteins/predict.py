@@ -44,9 +44,7 @@ def predict(args, network_kernel):
     Returns {"path", "predictions": (m,), "sd": (m,) or None}, with NaN where there is no prediction.
     ValueError: no row can be predicted; --variance with an NTK.
     """
-    about, arrays = model.load(args.load, "proteins")
-    if args.variance:
-        model.covariance(about)
+    about, arrays = model.start(args, "proteins")
     names, lines = tables.lines(args.predict, tables.content(args.predict, "--predict takes a CSV file"))
     place, = tables.columns(args.predict, names, [args.sequence or about.get("sequence", "sequence")],
                             "; name yours with --sequence")
