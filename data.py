@@ -305,7 +305,8 @@ def whitening(protocol, x, flips=False, quiet=True):
     if protocol == "none":
         return lambda zca_eps=None: Whitening(np.zeros(1, np.float32), np.full(1, 255, np.float32), no_W, unit, colour)
     if protocol == "channel":
-        sd = x.std(axis=(0, 1, 2), dtype=np.float64)
+        squares = sum(((x[start:start + 2048] - channels) ** 2).sum(axis=(0, 1, 2)) for start in range(0, len(x), 2048))
+        sd = np.sqrt(squares / (x.size / len(channels)))
         sd[sd == 0] = 1  # a constant channel carries nothing
         return lambda zca_eps=None: Whitening(channels.astype(np.float32), sd.astype(np.float32), no_W, unit, colour)
     mean, sd = np.zeros(x.shape[1:]), np.full(1, 1 if unit else 255, np.float32)

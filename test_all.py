@@ -28,6 +28,7 @@ import tarfile
 import threading
 import time
 import timeit
+import tracemalloc
 from contextlib import contextmanager
 
 import numpy as np
@@ -1156,6 +1157,20 @@ def test_data_whitening_is_its_formula(protocol, flips):
     W = U @ np.diag((S + 0.1 * np.trace(C) / 48) ** -0.5) @ U.T
     got = whitened(new, protocol, x, 0.1, flips=flips).reshape(9, -1)
     assert np.abs(got - before(new) @ W).max() < 1e-4 * np.abs(got).max()
+
+
+@quick
+@pytest.mark.parametrize("protocol", ["channel", "zca", "zca_unit"])
+def test_data_whitening_takes_little_memory(protocol):
+    """Fitting works on blocks: it never holds all images as floats."""
+    x = np.random.default_rng(0).integers(0, 256, (50_000, 8, 8, 1), np.uint8)
+    tracemalloc.start()
+    whiten = data.whitening(protocol, x)(0.1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2 * x.nbytes < 8 * x.size / 3
+    if protocol == "channel":
+        assert np.allclose([whiten.mean, whiten.sd], [[x.mean()], [x.std()]], rtol=1e-6)
 
 
 @quick
