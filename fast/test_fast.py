@@ -274,6 +274,13 @@ def test_fused_compiles_loops():
 
 
 
+def test_fused_without_triton():
+    """Where JAX has no Triton backend, which it has announced to drop, fused.py works without gpu.py."""
+    code = ("import sys; sys.modules['jax.experimental.pallas.triton'] = None; from fast import fused; import numpy as np; "
+            "assert fused.gpu is None; fused.kernel_fn('cnn_vec', 'nngp', depth=1)(np.eye(4)[None, ..., None])")
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+
 def test_train_is_fused(tmp_path):
     """If fast/ is present, train_cifar.py computes its kernels with fused.py, also after gpu.py and cpu.py were deleted."""
     for name in os.listdir(HERE):
