@@ -7,9 +7,8 @@ JSON the network and what columns and classes are called. Graphs and fingerprint
 the new molecules together, so that all have room for the largest molecule; a kernel does not depend on that room.
 
 A class is predicted from f, the regression of its label 0 or 1: it is the positive one if f > 1/2. The probability of that is
-Phi((f - 1/2) / sd), if the output is normal with mean f and standard deviation sd. (Of images every class has an output of its
-own, own/model.py; here f decides alone.) Without --variance, sd is the root mean squared error on rows that the fit left out:
-leave-one-out; or if labels are missing, of each task on the validation rows.
+Phi((f - 1/2) / sd), if the output is normal with mean f and standard deviation sd. Without --variance, sd is the root mean
+squared error on rows that the fit left out: leave-one-out; or if labels are missing, of each task on the validation rows.
 
   n  training molecules   m  new molecules
 

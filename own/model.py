@@ -5,9 +5,10 @@
 The file is an .npz without pickle: alpha, the training rows X as they were read, and in JSON whatever else f needs. Here is
 what every model has in common, and the predictions for images; proteins/predict.py and molecules/predict.py have theirs.
 
-The probability of a class is that of its output being the largest, if each output is normal with mean f and the standard
-deviation sd. Without --variance, sd is the same for all rows: the root mean squared error on rows that the fit left out
-(leave-one-out, or the rows held out).
+The probability of a class is that of its output being the largest, if each of the c outputs is normal with mean f and standard
+deviation sd. One-hot targets minus 1/c sum to zero, so the outputs and their errors do: the covariance of the errors is
+sd^2 (I - 1 1^T / c) c / (c - 1), and with two classes the probability is Phi(f / sd). Without --variance, sd is the same for
+all rows: the root mean squared error on rows that the fit left out (leave-one-out, or the rows held out).
 
     about, arrays = model.load("digits.npz", "images")
 
@@ -104,8 +105,9 @@ def deviation(about, K, K_test, k_test, quiet=True):
 
 
 def probabilities(f, sd):
-    """The probability of each class, (m, c), from scores f (m, c) and sd: (m,), or one number."""
-    sd = np.broadcast_to(sd, len(f))
+    """The probability of each class, (m, c), from scores f (m, c) and sd: (m,), or one number. Differences of two outputs
+    have the variance that they would have if outputs were independent, with this larger sd."""
+    sd = np.broadcast_to(sd, len(f)) * (f.shape[1] / (f.shape[1] - 1)) ** 0.5
     return np.concatenate([regression.class_probabilities(f[i:i + ROWS], sd[i:i + ROWS]) for i in range(0, len(f), ROWS)])
 
 

@@ -10,6 +10,7 @@ from test_all import flip, train  # isort: skip
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import norm
 
 import data
 import kernel
@@ -59,6 +60,12 @@ def test_model_damaged(tmp_path, spoil, words):
     spoil(tmp_path / "m.npz", tmp_path / "x.npy")
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
+
+
+def test_model_probabilities_of_two_classes():
+    """With two classes, one output says all: the probability is Phi(f / sd)."""
+    f = np.array([[0.3, -0.3], [-0.01, 0.01], [0.0, 0.0]])
+    assert np.allclose(model.probabilities(f, 0.25), norm.cdf(f / 0.25), atol=1e-6)
 
 
 def test_model_predictions_that_cannot_be_written(tmp_path, monkeypatch):
@@ -129,6 +136,7 @@ def test_model_is_sure_as_the_formula(tmp_path):
     v = s2 * (np.diagonal(k_test) - np.sum(K_test * np.linalg.solve(A, K_test.T).T, axis=1) + A[0, 0] - K[0, 0])
     assert np.allclose(sure["sd"], v**0.5, rtol=1e-3) and np.allclose(np.array(found["sd"], float), v**0.5, rtol=1e-3)
     draws = np.random.default_rng(0).normal(size=(20_000, 10))
+    draws = (draws - draws.mean(axis=1, keepdims=True)) / 0.9**0.5  # errors sum to zero; each has sd 1
     for i, p in enumerate(sure["probabilities"]):
         assert np.allclose(p, np.bincount((f[i] + v[i]**0.5 * draws).argmax(axis=1), minlength=10) / 20_000, atol=0.015)
     assert plain["sd"] is None
