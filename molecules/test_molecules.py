@@ -883,7 +883,8 @@ def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
     K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(files.fingerprints(rows.mols).astype(np.float64)))
     A = K[np.ix_(train, train)] + 0.1 * np.diag(K)[train].mean() * np.eye(len(train))
     f = K[np.ix_(test, train)] @ np.linalg.solve(A, y[train] - y[train].mean())
-    assert abs(result["test_ap"] - average_precision_score(y[test], f)) < 1e-6
+    assert len(np.unique(f.round(5))) < len(test)  # some molecules have one fingerprint: ties, whatever rounding does
+    assert abs(result["test_ap"] - average_precision_score(y[test], f.round(5))) < 1e-6
     assert abs(result["test_ap"] - average_precision_score(1 - y[test], f)) > 0.05
 
 
