@@ -8,6 +8,7 @@ says so, and XLA compiles fused.py's own loops. Numbers are float32; float64 is 
 Proved by: fast/test_fast.py
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -57,7 +58,13 @@ def build(cxx):
     folder = os.path.join(cache, "infinite-networks")
     path = os.path.join(folder, f"cpu-{name}.so")
     if not os.path.exists(path):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:  # a home that cannot be written: built for this process alone
+            folder = tempfile.mkdtemp()
+            path = os.path.join(folder, os.path.basename(path))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder) as new:  # several processes may build at once: each renames its own
             subprocess.run([*compile_, "-o", f"{new}/cpu.o"], capture_output=True, text=True, check=True)
             # linked without -ffast-math, with which GCC would change how the whole process rounds tiny numbers
