@@ -99,7 +99,7 @@ struct Network {
   const float* x1;                             // (channels, h, w)
   const unaligned* x2;                         // (channels, h, w)
   std::unique_ptr<vec[]> picture[2], sums;     // K and T at the first resolution
-  vec total[2];
+  double total[2][LANES];
 
   // Adds picture (a, d) of stage s to the planes of stage s + 1.
   void pool(int s, int a, int d, const vec* picture, int state) {
@@ -150,16 +150,18 @@ struct Network {
       }
       for (int k = 0; k < states; ++k) {
         if (!last) { pool(s, a, d, x[k], k); continue; }
-        vec sum = {};
-        for (int i = 0; i < rows * columns; ++i) sum += x[k][i];
-        total[k] += sum;
+        for (int r = 0; r < rows; ++r) {  // a row in float32, the rows in float64
+          vec sum = {};
+          for (int c = 0; c < columns; ++c) sum += x[k][r * columns + c];
+          for (int lane = 0; lane < LANES; ++lane) total[k][lane] += sum[lane];
+        }
       }
     }
     if (!last && a % 2 && std::abs(completed) <= stages[s + 1].most) run(s + 1, completed);
   }
 };
 
-// rows: how many of the n1 first images are wanted.   x1: (n1, channels, h, w).   x2: (channels, h, w, 16).   w2_b2: (convs, 2).
+// rows: how many of the n1 first images are wanted.  x1: (n1, channels, h, w).  x2: (channels, h, w, 16).  w2_b2: (convs, 2).
 // std1, inverse1: (n1, numbers of all convs in one row); std2, inverse2: (those numbers, 16).   out: (states, n1, 16).
 // convs: how many there are at each resolution.   flatten: take p = q only.
 static ffi::Error run(ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::F32> x1, ffi::Buffer<ffi::F32> std1,
@@ -186,10 +188,11 @@ static ffi::Error run(ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::F32> x1, ffi:
     conv += convs[s];
     first.push_back(first[s] + convs[s] * one.h * one.w);
     one.start.push_back(0);
-    for (int d = -one.most; d <= one.most; ++d) one.start.push_back(one.start.back() + one.h * std::max(0, one.w - std::abs(d)));
+    for (int d = -one.most; d <= one.most; ++d)
+      one.start.push_back(one.start.back() + one.h * std::max(0, one.w - std::abs(d)));
     for (int k = 0; s && k < 2 * net.states; ++k) one.plane[k % 2][k / 2].reset(new vec[one.start.back()]);
   }
-  const float positions = net.stages.back().h * net.stages.back().w;
+  const double positions = net.stages.back().h * net.stages.back().w;
   std::fill_n(out->typed_data(), out->element_count(), 0.f);
   for (long i = 0; i < std::min<long>(n1, rows.typed_data()[0]); ++i) {
     net.x1 = x1.typed_data() + i * net.channels * h * w;
@@ -197,11 +200,12 @@ static ffi::Error run(ffi::Buffer<ffi::S32> rows, ffi::Buffer<ffi::F32> x1, ffi:
       net.stages[s].std1 = std1.typed_data() + i * numbers + first[s];
       net.stages[s].inverse1 = inverse1.typed_data() + i * numbers + first[s];
     }
-    std::fill_n(net.total, 2, vec{});
+    std::fill_n(net.total[0], 2 * LANES, 0.);
     const int most = std::min<int>(net.stages[0].most, h - 1);
     for (int a = -most; a <= most; ++a) net.run(0, a);
     for (int k = 0; k < net.states; ++k)
-      ((unaligned*)out->typed_data())[k * n1 + i] = net.total[k] / (flatten ? positions : positions * positions);
+      for (int lane = 0; lane < LANES; ++lane)
+        out->typed_data()[(k * n1 + i) * LANES + lane] = net.total[k][lane] / (flatten ? positions : positions * positions);
   }
   return ffi::Error::Success();
 }

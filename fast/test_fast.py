@@ -104,12 +104,13 @@ def test_fused_on_cifar(name, n):
 
 @by_both
 def test_fused_on_64_by_64(compiled, monkeypatch):
-    """fused.py equals kernel.py to 1e-5 on images of 64 x 64, which have 16.8 million pairs of pixels."""
+    """fused.py equals kernel.py to 1e-6 on images of 64 x 64: the mean over 16.8 million pairs of pixels does not
+    gather rounding."""
     use(compiled, monkeypatch)
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
     conv = [("conv", 2**0.5, 0.0), ("relu",)]
     for fast, exact in both_engines([*conv, ("pool",), *conv, ("gap",), ("dense", 1.0, 0.0)], x[:1], x[1:]):
-        assert relative_error(fast, exact) < 1e-5
+        assert relative_error(fast, exact) < 1e-6
 
 
 @by_both
