@@ -13,7 +13,7 @@ Images are 32 x 32 x 3 and normally distributed, sequences have 56 residues, mol
 Floor: no processor makes more entries than its arithmetic allows. Its rate is taken from a matrix product of 4,096 x 4,096:
 one multiply-add for each channel of fc or seq_fc, and INSTRUCTIONS for each element of a convolution and relu (cpu.cpp's, by
 count; all go through the same units). On a GPU also no faster than it reads and writes each element once: a copy's rate.
-Both are measured before every network and kind, and the tables use the best of a machine.
+Both are measured before every network and kind, and the tables use the best of a machine, or fc's own rate.
 
 Proved by: results/test_results.py
 """
