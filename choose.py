@@ -62,14 +62,14 @@ class Row(NamedTuple):
 class Spectrum:
     """K = Q S Q^T of a dense symmetric K (n, n), in float64.  scale: mean(diag K), or what ridges are relative to.
 
-    intercept: for a linear K of centred features (K 1 = 0). K gets a constant feature with 1e-6 of the ridge, so that
+    intercept: for a linear K of centred features (K 1 = 0). K gets a constant feature with 1e-4 of the ridge, so that
     leave-one-out fits the intercept anew each time. Otherwise the mean would tell the others about the row left out."""
 
     def __init__(self, K, scale=None, intercept=False):
         K = np.asarray(K, np.float64)
         scale = float(np.mean(np.diagonal(K)) if scale is None else scale)
         with threadpool_limits(1 if len(K) < 2048 else None, "blas"):  # on a busy machine two threads take ten times as long
-            self.S, self.Q = np.linalg.eigh(K + 1e6 * scale if intercept else K)
+            self.S, self.Q = np.linalg.eigh(K + 1e4 * scale if intercept else K)
         self.scale = scale
         self.noise = max(0.0, -self.S[0])  # a kernel has no negative eigenvalue: this is the rounding of its entries
 

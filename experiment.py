@@ -236,9 +236,9 @@ def provenance(processes=1):
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
 
-def writable(folder):
-    """Makes `folder` and its runs.jsonl.  OSError: they cannot be written, said before any work is done."""
-    path = os.path.join(folder, "runs.jsonl")
+def writable(folder, name="runs.jsonl"):
+    """Makes `folder` and a file in it.  OSError: they cannot be written, said before any work is done."""
+    path = os.path.join(folder, name)
     try:
         os.makedirs(folder, exist_ok=True)
         open(path, "ab").close()

@@ -296,14 +296,14 @@ def config(args, kind, n):
 
 
 def computed(args, n, K, K_test, team, seconds):
-    """How many entries were computed for the run of n images; None where every product computes them, 0
-    where they were found, or counted with the largest n."""
+    """How many entries were computed for the run of n images, and what compiled the program that did; None where every
+    product computes them, 0 where they were found, or counted with the largest n."""
+    compiler = fused.compiler(layers(args)) if args.engine == "fused" else "XLA"
     if args.store == "none":
-        return {"entries_computed": None, "entries_per_second": None}
+        return {"entries_computed": None, "entries_per_second": None, "compiler": compiler}
     found = int(team.all_reduce(np.array([K.found + K_test.found]))[0])
     count = K.entries + K_test.entries - found if n == args.n_train else 0
-    return {"entries_computed": count, "entries_per_second": count / seconds,
-            "compiler": fused.compiler(layers(args)) if args.engine == "fused" else "XLA"}
+    return {"entries_computed": count, "entries_per_second": count / seconds, "compiler": compiler}
 
 
 def describe(result):
@@ -311,7 +311,7 @@ def describe(result):
     config, seconds = result["config"], result["seconds"]
     copies, percent = result["rows"] // config["n_train"], "{:.2f} %".format
     rate = {0: "none computed", None: "computed in every product"}.get(
-        result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s, compiled by {result.get('compiler')}")
+        result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s, compiled by {result['compiler']}")
     lines = {
         "fitted": f"{config['dataset']} {config['kernel']} {config['kind']} n_train={config['n_train']}"
                   + (f" x {copies}" if copies > 1 else "") + f" n_test={config['n_test']}, whitened by {config['whiten']}"

@@ -79,7 +79,7 @@ def available():
     cxx = compiler()
     if cxx is None:
         if os.environ.get("CXX") != "":
-            print("fast/cpu.py: no C++ compiler on PATH; convolutions are computed by XLA, two to three times slower",
+            print("fast/cpu.py: no C++ compiler on PATH; convolutions are computed by XLA, at about half the speed",
                   file=sys.stderr)
         return None
     try:
@@ -89,7 +89,7 @@ def available():
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         print(f"fast/cpu.py: {cxx} could not build cpu.cpp ({next((line for line in reason if 'error' in line), reason[0])}); "
-              "convolutions are computed by XLA, two to three times slower", file=sys.stderr)
+              "convolutions are computed by XLA, at about half the speed", file=sys.stderr)
         return None
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 import augment
 import data
+import experiment
 import regression
 import tiles
 from own import images, tables
@@ -67,15 +68,7 @@ def start(args, what):
     about, arrays = load(args.load, what)
     if args.variance:
         covariance(about)
-    path = os.path.join(args.out, PREDICTIONS)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        new = not os.path.exists(path)
-        open(path, "ab").close()
-        if new:
-            os.remove(path)
-    except OSError as error:
-        raise OSError(f"--out {args.out}: {path} cannot be written ({error.strerror}); give a folder that can") from error
+    experiment.writable(args.out, PREDICTIONS)
     return about, arrays
 
 

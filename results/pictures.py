@@ -173,19 +173,17 @@ def draw_lesson(folder):
         cells = json.load(file)["cells"]
     end = next(k for k, cell in enumerate(cells) if cell["source"][0].startswith("## 3."))
     plt.switch_backend("agg")
-    plain, found = dict(matplotlib.rcParams), {}
+    found = {}
     for cell in cells[:end]:
         if cell["cell_type"] == "code":
             plt.close("all")
-            code = "".join(cell["source"]).replace("plt.show()", "")
             with contextlib.redirect_stdout(None):
-                exec(code.replace("figure.facecolor", "savefig.facecolor"), found)
+                exec("".join(cell["source"]).replace("plt.show()", ""), found)
     figure = plt.gcf()
     figure.axes[0].lines[-1].set_color(GREY)
     figure.axes[0].legend(frameon=False, fontsize=7, handlelength=1, labelcolor=GREY)
     save(figure, folder, "lesson")
     plt.close("all")
-    matplotlib.rcParams.update(plain)
     return found
 
 

@@ -33,25 +33,29 @@ def load(path):
     groups = {}
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; give --runs the runs.jsonl that a run writes into its --out folder")
-    with open(path) as lines:
-        for number, line in enumerate(lines, 1):
+    for number, run in lines(path):
+        try:
+            config = run["config"] = {**ABSENT, **run["config"]}
+            config["flips"] = bool(config["flips"])  # symmetric and explicit flips give the same predictions
+            config["zca_eps"] = config["zca_eps"] if str(config["whiten"]).startswith("zca") else None
+            run["search"] = run.pop("validation", None) or run.get("search")  # its former name
+            solver = run["ridge"], config.get("rank"), config.get("precondition")
+            fixed = () if run["search"] else solver
+            key = tuple(config[name] for name in SAME) + fixed
+            groups.setdefault(key, {})[config["seed"]] = run
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not a run of one of the three experiments: {error!r}") from error
+    return [list(runs.values()) for runs in groups.values()]
+
+
+def lines(path):
+    """(number, record) of each complete line of a jsonl file."""
+    with open(path) as file:
+        for number, line in enumerate(file, 1):
             try:
-                run = json.loads(line)
+                yield number, json.loads(line)
             except ValueError:
                 print(f"note: {path}, line {number} is incomplete (perhaps its run was killed while writing) and is left out")
-                continue
-            try:
-                config = run["config"] = {**ABSENT, **run["config"]}
-                config["flips"] = bool(config["flips"])  # symmetric and explicit flips give the same predictions
-                config["zca_eps"] = config["zca_eps"] if str(config["whiten"]).startswith("zca") else None
-                run["search"] = run.pop("validation", None) or run.get("search")  # its former name
-                solver = run["ridge"], config.get("rank"), config.get("precondition")
-                fixed = () if run["search"] else solver
-                key = tuple(config[name] for name in SAME) + fixed
-                groups.setdefault(key, {})[config["seed"]] = run
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is not a run of one of the three experiments: {error!r}") from error
-    return [list(runs.values()) for runs in groups.values()]
 
 
 def test_error(run):
@@ -219,11 +223,10 @@ def cost(groups, dataset):
 def speed(path):
     """A table for each machine in speed.jsonl: for each network and kind the last line here and of neural_tangents."""
     machines = {}
-    with open(path) as lines:
-        for line in map(json.loads, lines):
-            if not line["small"]:
-                where = line["device"], line["devices"] if line["device"].startswith("NVIDIA") else line["cores"]
-                machines.setdefault(where, {})[line["network"], line["kind"], line["engine"]] = line
+    for _, line in lines(path):
+        if not line["small"]:
+            key = line["network"], line["kind"], line["engine"]
+            machines.setdefault((line["device"], line["devices"]), {})[key] = line
     out = []
     for (device, count), measured in machines.items():
         best = max(line["entries_per_second"] * line["flops"] / line["floor"] if (name, engine) == ("fc", "here")
