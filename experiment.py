@@ -20,6 +20,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from contextlib import contextmanager
@@ -237,11 +238,14 @@ def provenance(processes=1):
 
 
 def writable(folder, name="runs.jsonl"):
-    """Makes `folder` and a file in it.  OSError: they cannot be written, said before any work is done."""
+    """Makes `folder`.  OSError: the file `name` cannot be written there, said before any work is done."""
     path = os.path.join(folder, name)
     try:
         os.makedirs(folder, exist_ok=True)
-        open(path, "ab").close()
+        if os.path.lexists(path):
+            open(path, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"--out {folder}: {path} cannot be written ({error.strerror}); give a folder that can") from error
 
