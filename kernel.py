@@ -32,6 +32,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -131,6 +132,7 @@ def outer(K, a, b):
     return a.reshape(a.shape + (1,) * (K.ndim - a.ndim)) * b[(None,) * (K.ndim - b.ndim)]
 
 
+@jax.jit
 def inverse(std):
     """1 / std, and 0 where std is 0, as of black patches."""
     return jnp.where(std > 0, 1 / jnp.where(std > 0, std, jnp.ones_like(std)), jnp.zeros_like(std))
@@ -164,6 +166,7 @@ def _angle_coefficients(degree):
 ANGLE = {"float32": _angle_coefficients(6), "float64": _angle_coefficients(19)}
 
 
+@jax.jit  # traced once for all layers of one shape
 def kappas(c):
     """kappa0(c), kappa1(c) of the cosine c, any shape, float32 or float64.
 
@@ -367,6 +370,13 @@ def kernel_fn(name, kind, **options):
         return blocked(lambda one: blocked(
             lambda two: pair(layers, kind, one[0], two[0], one[1], two[1]), b, cols), a, rows)
     return fn
+
+
+@lru_cache(maxsize=32)
+def compiled(engine, layers, kind, **options):
+    """engine(layers, kind, ...), such as kernel_fn, made once for each network: JAX compiles every new function again.
+    layers: a tuple."""
+    return engine(list(layers), kind, **options)
 
 
 def blocked(f, xs, size):

@@ -34,9 +34,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
+from threadpoolctl import threadpool_limits
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.environ["XLA_FLAGS"] = "--xla_cpu_prefer_vector_width=512"  # as train_cifar.py does
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
+    os.environ["NPROC"] = "1"
+    threadpool_limits(1)
 # what one process of the tests has compiled, the others, and the scripts that tests start, need not compile again
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(HERE, ".pytest_cache", "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -199,7 +199,7 @@ def computed(fn, inputs, sides, keys, devices=None):
         yield from fetched(pending, len(runs[0]) - 1)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _pmap(fn, devices):
     """pmap, once for each function: a new one would compile again."""
     return jax.pmap(fn, devices=devices)

@@ -187,10 +187,10 @@ def layers(args):
 def network_kernel(engine, layers, flips, kind):
     """kernel_fn(x1, x2) of a network; kind: one, or a tuple of them."""
     if flips != "symmetric":
-        return ENGINES[engine](layers, kind)
+        return kernel.compiled(ENGINES[engine], tuple(layers), kind)
     if engine == "fused":
-        return fused.kernel_fn(layers, kind, flips=True)
-    return augment.symmetric(ENGINES[engine](layers, kind))
+        return kernel.compiled(fused.kernel_fn, tuple(layers), kind, flips=True)
+    return augment.symmetric(kernel.compiled(ENGINES[engine], tuple(layers), kind))
 
 
 def on_disk(args):

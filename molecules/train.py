@@ -325,8 +325,8 @@ def kernels(args, kinds, inputs, where):
         rows = {f"{name}-{part}": taken(x, of) for name, of in where.items()}
         known_by = [layer[:1] if layer[0] == "aggregate" else layer for layer in layers]  # without degree: only padding
         of_parts.append(experiment.matrices(
-            partial(engine, layers), kinds, rows, args.store, {"kernel": part, "layers": known_by}, args.tile,
-            devices=experiment.devices(args.devices), quiet=args.quiet))
+            partial(kernel.compiled, engine, tuple(layers)), kinds, rows, args.store, {"kernel": part, "layers": known_by},
+            args.tile, devices=experiment.devices(args.devices), quiet=args.quiet))
     return list(zip(*of_parts))
 
 

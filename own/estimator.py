@@ -18,7 +18,6 @@ Proved by: own/test_estimator.py
 
 import importlib
 import math
-from functools import lru_cache
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
@@ -106,7 +105,7 @@ class _Kernel(BaseEstimator):
             named, engine = isinstance(self.kernel, str), next(iter(ENGINES.values()))
             layers = kernels.network(self.kernel, self.depth, self.w_std, self.b_std, self.head, self.gamma) if named else [
                 tuple(layer) for layer in self.kernel]
-        return compiled(engine, tuple(layers), self.kind)
+        return kernels.compiled(engine, tuple(layers), self.kind)
 
     def _whitening(self, X):
         """The data.Whitening of images X, or None."""
@@ -234,4 +233,3 @@ def side(x):
     return min(most, max(8, 2 ** math.ceil(math.log2(-(-len(x) // 4)))))
 
 
-compiled = lru_cache(maxsize=32)(lambda engine, layers, kind: engine(list(layers), kind))

@@ -23,7 +23,7 @@ import argparse
 import hashlib
 import itertools
 import os
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 from scipy.special import ndtri
@@ -180,7 +180,7 @@ def main(argv=None):
     args = parse(argv)
     if args.load:
         from proteins import predict
-        return predict.predict(args, compiled)
+        return predict.predict(args, partial(kernel.compiled, engine))
     experiment.writable(args.out)
     run, seconds = experiment.provenance(), {}
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
@@ -295,10 +295,7 @@ def layers(args, encoding):
 
 def network_kernel(args, kind, encoding):
     """kernel_fn(x1, x2) for these flags and this encoding; kind: one kind, or a tuple of kinds."""
-    return compiled(tuple(layers(args, encoding)), kind)
-
-
-compiled = lru_cache(engine)  # cached, because JAX compiles every new function again
+    return kernel.compiled(engine, tuple(layers(args, encoding)), kind)
 
 
 def scale(args, K):
