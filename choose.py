@@ -122,7 +122,7 @@ def leave_one_out(spectrum, y, ridges, score=None, copies=1):
 
 
 def generalised(solver, y, ridges, seed=0):
-    """[Row, ...] by GCV, from the largest ridge down, each from the solution before.  solver: a regression.Solver.
+    """[Row, ...] by GCV, from the largest ridge down.  solver: a regression.Solver.
 
     K must not hold copies of rows: left alone, each predicts the other.
     """
@@ -134,43 +134,40 @@ def generalised(solver, y, ridges, seed=0):
         trace = np.einsum("np,np->p", probes, z).mean()
         return Row(ridge, None, float(n * np.sum(alpha**2) / c / trace**2),
                    n - ridge * solver.scale * trace)
-    return _descend(solver, np.concatenate([y, probes], axis=1), ridges, row)
+    return [row(*one) for one in _solved(solver, np.concatenate([y, probes], axis=1), ridges)]
 
 
 def validation(solver, y, ridges, n_fit, held_out, score=None):
-    """[Row, ...] on rows held out, from the largest ridge down, each from the solution before.
+    """[Row, ...] on rows held out, from the largest ridge down.
 
     n_fit: how many rows are fitted, the first.   held_out: numbers of rows after them, or for rows that are not
     of K (K_val, y_val), their kernel with the rows of K and their targets.
     score: (predictions (m, c), their rows) -> number; rows are None for rows that are not of K.
     """
-    part = solver.leading(n_fit)
+    ridges, alphas = zip(*_solved(solver.leading(n_fit), y[:n_fit], ridges))
+    alpha = np.concatenate(alphas, axis=1)
+    if isinstance(held_out, tuple):
+        rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
+    else:  # the rows held out are K times alpha padded with zeros
+        alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, alpha.shape[1]))])
+        rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
+    return [Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
+            for ridge, f in zip(ridges, np.split(f, len(ridges), axis=1))]
 
-    def row(ridge, alpha):
-        if isinstance(held_out, tuple):
-            rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
-        else:  # the rows held out are K times alpha padded with zeros
-            alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, y.shape[1]))])
-            rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
-        return Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
-    return _descend(part, y[:n_fit], ridges, row)
 
-
-def _descend(solver, y, ridges, row):
-    """[row(ridge, alpha), ...]: solves to residual SEARCH, from the largest ridge, the easiest, down. It does not stop at the
-    first rise: with pooling the error rises before it falls. It stops where A is not positive definite."""
-    table, alpha = [], None
-    for ridge in sorted(ridges, reverse=True):
-        try:
-            alpha, _ = solver(y, ridge, SEARCH, alpha)
-        except pcg.Indefinite as error:
-            if not table:
-                raise
+def _solved(solver, y, ridges):
+    """[(ridge, alpha), ...] from the largest ridge, the easiest, down, to residual SEARCH, all in one pass. All of them: with
+    pooling the error rises before it falls. It ends where A is not positive definite."""
+    ridges, found = sorted(ridges, reverse=True), []
+    for ridge, one in zip(ridges, solver.each(y, ridges, SEARCH)):
+        if isinstance(one, pcg.Indefinite):
+            if not found:
+                raise one
             if solver.verbose:
-                print(f"ridge {ridge:.2g}: {error}")
+                print(f"ridge {ridge:.2g}: {one}")
             break
-        table.append(row(ridge, alpha))
-    return table
+        found.append((ridge, one[0]))
+    return found
 
 
 def describe(row):

@@ -47,6 +47,8 @@ contrast, and with it what F leaves of each row. NTKs then need a third fewer st
 
     X, info = pcg.solve(K.matvec, Y, ridge, pcg.low_rank(K)(ridge))
 
+Solves for several ridges run side by side (`together`): one product with K, and one look at F, serves all their columns.
+
 Cost: a step is one product with K and one with M^-1, 4 n k c operations. low_rank: n k entries of K, 2 n k^2 + k^3
 operations and n k^2 more for each ridge, 4 n k bytes over all processes (F is float32: any F makes a valid M).
 Proved by: test_all.py, section pcg
@@ -55,7 +57,7 @@ Proved by: test_all.py, section pcg
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -134,44 +136,102 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     Warns where tol is not reached. Raises ValueError: shapes, NaN in y or K, ridge < 0.
     Indefinite: a direction with <d, A d> <= 0, or so little above that rounding may have put it there.
     """
+    (found,) = together(matvec, [steps(y, ridge, precondition, tol, max_iters, x0, quiet, checkpoint, drop=False)])
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def together(matvec, solves, quiet=True):
+    """What each of `solves`, generators as `steps` returns them, returns, or the Indefinite that it raises. They run side by
+    side: one product serves all columns of all of them."""
+    found, waiting = [None] * len(solves), {}
+    bar = tqdm(total=len(solves), unit="ridge", desc="ridges", disable=quiet or None, leave=False)
+
+    def go_on(i, answer):
+        waiting.pop(i, None)
+        try:
+            waiting[i] = solves[i].send(answer)
+            return
+        except StopIteration as end:
+            found[i] = end.value
+        except Indefinite as error:
+            found[i] = error
+        bar.update()
+    for i in range(len(solves)):
+        go_on(i, None)
+    while waiting:
+        asked = {i: one for i, one in waiting.items() if one[0]}
+        if asked:  # M^-1 first, so that then all wait for K
+            answers = _preconditioned(*zip(*asked.values()))
+        else:
+            asked, vs = dict(waiting), [v for _, v in waiting.values()]
+            answers = np.split(matvec(np.concatenate(vs, axis=1)), np.cumsum([v.shape[1] for v in vs])[:-1], axis=1)
+        for i, answer in zip(asked, answers):
+            go_on(i, answer)
+    bar.close()
+    return found
+
+
+def _preconditioned(inverses, rs):
+    """[M^-1 r, ...], together where all come from one LowRank."""
+    lows = {id(getattr(inverse, "low", inverse)) for inverse in inverses}
+    if len(inverses) == 1 or len(lows) > 1 or not hasattr(inverses[0], "low"):
+        return [inverse(r) for inverse, r in zip(inverses, rs)]
+    return inverses[0].low.apply(inverses, rs)
+
+
+def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True, checkpoint=None, drop=True):
+    """`solve` as a generator: it yields (None, v) and takes K v, or (precondition, r) and takes M^-1 r; it returns X and Info.
+    v, r: (n, k).
+
+    drop: columns that are done drop out, so that k <= c. False: K or M differs from column to column, and k = c.
+    """
     begun, shape, y = time.perf_counter(), np.shape(y), np.array(y, np.float64).reshape(len(y), -1)
     if not np.isfinite(y).all() or not ridge >= 0:
         raise ValueError(f"y has {np.sum(~np.isfinite(y))} entries that are not finite, ridge is "
                          f"{ridge}: y must be finite and ridge >= 0")
     spent = []
 
-    def product(v):
-        start = time.perf_counter()
-        out = matvec(v) + ridge * v
+    def product(v, which=True):
+        """A v of these columns; 0 in the others."""
+        start, which = time.perf_counter(), slice(None) if np.all(which) or not drop else which
+        out = np.zeros_like(v)
+        out[:, which] = (yield None, v[:, which]) + ridge * v[:, which]
         spent.append(time.perf_counter() - start)
         if not np.isfinite(out).all():
             raise ValueError(f"product {len(spent)} with K has {np.sum(~np.isfinite(out))} entries that are not "
                              "finite: look for NaN or infinity in K and in the preconditioner")
         return out
 
+    def preconditioned(r, which):
+        """M^-1 r of these columns; 0 in the others."""
+        which, out = slice(None) if which.all() or not drop else which, np.zeros_like(r)
+        out[:, which] = (yield precondition, r[:, which]) if precondition and np.any(which) else r[:, which]
+        return out
+
     def relative(residual):
         return np.linalg.norm(residual, axis=0) / scale
 
-    precondition = precondition or (lambda r: r)
     scale = np.linalg.norm(y, axis=0)
     scale[scale == 0] = 1  # a zero column is solved by zero
     saved = checkpoint.load() if checkpoint else None
     state = (State(**{name: list(saved[name]) if kind is list else saved[name]
                       for name, kind in State.__annotations__.items()}) if saved
-             else _begin(product, y, precondition, relative, tol, x0))
+             else (yield from _begin(product, y, preconditioned, relative, tol, x0)))
     x, r, d, rz, active, stepping, restarted, history, alphas, betas = state
     bar = tqdm(total=max_iters, initial=len(alphas), unit="step", desc="solve", disable=quiet or None,
                leave=False)
     highest = 0.0  # Rayleigh quotient, at most the largest eigenvalue
     known = False  # whether `residual` is the true one of x
     while active.any() and len(alphas) < max_iters:
-        q = product(d)
+        q = yield from product(d, stepping)
         curvature = _dot(d, q)
         quotient = curvature[stepping] / _dot(d, d)[stepping]
         highest = max(highest, quotient.max(initial=0))
         if np.any(quotient <= SINGULAR * highest):
             bar.close()
-            raise _indefinite(product, d[:, stepping], curvature[stepping], ridge, len(alphas) + 1)
+            raise (yield from _indefinite(product, d[:, stepping], curvature[stepping], ridge, len(alphas) + 1))
         alpha = np.divide(rz, curvature, out=np.zeros_like(rz), where=stepping)
         x += alpha * d
         r -= alpha * q
@@ -179,14 +239,15 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
         stepping = active & (residual > tol)  # the others wait for the next true residual
         known = len(alphas) % CHECK == CHECK - 1 or not stepping.any()
         if known:
-            true = y - product(x)
+            true = np.where(active, y - (yield from product(x, active)), r)
             residual = relative(true)
             lost = active & (residual > tol) & (~stepping | (relative(true - r) > 0.1 * residual))
             active = active & (residual > tol) & ~(lost & (residual > restarted / 2))
             restarted[lost] = residual[lost]
+            lost |= ~active  # r of what is done stays the true one
             r[:, lost] = true[:, lost]
             stepping = active
-        z = precondition(r)
+        z = yield from preconditioned(r, stepping)
         rz_before, rz = rz, _dot(r, z)
         beta = np.divide(rz, rz_before, out=np.zeros_like(rz), where=stepping & ~lost)
         d = z + beta * d
@@ -201,7 +262,7 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     bar.close()
 
     if not known:
-        residual = relative(y - product(x))
+        residual = relative(np.where(active, y - (yield from product(x, active)), r) if active.any() else r)
     info = Info(len(alphas), residual, bool((residual <= tol).all()), history,
                 _condition(np.array(alphas), np.array(betas)), time.perf_counter() - begun,
                 sum(spent), len(spent))
@@ -210,16 +271,28 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     return x.reshape(shape), info
 
 
+def projected(X, KX, y, ridge):
+    """The x in the span of solutions for other ridges with the smallest error (x - A^-1 y)^T A (x - A^-1 y), column by column:
+    where a solve may start.   X: solutions (n, c).   KX: K times each.   y: (n, c)."""
+    x = np.empty(y.shape)
+    for j in range(y.shape[1]):
+        V, KV = (np.stack([one[:, j] for one in many]) for many in (X, KX))
+        S, U = np.linalg.eigh(V @ V.T)
+        U = (U / np.sqrt(np.maximum(S, 1e-300)))[:, S > 1e-12 * S[-1]]  # V^T U is an orthonormal basis
+        x[:, j] = V.T @ (U @ np.linalg.solve(U.T @ (V @ KV.T) @ U + ridge * np.eye(U.shape[1]), U.T @ (V @ y[:, j])))
+    return x
+
+
 def _dot(a, b):
     return np.einsum("nc,nc->c", a, b)
 
 
-def _begin(product, y, precondition, relative, tol, x0):
+def _begin(product, y, preconditioned, relative, tol, x0):
     """The state before the first step."""
     x = np.zeros_like(y) if x0 is None else np.array(x0, np.float64).reshape(y.shape)
-    r = y - product(x) if x.any() else y.copy()
+    r = y - (yield from product(x)) if x.any() else y.copy()
     residual = relative(r)
-    z = precondition(r)
+    z = yield from preconditioned(r, residual > tol)
     return State(x, r, z.copy(), _dot(r, z), residual > tol, residual > tol,
                  np.full(y.shape[1], np.inf), [float(residual.max())], [], [])
 
@@ -240,7 +313,7 @@ def _indefinite(product, d, curvature, ridge, step):
     ridge, and at least a millionth of the largest.
     """
     quotient = curvature / np.maximum(_dot(d, d), 1e-300)
-    lowest, highest = _extremes(product, d[:, quotient.argmin()])
+    lowest, highest = yield from _extremes(product, d[:, quotient.argmin()])
     lowest = min(lowest, quotient.min())
     cure = ridge + max(-1.5 * lowest, 1e-6 * highest)
     return Indefinite(
@@ -253,7 +326,7 @@ def _extremes(product, start, steps=40):
     """The lowest and the highest eigenvalue of A projected on {start, A start, ...}: Lanczos' method."""
     basis, main, beside = [start / np.linalg.norm(start)], [], []
     for _ in range(min(steps, len(start))):
-        w = product(basis[-1][:, None])[:, 0]
+        w = (yield from product(basis[-1][:, None]))[:, 0]
         main.append(w @ basis[-1])
         for _ in range(2):  # once leaves what rounding has left
             w -= np.stack(basis, 1) @ (np.stack(basis) @ w)
@@ -314,26 +387,27 @@ class LowRank:
         return LowRank(self.F[:len(range(n)[_rows(self.team)])], self.diagonal[:n], self.team)
 
     def __call__(self, ridge):
-        rows, n = _rows(self.team), len(self.diagonal)
-        w = (self.outside + ridge)[rows]
-        middle = cho_factor(np.eye(self.F.shape[1]) + self._gram(w), lower=False)
+        return Inverse(self, (self.outside + ridge)[_rows(self.team)])
 
-        def apply(r):
-            # BLAS's own threads go on spinning for a while after each call, and the product with K that
-            # comes next, on all cores, took twice as long for it: threads are ours here
-            with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(tiles.cores()) as pool:
-                t = r[rows] / w[:, None]
-                parts = pool.map(lambda part: self._F(part).T @ t[part], self._parts())
-                within = _sum(self.team, sum(parts, np.zeros((len(middle[0]), r.shape[1]))))
-                within = cho_solve(middle, within)
+    def apply(self, inverses, rs):
+        """[M^-1 r, ...] of each of these inverses and its r (n, c): F is read once for all of them."""
+        rows, k, ends = _rows(self.team), self.F.shape[1], np.cumsum([r.shape[1] for r in rs])
+        middles = [one.middle for one in inverses]  # here, by all processes together, and not in a thread of one
+        w = np.concatenate([np.repeat(one.w[:, None], r.shape[1], axis=1) for one, r in zip(inverses, rs)], axis=1)
+        t = np.concatenate([r[rows] for r in rs], axis=1) / w
+        # BLAS's own threads go on spinning for a while after each call, and the product with K that
+        # comes next, on all cores, took twice as long for it: threads are ours here
+        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(tiles.cores()) as pool:
+            parts = pool.map(lambda part: t[part].T @ self._F(part), self._parts())
+            within = np.split(_sum(self.team, sum(parts, np.zeros((ends[-1], k)))).T, ends[:-1], axis=1)
+            within = np.concatenate(list(pool.map(cho_solve, middles, within)), axis=1)
 
-                def finish(part):
-                    t[part] -= self._F(part) @ within / w[part, None]
-                list(pool.map(finish, self._parts()))
-            z = np.zeros((n, r.shape[1]))
-            z[rows] = t
-            return _sum(self.team, z)
-        return apply
+            def finish(part):
+                t[part] -= self._F(part) @ within / w[part]
+            list(pool.map(finish, self._parts()))
+        z = np.zeros((len(self.diagonal), ends[-1]))
+        z[rows] = t
+        return np.split(_sum(self.team, z), ends[:-1], axis=1)
 
     def _gram(self, w):
         """F^T diag(w)^-1 F, its upper half."""
@@ -349,6 +423,21 @@ class LowRank:
 
     def _parts(self, rows=ROWS):
         return [slice(start, start + rows) for start in range(0, len(self.F), rows)]
+
+
+class Inverse:
+    """r -> M^-1 r, of a LowRank and one ridge.  w: diag(w) of M, this process's rows."""
+
+    def __init__(self, low, w):
+        self.low, self.w = low, w
+
+    @cached_property
+    def middle(self):
+        """I + F^T diag(w)^-1 F, factorised when it is first used."""
+        return cho_factor(np.eye(self.low.F.shape[1]) + self.low._gram(self.w), lower=False)
+
+    def __call__(self, r):
+        return self.low.apply([self], [r])[0]
 
 
 @lru_cache

@@ -12,8 +12,8 @@ the infinitely wide network itself.
 
   n  training rows   m  test rows   c  outputs   ridge  relative to mean(diag K), so that it means the same for every kernel
 
-Nothing is computed again for another ridge: K and the preconditioner's columns of it serve all ridges, and each solve starts
-from the solution before.
+Nothing is computed again for another ridge: K, the preconditioner's columns of it, and each product with K serve all ridges
+that are compared.
 
     alpha, f, result, solver = regression.fit(K, K_test, y, [0.01, 0.1, 1.0], "loo")
 
@@ -31,6 +31,8 @@ import choose
 import pcg
 
 TINY = 1e-100  # an sd of 0 counts as this
+EVERY = 3  # of the ridges that are compared, one in so many is solved first
+PASS = 2**33  # bytes of the vectors x, r, d, q, z of all ridges that are solved together
 COLUMNS = 256  # right-hand sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
@@ -79,14 +81,45 @@ class Solver:
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
         """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, but in terms of the relative ridge."""
-        absolute = ridge * self.scale
-        keep = self.keep and self.keep(ridge=ridge, tol=tol, y=y)
-        try:
-            return pcg.solve(self.K.matvec, y, absolute, self.ready(absolute), tol, self.max_iters, x0,
-                             self.quiet, keep)
-        except pcg.Indefinite as error:
-            cure = error.cure / self.scale
-            raise pcg.Indefinite(f"{error}: --ridge {cure:.1e}", cure) from error
+        (found,) = self.each(y, [ridge], tol, x0)
+        if isinstance(found, pcg.Indefinite):
+            raise found
+        return found
+
+    def each(self, y, ridges, tol=1e-6, x0=None):
+        """What a call returns for each of the ridges, or the Indefinite that it raises.
+
+        In one pass: each product with K serves all of them. First every EVERY-th ridge and the last are solved. The others
+        start from the best combination of those solutions, with the preconditioner of the nearest: most are then done at once.
+        """
+        first = [*ridges[:-1:EVERY], ridges[-1]]
+        inverses = {ridge: self.ready(ridge * self.scale) for ridge in first}
+        found = self._together(y, dict.fromkeys(first, x0), inverses, tol)
+        solved = [one[0] for one in found.values() if not isinstance(one, pcg.Indefinite)]
+        rest = dict.fromkeys(ridge for ridge in ridges if ridge not in first)
+        if rest and solved:
+            KX = np.split(self.K.matvec(np.concatenate(solved, axis=1)), len(solved), axis=1)
+            rest = {ridge: pcg.projected(solved, KX, y, ridge * self.scale) for ridge in rest}
+        found.update(self._together(y, rest, inverses, tol))
+        return [found[ridge] for ridge in ridges]
+
+    def _together(self, y, starts, inverses, tol):
+        """{ridge: solved or Indefinite}; as many ridges at a time as keep their vectors within PASS bytes.
+        starts: {ridge: x0}.   inverses: {ridge: M^-1}, of which the nearest serves."""
+        def solve(ridge):
+            near = min(inverses, key=lambda other: abs(np.log((other + TINY) / (ridge + TINY))))
+            return pcg.steps(y, ridge * self.scale, inverses[near], tol, self.max_iters, starts[ridge],
+                             self.quiet or len(starts) > 1, self.keep and self.keep(ridge=ridge, tol=tol, y=y),
+                             drop=not hasattr(self.K, "mask"))
+        ridges, found, most = list(starts), {}, max(1, PASS // (40 * y.size))
+        for some in [ridges[start:start + most] for start in range(0, len(ridges), most)]:
+            solves = [solve(ridge) for ridge in some]
+            for ridge, one in zip(some, pcg.together(self.K.matvec, solves, self.quiet or len(some) == 1)):
+                if isinstance(one, pcg.Indefinite):
+                    cure = one.cure / self.scale
+                    one = pcg.Indefinite(f"{one}: --ridge {cure:.1e}", cure)
+                found[ridge] = one
+        return found
 
 
 def fit(K, K_test, y, ridges, select="loo", tol=1e-6, **options):

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large that a call to a device costs nothing
 PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
-# times the rows, for then the overhead of Python shows (1.35 times faster)
+# times the rows, for then the overhead of Python shows (1.35 times faster); 32 columns or more: four times (1.2)
 GROUP, GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"  # where Linux says what a container may use
 MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
 
@@ -346,22 +346,22 @@ class TiledMatrix:
         products while they are in cache. BLAS's own threads would wait for each other: 40 times slower.
         """
         check_vectors(v, self.shape)
-        step = PART[0] * max(1, 8 // max(1, v.shape[1]))
+        step, vT = PART[0] * (8 // max(1, v.shape[1]) or 1 + 3 * (v.shape[1] >= 32)), np.ascontiguousarray(v.T)
 
         def product(key):
             rows, cols, tile = self.cut(key)
             both = self.symmetric and key[0] != key[1]
-            v_i, v_j = v[rows] if both else None, v[cols]
-            y_i, y_j = np.zeros((tile.shape[0], v.shape[1])), np.zeros((tile.shape[1], v.shape[1]))
+            v_i, v_j = vT[:, rows], vT[:, cols]
+            y_i, y_j = np.zeros((tile.shape[0], len(vT))), np.zeros((len(vT), tile.shape[1]))
             space = np.empty((min(step, tile.shape[0]), min(PART[1], tile.shape[1])))
-            for r, s in itertools.product(range(0, len(tile), step), range(0, len(v_j), PART[1])):
+            for r, s in itertools.product(range(0, len(tile), step), range(0, tile.shape[1], PART[1])):
                 part = tile[r:r + step, s:s + PART[1]]
                 part64 = space[:len(part), :part.shape[1]]
                 np.copyto(part64, part)
-                y_i[r:r + step] += part64 @ v_j[s:s + PART[1]]
+                y_i[r:r + step] += part64 @ v_j[:, s:s + PART[1]].T
                 if both:
-                    y_j[s:s + PART[1]] += part64.T @ v_i[r:r + step]
-            return rows, y_i, cols, y_j if both else None
+                    y_j[:, s:s + PART[1]] += v_i[:, r:r + step] @ part64  # 1.5 times as fast as part64.T @ v_i
+            return rows, y_i, cols, y_j.T if both else None
 
         y = np.zeros((self.shape[0], v.shape[1]))
         with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(self._threads) as pool:

@@ -30,7 +30,8 @@ from scipy.linalg import cho_factor, cho_solve
 class Labelled:
     """K for many tasks: its product with v is M * (K @ (M * v)), or M * (K @ v) if K is not symmetric.
 
-    K: a tiles.TiledMatrix (n, m).   mask: M, (n, c).   v: (m, c); if K is not symmetric, v is 0 in rows without a label.
+    K: a tiles.TiledMatrix (n, m).   mask: M, (n, c).   v: (m, c), or several of these side by side. If K is not symmetric, v
+    is 0 in rows without a label.
     """
     K: object
     mask: np.ndarray
@@ -41,7 +42,8 @@ class Labelled:
         return getattr(self.K, name)
 
     def matvec(self, v):
-        return self.mask * self.K.matvec(self.mask * v if self.K.symmetric else v)
+        mask = np.tile(self.mask, v.shape[1] // self.mask.shape[1])
+        return mask * self.K.matvec(mask * v if self.K.symmetric else v)
 
     def leading(self, n):
         mask = self.mask[:n] if self.K.symmetric else self.mask
