@@ -109,7 +109,8 @@ def pictures(x, where):
         return x.astype(np.uint8)
     bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
     if len(bad):
-        raise ValueError(f"{where}: {len(bad)} images hold numbers that are not finite, first image {bad[0]}: remove them")
+        raise ValueError(f"{where}: numbers that are not finite in {len(bad)} of {len(x)} images, the first is image "
+                         f"{bad[0]}: remove them")
     return x.astype(np.float32)
 
 
