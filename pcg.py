@@ -145,7 +145,7 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
 def together(matvec, solves, quiet=True):
     """What each of `solves`, generators as `steps` returns them, returns, or the Indefinite that it raises. They run side by
     side: one product serves all columns of all of them."""
-    found, waiting = [None] * len(solves), {}
+    found, waiting, count = [None] * len(solves), {}, 0
     bar = tqdm(total=len(solves), unit="ridge", desc="ridges", disable=quiet or None, leave=False)
 
     def go_on(i, answer):
@@ -166,7 +166,9 @@ def together(matvec, solves, quiet=True):
             answers = _preconditioned(*zip(*asked.values()))
         else:
             asked, vs = dict(waiting), [v for _, v in waiting.values()]
-            answers = np.split(matvec(np.concatenate(vs, axis=1)), np.cumsum([v.shape[1] for v in vs])[:-1], axis=1)
+            ends, count = np.cumsum([v.shape[1] for v in vs]), count + 1
+            bar.set_postfix_str(f"product {count} with K, {ends[-1]} columns")
+            answers = np.split(matvec(np.concatenate(vs, axis=1)), ends[:-1], axis=1)
         for i, answer in zip(asked, answers):
             go_on(i, answer)
     bar.close()
