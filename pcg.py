@@ -57,7 +57,7 @@ Proved by: test_all.py, section pcg
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -431,12 +431,14 @@ class Inverse:
     """r -> M^-1 r, of a LowRank and one ridge.  w: diag(w) of M, this process's rows."""
 
     def __init__(self, low, w):
-        self.low, self.w = low, w
+        self.low, self.w, self._middle = low, w, None
 
-    @cached_property
+    @property
     def middle(self):
         """I + F^T diag(w)^-1 F, factorised when it is first used."""
-        return cho_factor(np.eye(self.low.F.shape[1]) + self.low._gram(self.w), lower=False)
+        if self._middle is None:
+            self._middle = cho_factor(np.eye(self.low.F.shape[1]) + self.low._gram(self.w), lower=False)
+        return self._middle
 
     def __call__(self, r):
         return self.low.apply([self], [r])[0]
