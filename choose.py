@@ -34,6 +34,7 @@ import pcg
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 SEARCH = 1e-3  # residual to which ridges are compared
 DENSE = 4096  # rows, at most, for eigenvectors: 10 s and 0.4 GB on two cores
+PASS = 2**33  # bytes, at most, of the vectors of the ridges that are solved at once: ten of float64 for each ridge and output
 PROBES = 8  # random signs for the trace of A^-1
 CRITERIA = ("loo", "gcv", "validation")
 
@@ -134,7 +135,7 @@ def generalised(solver, y, ridges, seed=0):
         trace = np.einsum("np,np->p", probes, z).mean()
         return Row(ridge, None, float(n * np.sum(alpha**2) / c / trace**2),
                    n - ridge * solver.scale * trace)
-    return [row(*one) for one in _solved(solver, np.concatenate([y, probes], axis=1), ridges)]
+    return [row(*one) for run in _solved(solver, np.concatenate([y, probes], axis=1), ridges) for one in run]
 
 
 def validation(solver, y, ridges, n_fit, held_out, score=None):
@@ -144,30 +145,38 @@ def validation(solver, y, ridges, n_fit, held_out, score=None):
     of K (K_val, y_val), their kernel with the rows of K and their targets.
     score: (predictions (m, c), their rows) -> number; rows are None for rows that are not of K.
     """
-    ridges, alphas = zip(*_solved(solver.leading(n_fit), y[:n_fit], ridges))
-    alpha = np.concatenate(alphas, axis=1)
-    if isinstance(held_out, tuple):
-        rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
-    else:  # the rows held out are K times alpha padded with zeros
-        alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, alpha.shape[1]))])
-        rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
-    return [Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
-            for ridge, f in zip(ridges, np.split(f, len(ridges), axis=1))]
+    table = []
+    for run in _solved(solver.leading(n_fit), y[:n_fit], ridges):
+        alpha = np.concatenate([alpha for _, alpha in run], axis=1)
+        if isinstance(held_out, tuple):
+            rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
+        else:  # the rows held out are K times alpha padded with zeros
+            alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, alpha.shape[1]))])
+            rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
+        table += [Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
+                  for (ridge, _), f in zip(run, np.split(f, len(run), axis=1))]
+    return table
 
 
 def _solved(solver, y, ridges):
-    """[(ridge, alpha), ...] from the largest ridge, the easiest, down, to residual SEARCH, all in one pass. All of them: with
-    pooling the error rises before it falls. It ends where A is not positive definite."""
-    ridges, found = sorted(ridges, reverse=True), []
-    for ridge, one in zip(ridges, solver.each(y, ridges, SEARCH)):
-        if isinstance(one, pcg.Indefinite):
-            if not found:
-                raise one
-            if solver.verbose:
-                print(f"ridge {ridge:.2g}: {one}")
-            break
-        found.append((ridge, one[0]))
-    return found
+    """Yields [(ridge, alpha), ...] from the largest ridge, the easiest, down, to residual SEARCH: all ridges at once, or as
+    many as PASS allows. It does not stop at the first rise of the error: with pooling it rises before it falls. It ends where
+    A is not positive definite."""
+    ridges, most = sorted(ridges, reverse=True), max(1, PASS // (80 * y.size))
+    for start in range(0, len(ridges), most):
+        some, run = ridges[start:start + most], []
+        for ridge, one in zip(some, solver.each(y, some, SEARCH)):
+            if isinstance(one, pcg.Indefinite):
+                if not run and not start:
+                    raise one
+                if solver.verbose:
+                    print(f"ridge {ridge:.2g}: {one}")
+                break
+            run.append((ridge, one[0]))
+        if run:
+            yield run
+        if len(run) < len(some):
+            return
 
 
 def describe(row):

@@ -145,6 +145,7 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
 def together(matvec, solves, quiet=True):
     """What each of `solves`, generators as `steps` returns them, returns, or the Indefinite that it raises. They run side by
     side: one product serves all columns of all of them."""
+    solves = list(solves)
     found, waiting, count = [None] * len(solves), {}, 0
     bar = tqdm(total=len(solves), unit="ridge", desc="ridges", disable=quiet or None, leave=False)
 
@@ -177,10 +178,10 @@ def together(matvec, solves, quiet=True):
 
 def _preconditioned(inverses, rs):
     """[M^-1 r, ...], together where all come from one LowRank."""
-    lows = {id(getattr(inverse, "low", inverse)) for inverse in inverses}
-    if len(inverses) == 1 or len(lows) > 1 or not hasattr(inverses[0], "low"):
-        return [inverse(r) for inverse, r in zip(inverses, rs)]
-    return inverses[0].low.apply(inverses, rs)
+    low = getattr(inverses[0], "low", None)
+    if low and all(getattr(inverse, "low", None) is low for inverse in inverses):
+        return low.apply(inverses, rs)
+    return [inverse(r) for inverse, r in zip(inverses, rs)]
 
 
 def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True, checkpoint=None, drop=True):

@@ -32,7 +32,6 @@ import pcg
 
 TINY = 1e-100  # an sd of 0 counts as this
 EVERY = 3  # of the ridges that are compared, one in so many is solved first
-PASS = 2**33  # bytes of the vectors x, r, d, q, z of all ridges that are solved together
 COLUMNS = 256  # right-hand sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
@@ -104,21 +103,17 @@ class Solver:
         return [found[ridge] for ridge in ridges]
 
     def _together(self, y, starts, inverses, tol):
-        """{ridge: solved or Indefinite}; as many ridges at a time as keep their vectors within PASS bytes.
-        starts: {ridge: x0}.   inverses: {ridge: M^-1}, of which the nearest serves."""
+        """{ridge: solved or Indefinite}, at once.   starts: {ridge: x0}.   inverses: {ridge: M^-1}, the nearest serves."""
         def solve(ridge):
             near = min(inverses, key=lambda other: abs(np.log((other + TINY) / (ridge + TINY))))
             return pcg.steps(y, ridge * self.scale, inverses[near], tol, self.max_iters, starts[ridge],
                              self.quiet or len(starts) > 1, self.keep and self.keep(ridge=ridge, tol=tol, y=y),
                              drop=not hasattr(self.K, "mask"))
-        ridges, found, most = list(starts), {}, max(1, PASS // (40 * y.size))
-        for some in [ridges[start:start + most] for start in range(0, len(ridges), most)]:
-            solves = [solve(ridge) for ridge in some]
-            for ridge, one in zip(some, pcg.together(self.K.matvec, solves, self.quiet or len(some) == 1)):
-                if isinstance(one, pcg.Indefinite):
-                    cure = one.cure / self.scale
-                    one = pcg.Indefinite(f"{one}: --ridge {cure:.1e}", cure)
-                found[ridge] = one
+        found = dict(zip(starts, pcg.together(self.K.matvec, map(solve, starts), self.quiet or len(starts) == 1)))
+        for ridge, one in found.items():
+            if isinstance(one, pcg.Indefinite):
+                cure = one.cure / self.scale
+                found[ridge] = pcg.Indefinite(f"{one}: --ridge {cure:.1e}", cure)
         return found
 
 

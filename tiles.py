@@ -346,7 +346,8 @@ class TiledMatrix:
         products while they are in cache. BLAS's own threads would wait for each other: 40 times slower.
         """
         check_vectors(v, self.shape)
-        step, vT = PART[0] * (8 // max(1, v.shape[1]) or 1 + 3 * (v.shape[1] >= 32)), np.ascontiguousarray(v.T)
+        step = PART[0] * (4 if v.shape[1] >= 32 else max(1, 8 // max(1, v.shape[1])))
+        vT = np.ascontiguousarray(v.T)
 
         def product(key):
             rows, cols, tile = self.cut(key)
