@@ -34,7 +34,7 @@ import pcg
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 SEARCH = 1e-3  # residual to which ridges are compared
 DENSE = 4096  # rows, at most, for eigenvectors: 10 s and 0.4 GB on two cores
-PASS = 2**33  # bytes, at most, of the vectors of the ridges that are solved at once: ten of float64 for each ridge and output
+PASS = 2**29  # bytes, at most, of the vectors of the solves that run at once
 PROBES = 8  # random signs for the trace of A^-1
 CRITERIA = ("loo", "gcv", "validation")
 
@@ -158,11 +158,42 @@ def validation(solver, y, ridges, n_fit, held_out, score=None):
     return table
 
 
+def walk(compare, some, ridges, by="mse"):
+    """[Row, ...] of `some` of the ridges, and of more until the best has been compared with both its neighbours.
+
+    compare: ridges -> [Row, ...].   Indefinite: even the largest ridge is within the rounding of K.
+    """
+    table, seen = [], []
+    while some:
+        try:
+            table += compare(some)
+        except pcg.Indefinite:
+            if not table and max(some) == max(ridges):
+                raise
+        seen += some
+        best_yet = best(table, by).ridge if table else max(seen)
+        some = [ridge for ridge in around(best_yet, ridges) if ridge not in seen]
+        table.sort(key=lambda row: -row.ridge)
+    return table
+
+
+def around(ridge, ridges):
+    """The ridge and its neighbours, from the largest down."""
+    ridges = sorted(set(ridges), reverse=True)
+    i = ridges.index(ridge)
+    return ridges[max(0, i - 1):i + 2]
+
+
+def at_once(y):
+    """How many solves with right-hand sides y may run at once: each takes ten arrays like y."""
+    return max(1, PASS // (10 * 8 * y.size))
+
+
 def _solved(solver, y, ridges):
     """Yields [(ridge, alpha), ...] from the largest ridge, the easiest, down, to residual SEARCH: all ridges at once, or as
-    many as PASS allows. It does not stop at the first rise of the error: with pooling it rises before it falls. It ends where
-    A is not positive definite."""
-    ridges, most = sorted(ridges, reverse=True), max(1, PASS // (80 * y.size))
+    many as memory allows. It does not stop at the first rise of the error: with pooling it rises before it falls. It ends
+    where A is not positive definite."""
+    ridges, most = sorted(ridges, reverse=True), at_once(y)
     for start in range(0, len(ridges), most):
         some, run = ridges[start:start + most], []
         for ridge, one in zip(some, solver.each(y, some, SEARCH)):

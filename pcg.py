@@ -47,13 +47,14 @@ contrast, and with it what F leaves of each row. NTKs then need a third fewer st
 
     X, info = pcg.solve(K.matvec, Y, ridge, pcg.low_rank(K)(ridge))
 
-Solves for several ridges run side by side (`together`): one product with K, and one look at F, serves all their columns.
+Several solves run side by side (`together`): one product with K, and one look at F, serves the columns of all.
 
 Cost: a step is one product with K and one with M^-1, 4 n k c operations. low_rank: n k entries of K, 2 n k^2 + k^3
 operations and n k^2 more for each ridge, 4 n k bytes over all processes (F is float32: any F makes a valid M).
 Proved by: test_all.py, section pcg
 """
 
+import copy
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,7 @@ SINGULAR = 1e-14  # of the largest <d, A d> / <d, d>: one below it is rounding
 CHECK = 20  # steps between true residuals: one product more in twenty
 BLOCK = 128  # pivots drawn at a time
 MOST = 4096  # rank, where it is not given
+LOOK = 2**28  # bytes of columns that are looked at together, with what is made of them
 ROWS = 256  # of F converted to float64 at a time: they stay in cache
 
 
@@ -136,52 +138,78 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
     Warns where tol is not reached. Raises ValueError: shapes, NaN in y or K, ridge < 0.
     Indefinite: a direction with <d, A d> <= 0, or so little above that rounding may have put it there.
     """
-    (found,) = together(matvec, [steps(y, ridge, precondition, tol, max_iters, x0, quiet, checkpoint, drop=False)])
+    run = Run(steps(y, ridge, precondition, tol, max_iters, x0, quiet, checkpoint, drop=False))
+    (found,) = together(matvec, [run])
     if isinstance(found, Exception):
         raise found
     return found
 
 
-def together(matvec, solves, quiet=True):
-    """What each of `solves`, generators as `steps` returns them, returns, or the Indefinite that it raises. They run side by
-    side: one product serves all columns of all of them."""
-    solves = list(solves)
-    found, waiting, count = [None] * len(solves), {}, 0
-    bar = tqdm(total=len(solves), unit="ridge", desc="ridges", disable=quiet or None, leave=False)
+class Run:
+    """A solve that `steps` has begun.  asked: what it waits for, (None, v) or (precondition, r), or None at its end.  found:
+    what it returned, or the Indefinite that it raised."""
 
-    def go_on(i, answer):
-        waiting.pop(i, None)
+    def __init__(self, solve):
+        self.solve, self.found = solve, None
+        self.go_on(None)
+
+    def go_on(self, answer):
+        self.asked = None
         try:
-            waiting[i] = solves[i].send(answer)
-            return
+            self.asked = self.solve.send(answer)
         except StopIteration as end:
-            found[i] = end.value
+            self.found = end.value
         except Indefinite as error:
-            found[i] = error
-        bar.update()
-    for i in range(len(solves)):
-        go_on(i, None)
-    while waiting:
-        asked = {i: one for i, one in waiting.items() if one[0]}
-        if asked:  # M^-1 first, so that then all wait for K
-            answers = _preconditioned(*zip(*asked.values()))
+            self.found = error
+
+
+def together(matvec, runs, beside=(), quiet=True):
+    """What each of these Runs finds. They run side by side: one product serves all columns of all of them, and of those
+    `beside`, which go on only as long as the others do."""
+    runs, count = list(runs), 0
+    bar = tqdm(total=len(runs), unit="ridge", desc="ridges", disable=quiet or None, leave=False)
+    while any(run.asked for run in runs):
+        waiting = [run for run in (*runs, *beside) if run.asked]
+        if any(run.asked[0] for run in waiting):  # M^-1 first, so that then all wait for K
+            waiting = [run for run in waiting if run.asked[0]]
+            answers = _preconditioned(*zip(*(run.asked for run in waiting)))
         else:
-            asked, vs = dict(waiting), [v for _, v in waiting.values()]
+            vs = [run.asked[1] for run in waiting]
             ends, count = np.cumsum([v.shape[1] for v in vs]), count + 1
             bar.set_postfix_str(f"product {count} with K, {ends[-1]} columns")
             answers = np.split(matvec(np.concatenate(vs, axis=1)), ends[:-1], axis=1)
-        for i, answer in zip(asked, answers):
-            go_on(i, answer)
+        for run, answer in zip(waiting, answers):
+            run.go_on(answer)
+        bar.update(sum(not run.asked for run in runs) - bar.n)
     bar.close()
-    return found
+    return [run.found for run in runs]
 
 
 def _preconditioned(inverses, rs):
-    """[M^-1 r, ...], together where all come from one LowRank."""
-    low = getattr(inverses[0], "low", None)
-    if low and all(getattr(inverse, "low", None) is low for inverse in inverses):
-        return low.apply(inverses, rs)
-    return [inverse(r) for inverse, r in zip(inverses, rs)]
+    """[M^-1 r, ...], together where several come from one LowRank."""
+    answers = [None] * len(rs)
+    for low in {id(inverse): inverse for inverse in (getattr(one, "low", one) for one in inverses)}.values():
+        which = [i for i, one in enumerate(inverses) if getattr(one, "low", one) is low]
+        found = (low.apply([inverses[i] for i in which], [rs[i] for i in which]) if hasattr(low, "apply")
+                 else [low(rs[i]) for i in which])
+        for i, answer in zip(which, found):
+            answers[i] = answer
+    return answers
+
+
+def padded(solve, n):
+    """The solve of a leading block as one of the whole (n, n) matrix: its v get zeros below, and of K v it takes the first
+    rows."""
+    answer = None
+    while True:
+        try:
+            precondition, v = solve.send(answer)
+        except StopIteration as end:
+            return end.value
+        if precondition:
+            answer = yield precondition, v
+        else:
+            answer = (yield None, np.concatenate([v, np.zeros((n - len(v), v.shape[1]))]))[:len(v)]
 
 
 def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True, checkpoint=None, drop=True):
@@ -190,7 +218,7 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
 
     drop: columns that are done drop out, so that k <= c. False: K or M differs from column to column, and k = c.
     """
-    begun, shape, y = time.perf_counter(), np.shape(y), np.array(y, np.float64).reshape(len(y), -1)
+    begun, shape, y = time.perf_counter(), np.shape(y), np.asarray(y, np.float64).reshape(len(y), -1)
     if not np.isfinite(y).all() or not ridge >= 0:
         raise ValueError(f"y has {np.sum(~np.isfinite(y))} entries that are not finite, ridge is "
                          f"{ridge}: y must be finite and ridge >= 0")
@@ -386,8 +414,11 @@ class LowRank:
         self.outside = (S2[0] if self.rank else 0) * np.sqrt(np.maximum(spread, 0.01))
 
     def leading(self, n):
-        """The same of the leading n x n block of K: the first rows of F, which it shares."""
-        return LowRank(self.F[:len(range(n)[_rows(self.team)])], self.diagonal[:n], self.team)
+        """The same of the leading n x n block of K: the first rows of F and of w, which it shares."""
+        part = copy.copy(self)
+        part.F, part.diagonal = self.F[:len(range(n)[_rows(self.team)])], self.diagonal[:n]
+        part.outside = self.outside[:n]
+        return part
 
     def __call__(self, ridge):
         return Inverse(self, (self.outside + ridge)[_rows(self.team)])
@@ -462,7 +493,7 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
     its rank. `size` pivots are proposed at a time from one distribution and thinned by rejection on the
     small block between them, so that they are distributed as if drawn one by one while K and F are
     touched by matrix products only (Epperly, Tropp, Webber 2024).
-    matrix: has shape, diagonal() -> (n,), columns(indices) -> (n, len(indices)) float64, perhaps team.
+    matrix: has shape, diagonal() -> (n,), columns(indices, own=True) -> this process's rows of these columns, perhaps team.
     rank: None is n / 2 or MOST at most.   worth: large/rank.py's Worth, asked before each block
     whether it pays.
     Stops early where what is left is rounding: below 1e-7 of the trace, for tiles are float32.
@@ -473,17 +504,18 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
     left = matrix.diagonal()
     trace = left.sum()
     rows, count = _rows(team), team.count if team else 1
+    size = min(size, max(16, LOOK // (8 * (n // count + 1))))
     F = np.zeros((rank, len(range(n)[rows])), np.float32).T  # columns beyond k, not touched, take no memory
     k = 0
     bar = tqdm(total=rank, unit="pivot", desc="preconditioner", disable=quiet or None, leave=False)
     while k < rank and left.sum() > 1e-7 * trace and (worth is None or worth(k, left)):
         proposed = rng.choice(n, size=min(size, rank - k), p=left / left.sum())
-        columns = matrix.columns(proposed)
-        F_S, here = np.zeros((len(proposed), k)), proposed % count == (team.index if team else 0)
-        F_S[here] = F[proposed[here] // count, :k]
-        F_S = _sum(team, F_S)
-        small = columns[proposed] - F_S @ F_S.T
-        columns = columns[rows] - F[:, :k] @ F_S.T.astype(np.float32)
+        columns = matrix.columns(proposed, own=True)
+        both, here = np.zeros((len(proposed), k + len(proposed))), proposed % count == (team.index if team else 0)
+        both[here] = np.hstack([F[proposed[here] // count, :k], columns[proposed[here] // count]])
+        F_S, small = np.split(_sum(team, both), [k], axis=1)
+        small = small - F_S @ F_S.T
+        columns -= F[:, :k] @ F_S.T.astype(np.float32)
         pivots = _thin(small, left[proposed], rng)
         if not pivots:  # what is left is rounding
             break
@@ -497,7 +529,7 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
         k += len(pivots)
         bar.update(len(pivots))
     bar.close()
-    return np.ascontiguousarray(F[:, :k])
+    return F[:, :k]
 
 
 def _thin(block, left, rng):

@@ -32,6 +32,7 @@ import pcg
 
 TINY = 1e-100  # an sd of 0 counts as this
 EVERY = 3  # of the ridges that are compared, one in so many is solved first
+LARGE = 2 * choose.DENSE  # rows of K from which not all ridges are compared
 COLUMNS = 256  # right-hand sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
@@ -70,50 +71,65 @@ class Solver:
             self.ready = pcg.low_rank(K, rank, seed, worth, block, quiet)
         elif ready is None:
             self.ready = PRECONDITIONERS[name](K)
-        self.rank = getattr(self.ready, "rank", None)
+        self.rank, self.begun, self.whole = getattr(self.ready, "rank", None), {}, None
 
     def leading(self, n):
-        """The Solver of the leading n x n block of K; it shares the preconditioner."""
+        """The Solver of the leading n x n block of K; it shares the preconditioner, and its products serve what was begun."""
         ready = self.ready.leading(n) if hasattr(self.ready, "leading") else None
-        return Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet, verbose=self.verbose,
+        part = Solver(self.K.leading(n), self.name, max_iters=self.max_iters, quiet=self.quiet, verbose=self.verbose,
                       keep=self.keep, ready=ready, prior=self.prior[:n])
+        part.whole = self if self.begun else None
+        return part
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
         """alpha (n, c) and pcg.Info; errors as of `pcg.solve`, but in terms of the relative ridge."""
-        (found,) = self.each(y, [ridge], tol, x0)
+        run, self.begun = self.begun.get((ridge, tol)), {}
+        found = (self._together([ridge], [run], True) if run else self.each(y, [ridge], tol, x0))[0]
         if isinstance(found, pcg.Indefinite):
             raise found
         return found
 
+    def begin(self, y, ridges, tol):
+        """Begin these solves: they go on with the products of others, and one of them is then called for."""
+        self.begun = {(ridge, tol): self._run(y, ridge, self.ready(ridge * self.scale), tol) for ridge in ridges}
+
     def each(self, y, ridges, tol=1e-6, x0=None):
         """What a call returns for each of the ridges, or the Indefinite that it raises.
 
-        In one pass: each product with K serves all of them. First every EVERY-th ridge and the last are solved. The others
-        start from the best combination of those solutions, with the preconditioner of the nearest: most are then done at once.
+        In one pass: each product with K serves all of them. Of many ridges, first every EVERY-th and the last are solved. The
+        others start from the best combination of those solutions, with the preconditioner of the nearest: most are then done
+        at once.
         """
-        first = [*ridges[:-1:EVERY], ridges[-1]]
+        first = [*ridges[:-1:EVERY], ridges[-1]] if len(ridges) > EVERY else ridges
         inverses = {ridge: self.ready(ridge * self.scale) for ridge in first}
-        found = self._together(y, dict.fromkeys(first, x0), inverses, tol)
+        quiet = self.quiet or len(ridges) > 1
+        runs = [self._run(y, ridge, inverses[ridge], tol, x0, quiet) for ridge in first]
+        found = dict(zip(first, self._together(first, runs)))
         solved = [one[0] for one in found.values() if not isinstance(one, pcg.Indefinite)]
-        rest = dict.fromkeys(ridge for ridge in ridges if ridge not in first)
+        rest, runs, starts = [ridge for ridge in ridges if ridge not in first], [], {}
         if rest and solved:
             KX = np.split(self.K.matvec(np.concatenate(solved, axis=1)), len(solved), axis=1)
-            rest = {ridge: pcg.projected(solved, KX, y, ridge * self.scale) for ridge in rest}
-        found.update(self._together(y, rest, inverses, tol))
+            starts = {ridge: pcg.projected(solved, KX, y, ridge * self.scale) for ridge in rest}
+        for ridge in rest:
+            near = min(inverses, key=lambda other: abs(np.log((other + TINY) / (ridge + TINY))))
+            runs.append(self._run(y, ridge, inverses[near], tol, starts.get(ridge), quiet))
+        found.update(zip(rest, self._together(rest, runs)))
         return [found[ridge] for ridge in ridges]
 
-    def _together(self, y, starts, inverses, tol):
-        """{ridge: solved or Indefinite}, at once.   starts: {ridge: x0}.   inverses: {ridge: M^-1}, the nearest serves."""
-        def solve(ridge):
-            near = min(inverses, key=lambda other: abs(np.log((other + TINY) / (ridge + TINY))))
-            return pcg.steps(y, ridge * self.scale, inverses[near], tol, self.max_iters, starts[ridge],
-                             self.quiet or len(starts) > 1, self.keep and self.keep(ridge=ridge, tol=tol, y=y),
-                             drop=not hasattr(self.K, "mask"))
-        found = dict(zip(starts, pcg.together(self.K.matvec, map(solve, starts), self.quiet or len(starts) == 1)))
-        for ridge, one in found.items():
+    def _run(self, y, ridge, inverse, tol, x0=None, quiet=True):
+        """A solve, begun."""
+        solve = pcg.steps(y, ridge * self.scale, inverse, tol, self.max_iters, x0, quiet,
+                          self.keep and self.keep(ridge=ridge, tol=tol, y=y), drop=not hasattr(self.K, "mask"))
+        return pcg.Run(pcg.padded(solve, self.whole.K.shape[0]) if self.whole else solve)
+
+    def _together(self, ridges, runs, quiet=False):
+        """What these runs find, with errors in terms of the relative ridge."""
+        beside, K = (self.whole.begun.values(), self.whole.K) if self.whole else ((), self.K)
+        found = pcg.together(K.matvec, runs, beside, quiet or self.quiet or len(runs) < 2)
+        for i, one in enumerate(found):
             if isinstance(one, pcg.Indefinite):
                 cure = one.cure / self.scale
-                found[ridge] = pcg.Indefinite(f"{one}: --ridge {cure:.1e}", cure)
+                found[i] = pcg.Indefinite(f"{one}: --ridge {cure:.1e}", cure)
         return found
 
 
@@ -139,17 +155,24 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     select: of choose.CRITERIA; one ridge needs no choice.   held_out: for validation, (n_fit, rows held out) as
     `choose.validation` takes them.   score, copies, by, intercept: as in choose.py.   tol: of the solve to come.   options:
     of `Solver`.   Up to choose.DENSE rows the fields hold the leave-one-out error of the best ridge, however it was chosen.
+    From LARGE rows, not all ridges are compared: only those around the best of the first rows, until the best is none of
+    the outermost.
     """
     select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
     if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):  # molecules/missing.py: no one spectrum
         spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)
-    solver = Solver(K, ridges=[choose.best(table, by).ridge] if table else ridges, tol=tol, c=y.shape[1], **options)
+    some = [choose.best(table, by).ridge] if table else ridges
+    if select and not table and K.shape[0] >= LARGE and by == "mse" and not hasattr(K, "mask"):
+        some = choose.around(_first_guess(K, y, ridges, copies, prior, intercept), ridges)
+    solver = Solver(K, ridges=some, tol=tol, c=y.shape[1], **options)
     if select == "gcv":
-        table = choose.generalised(solver, y, ridges, options.get("seed", 0))
+        table = choose.walk(lambda some: choose.generalised(solver, y, some, options.get("seed", 0)), some, ridges, by)
     elif select == "validation":
-        table = choose.validation(solver, y, ridges, *held_out, score)
+        if K.slowness > 2 and choose.at_once(y) >= 2 * len(some):  # a pass over K costs more than columns: solve meanwhile
+            solver.begin(y, some, tol)
+        table = choose.walk(lambda some: choose.validation(solver, y, some, *held_out, score), some, ridges, by)
     if solver.verbose:
         print("\n".join(f"ridge {row.ridge:8.2g}: {select} {choose.describe(row)}" for row in table))
     ridge = choose.best(table, by).ridge if table else ridges[0]
@@ -162,6 +185,14 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     if row:
         found.update({"loo_mse": row.mse, "effective_dimension": row.dimension}, **({"loo_score": row.score} if score else {}))
     return ridge, solver, found
+
+
+def _first_guess(K, y, ridges, copies, prior, intercept):
+    """The best ridge for the first rows, a quarter of all and choose.DENSE at most, by leave-one-out."""
+    n = min(K.shape[0] // 4, choose.DENSE) // copies * copies
+    spectrum = choose.Spectrum(K.leading(n).columns(np.arange(n)), None if prior is None else prior.mean(), intercept)
+    ridge = choose.best(choose.leave_one_out(spectrum, y[:n], ridges, copies=copies)).ridge
+    return float(K.team.all_reduce(np.array([ridge * (K.team.index == 0)]))[0])
 
 
 def search(K, y, ridges, select, **options):

@@ -455,7 +455,7 @@ class Dense:
     def diagonal(self):
         return np.diag(self.K).copy()
 
-    def columns(self, indices):
+    def columns(self, indices, own=True):
         return self.K[:, indices]
 
 
@@ -643,15 +643,14 @@ def test_precondition_partial_cholesky():
 @quick
 def test_precondition_low_rank_formula():
     """P^-1 is the inverse of F F^T + s^2 sqrt(diag K / mean) + ridge, made densely, for n beyond what a
-    thread takes; for a leading block, of the first rows of F, also where they are fewer than its columns."""
+    thread takes; for a leading block, of the first rows of F and w, also where they are fewer than F's columns."""
     K = spectrum(60, 1e5) * np.outer(*2 * [np.linspace(1, 3, 60)])
-    low = pcg.low_rank(Dense(K), 20)
+    low, d = pcg.low_rank(Dense(K), 20), np.diag(K)
+    F = low.F.astype(np.float64)
+    P = F @ F.T + np.diag(np.linalg.svd(F, compute_uv=False)[:20].min() ** 2 * np.sqrt(d / d.mean()) + 1e-3)
     for n in (60, 45, 11):
-        F, d = low.F[:n].astype(np.float64), np.diag(K)[:n]
-        s2 = np.linalg.svd(F, compute_uv=False)[:20].min() ** 2
-        P = F @ F.T + np.diag(s2 * np.sqrt(d / d.mean()) + 1e-3)
         inverse = (low if n == 60 else low.leading(n))(1e-3)(np.eye(n))
-        assert np.allclose(inverse @ P, np.eye(n), atol=1e-7) and low.leading(n).rank == min(n, 20)
+        assert np.allclose(inverse @ P[:n, :n], np.eye(n), atol=1e-7)
     assert np.allclose(pcg.low_rank(Dense(np.zeros((3, 3))))(0.5)(np.eye(3)), 2 * np.eye(3))
     F, r = np.random.default_rng(0).normal(size=(5000, 3)), np.random.default_rng(1).normal(size=(5000, 2))
     z = pcg.LowRank(F, np.ones(5000))(1.0)(r)
@@ -696,6 +695,9 @@ class Shared(Dense):
     def __init__(self, K, team):
         super().__init__(K)
         self.team = team
+
+    def columns(self, indices, own=True):
+        return self.K[self.team.index::self.team.count, indices]
 
 
 # ------------------------------------------------------------------------------------- regression

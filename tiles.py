@@ -46,6 +46,7 @@ TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large t
 PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
 # times the rows, for then the overhead of Python shows (1.35 times faster); 32 columns or more: four times (1.2)
 GROUP, GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"  # where Linux says what a container may use
+PIECE = 2**26  # bytes that processes sum at a time, where it is many
 MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
 
 
@@ -312,21 +313,42 @@ class TiledMatrix:
                 out[rows] = np.diagonal(tile)
         return self.team.all_reduce(out)
 
-    def columns(self, indices):
-        """K[:, indices], (n, len(indices)) float64, in the order asked for."""
-        indices = np.asarray(indices)
-        out = np.zeros((self.shape[0], len(indices)))
+    def columns(self, indices, own=False):
+        """K[:, indices], (n, len(indices)) float64, in the order asked for.
+
+        own: float32, and only this process's rows: number `index`, and every `count`-th after it. Then no process holds more
+        than these, the entries of its own tiles, and PIECE bytes.
+        """
+        indices, n, count = np.asarray(indices), self.shape[0], self.team.count
+        if not own or count == 1:
+            out = np.zeros((n, len(indices)), np.float32 if own else np.float64)
+            for first, which, entries in self._entries(indices):
+                out[first:first + len(entries), which] = entries
+            return out if own else self.team.all_reduce(out)
+        entries, out = list(self._entries(indices)), []
+        step = max(1, PIECE // (4 * len(indices) * count)) * count
+        for start in range(0, n, step):
+            piece = np.zeros((min(step, n - start), len(indices)), np.float32)
+            for first, which, part in entries:
+                top, bottom = max(start, first), min(start + len(piece), first + len(part))
+                if top < bottom:
+                    piece[top - start:bottom - start, which] = part[top - first:bottom - first]
+            out.append(self.team.all_reduce(piece)[self.team.index::count])
+        return np.concatenate(out)
+
+    def _entries(self, indices):
+        """What this process's tiles hold of K[:, indices]: (first row, which of the indices, their entries), ..."""
         for key in self.keys():
             rows, cols = self.slices(key)
-            right = (cols.start <= indices) & (indices < cols.stop)
-            below = (rows.start <= indices) & (indices < rows.stop)
-            mirrored = self.symmetric and key[0] != key[1] and below.any()
-            if right.any() or mirrored:
+            right = np.flatnonzero((cols.start <= indices) & (indices < cols.stop))
+            below = np.flatnonzero((rows.start <= indices) & (indices < rows.stop))
+            mirrored = self.symmetric and key[0] != key[1] and len(below)
+            if len(right) or mirrored:
                 *_, tile = self.cut(key)
-                out[rows, right] = tile[:, indices[right] - cols.start]
+                if len(right):
+                    yield rows.start, right, tile[:, indices[right] - cols.start]
                 if mirrored:
-                    out[cols, below] = tile[indices[below] - rows.start].T
-        return self.team.all_reduce(out)
+                    yield cols.start, below, tile[indices[below] - rows.start].T
 
     def rows(self, start, stop):
         """K[start:stop], (stop - start, m) float64, of a matrix that is not symmetric."""

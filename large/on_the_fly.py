@@ -62,16 +62,20 @@ class Lazy:
         return tiles.diagonal(self.kernel_fn, self.x1[np.arange(self.shape[0])], min(64, self.form.sides[0]), self.devices,
                               self.team)
 
-    def columns(self, indices):
-        """K[:, indices], (n, len(indices)) float64, in the order asked for."""
-        side, team = self.form.sides[0], self.form.team
-        out = np.zeros((self.shape[0], len(indices)))
-        keys = [(i, 0) for i in range(team.index, -(-self.shape[0] // side), team.count)]
-        inputs = [(0, self.x1), (1, self.x2[np.asarray(indices)])]
+    def columns(self, indices, own=False):
+        """K[:, indices], as of tiles.TiledMatrix; with `own` each process computes its rows itself."""
+        rows, team = np.arange(self.shape[0])[self.form.team.index::self.form.team.count], self.form.team
+        out = np.zeros((len(rows), len(indices)), np.float32 if own else np.float64)
+        side = max(1, min(self.form.sides[0], len(rows)))
+        inputs = [(0, self.x1[rows]), (1, self.x2[np.asarray(indices)])]
+        keys = [(i, 0) for i in range(-(-len(rows) // side))]
         for (i, _), (part,) in self._tiles(self.kernel_fn, inputs, keys, (side, len(indices))):
-            rows = slice(i * side, min(self.shape[0], (i + 1) * side))
-            out[rows] = part[:rows.stop - rows.start]
-        return self._sum(out)
+            out[i * side:(i + 1) * side] = part[:len(rows) - i * side]
+        if own:
+            return self._finite(out)
+        whole = np.zeros((self.shape[0], len(indices)))
+        whole[rows] = out
+        return self._finite(team.all_reduce(whole))
 
     def rows(self, start, stop):
         """K[start:stop], (stop - start, m) float64."""
@@ -82,7 +86,7 @@ class Lazy:
         for (_, j), (part,) in self._tiles(self.kernel_fn, inputs, keys, (stop - start, side)):
             columns = slice(j * side, min(self.shape[1], (j + 1) * side))
             out[:, columns] = part[:, :columns.stop - columns.start]
-        return self._sum(out)
+        return self._finite(self.team.all_reduce(out))
 
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64, on every device."""
@@ -96,11 +100,10 @@ class Lazy:
                     parts = [(parts[0] + parts[1]) / 2]
                 for rows, part in zip(self.form.slices(key), parts):
                     y[rows] += part[:rows.stop - rows.start]
-        return self._sum(y)
+        return self._finite(self.team.all_reduce(y))
 
-    def _sum(self, out):
-        """The sum over processes, checked for NaN and infinity here because the tiles stay on the devices."""
-        out = self.team.all_reduce(out)
+    def _finite(self, out):
+        """`out`, checked for NaN and infinity here because the tiles stay on the devices."""
         if not np.isfinite(out).all():
             raise ValueError(f"{np.sum(~np.isfinite(out))} of {out.size} numbers computed from the kernel's tiles are "
                              "not finite: look for NaN or infinity in the inputs")

@@ -121,9 +121,16 @@ def meet(coordinator, processes, process, wait):
 def all_reduce(array):
     """The sum of the arrays of all processes, of the same shape and dtype, and equal to the last bit in all of them.
 
-    Cost: about 2 bytes through the network for each byte of the array, for any P.
+    Cost: about 2 bytes through the network for each byte of the array, for any P; tiles.PIECE bytes at a time.
     Raises ConnectionError: another process is gone.
     """
+    array = np.asarray(array)
+    pieces = np.array_split(array.reshape(-1), max(1, -(-array.nbytes // tiles.PIECE)))
+    return np.concatenate([_all_reduce(piece) for piece in pieces]).reshape(array.shape)
+
+
+def _all_reduce(array):
+    """`all_reduce` of at most tiles.PIECE bytes, (m,): on a device there is never more."""
     first = {}
     for device in jax.devices():
         first.setdefault(device.process_index, device)
@@ -131,7 +138,7 @@ def all_reduce(array):
     with jax.enable_x64(True):
         try:
             stacked = jax.make_array_from_process_local_data(
-                NamedSharding(mesh, PartitionSpec("process")), np.asarray(array)[None])
+                NamedSharding(mesh, PartitionSpec("process")), array[None])
             return np.array(_sum(mesh)(stacked).addressable_data(0))
         except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises either
             raise ConnectionError(
