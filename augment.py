@@ -91,7 +91,8 @@ class Images:
     @property
     def kept(self):
         """How many whitened images are kept; see `on`."""
-        return KEPT // (4 * math.prod(self.shape[1:]))
+        W = (0, 0) if self.whiten is None else self.whiten.W.shape
+        return KEPT // (4 * (W[1] or math.prod(self.shape[1:])))
 
     def __getitem__(self, rows):
         part, (original, flip, offset, pad, copies) = copy.copy(self), self.view
@@ -119,7 +120,7 @@ class Images:
         return x
 
     def on(self, device):
-        """The images, whitened, as an array on a device: float32 (len, h, w, channels).
+        """The images, whitened, as an array on a device: float32 (len, h, w, channels), or (len, 1, 1, components).
 
         The blocks made last are kept, up to KEPT bytes: whitening costs 2 d^2 operations an image.
         """

@@ -58,12 +58,10 @@ import copy
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import blas, cho_factor, cho_solve, cholesky, eigvalsh_tridiagonal, solve_triangular
-from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
 import tiles
@@ -431,7 +429,7 @@ class LowRank:
         t = np.concatenate([r[rows] for r in rs], axis=1) / w
         # BLAS's own threads go on spinning for a while after each call, and the product with K that
         # comes next, on all cores, took twice as long for it: threads are ours here
-        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(tiles.cores()) as pool:
+        with tiles.one_thread(), ThreadPoolExecutor(tiles.cores()) as pool:
             parts = pool.map(lambda part: t[part].T @ self._F(part), self._parts())
             within = np.split(_sum(self.team, sum(parts, np.zeros((ends[-1], k)))).T, ends[:-1], axis=1)
             within = np.concatenate(list(pool.map(cho_solve, middles, within)), axis=1)
@@ -474,11 +472,6 @@ class Inverse:
 
     def __call__(self, r):
         return self.low.apply([self], [r])[0]
-
-
-@lru_cache
-def _blas():
-    return ThreadpoolController()
 
 
 def block(n):

@@ -676,6 +676,20 @@ def threads(count, work):
 
 
 @quick
+@pytest.mark.parametrize("count", [1, 3])
+def test_tiles_columns_by_process(count, monkeypatch):
+    """Each process gets its rows of columns of K, whose entries lie in tiles of all: those of the whole, piece by piece."""
+    monkeypatch.setattr(tiles, "PIECE", 4 * 3 * 20)  # rows of three columns of float32 that are summed at a time
+    x, indices = inputs(61), np.array([60, 0, 17])
+
+    def work(team):
+        return tiles.gram(linear, x, 16, jax.local_devices()[:1], True, team=team).columns(indices, own=True)
+    whole = tiles.gram(linear, x, 16, quiet=True).columns(indices)
+    for index, own in enumerate(threads(count, work)):
+        assert own.dtype == np.float32 and (own == whole[index::count]).all()
+
+
+@quick
 @pytest.mark.parametrize("count", [2, 5])
 def test_precondition_rows_by_process(count):
     """Processes that hold their rows of F only, some of them none, have the pivots, the spectrum and the
@@ -864,6 +878,40 @@ def test_choose_all_ridges_in_one_pass(name, monkeypatch):
     for row in whole + runs:
         want = np.linalg.solve(A[:160, :160] + row.ridge * np.diag(A)[:160].mean() * np.eye(160), y[:160])
         assert abs(row.mse / np.mean((A[160:, :160] @ want - y[160:]) ** 2) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("select", ["validation", "gcv"])
+def test_choose_walks_from_the_first_rows(select, monkeypatch):
+    """Of a large K only a few ridges are compared, and the choice is that of comparing all; also where the best of the first
+    rows is far off. Where a product costs more than its columns, the solve goes on beside the search, and the answer is the
+    same as alone, to 1e-6; K is then read at most 1.5 times as often as for that solve alone."""
+    x, labels = digits(300)
+    K, y, widths = tiles.gram(kernel.kernel_fn("fc", "nngp"), x, tile=64, quiet=True), data.one_hot(labels), []
+    y = y + np.random.default_rng(0).normal(scale=0.4, size=y.shape)  # so that the best ridge is none of the least
+
+    class Slow(tiles.TiledMatrix):
+        slowness = 4
+
+        def matvec(self, v):
+            widths.append(v.shape[1])
+            return super().matvec(v)
+    slow = Slow(*(getattr(K, field) for field in K.__dataclass_fields__))
+    options = dict(held_out=(240, np.arange(240, 300)), name="lowrank", rank=60, tol=1e-9)
+    all_of_them = regression.choose_ridge(K, y, choose.RIDGES, select, **options)
+    monkeypatch.setattr(regression, "LARGE", 200)
+    for matrix, guess in ((K, None), (slow, None), (K, 10.0), (K, 0.01)):
+        widths.clear()
+        with monkeypatch.context() as patch:
+            if guess:
+                patch.setattr(regression, "_first_guess", lambda *_: guess)
+            ridge, solver, found = regression.choose_ridge(matrix, y, choose.RIDGES, select, **options)
+        assert ridge == all_of_them[0] and len(found["search"]) < (15 if guess else 6)
+        rows = {row[0]: row[2] for row in all_of_them[2]["search"]}
+        assert all(abs(row[2] / rows[row[0]] - 1) < 0.01 for row in found["search"])
+        alpha, want = solver(y, ridge, 1e-9)[0], regression.Solver(slow, "lowrank", 60)(y, ridge, 1e-9)
+        assert np.abs(alpha - want[0]).max() < 1e-6 * np.abs(alpha).max()
+        if matrix is slow and select == "validation":
+            assert max(widths) == 60 and len(widths) - want[1].products <= 1.5 * want[1].products
 
 
 @quick
@@ -1164,6 +1212,8 @@ def test_data_whitening():
     for protocol in ("zca", "zca_unit"):
         with pytest.raises(ValueError, match="zca_eps=0: .* singular.*zca_eps > 0"):
             whitened(x, protocol, x[:20], 0)
+    with pytest.raises(ValueError, match="components=48: expected 1 to 47, fewer than the numbers of an image"):
+        data.whitening("zca", x, components=48)
     with pytest.raises(ValueError, match="'pca' is unknown; choose one of none, channel, zca, zca_unit"):
         data.whitening("pca", x)
 
@@ -1195,6 +1245,9 @@ def test_data_whitening_is_its_formula(protocol, flips):
     W = U @ np.diag((S + 0.1 * np.trace(C) / 48) ** -0.5) @ U.T
     got = whitened(new, protocol, x, 0.1, flips=flips).reshape(9, -1)
     assert np.abs(got - before(new) @ W).max() < 1e-4 * np.abs(got).max()
+    few = whitened(new, protocol, x, 0.1, flips=flips, components=7)  # up to signs
+    want = before(new) @ U[:, -7:] / np.sqrt(S[-7:] + 0.1 * np.trace(C) / 48)
+    assert few.shape == (9, 1, 1, 7) and np.abs(abs(few[:, 0, 0]) - abs(want)).max() < 1e-4 * np.abs(want).max()
 
 
 @quick
@@ -1554,6 +1607,8 @@ def refused(running, words):
     (["--sizes", "10,x"], "--sizes 10,x: expected whole numbers separated by commas"),
     (["--sizes", "10,30", "--n_train", "20"], "--sizes 10,30: expected 1 to n_train=20"),
     (["--rank", "0"], "--rank 0: expected at least 1"),
+    (["--components", "9", "--flips"], "--components makes vectors of images: .* --flips explicit"),
+    (["--components", "9", "--whiten", "none"], "--components changes nothing here: --whiten none has none"),
     (["--load", "m.npz"], "--load FILE and --predict FILE go together"),
     (["--load", "m.npz", "--predict", "x.npy"], "FileNotFoundError: m.npz is not there; --load takes a file"),
     (["--kind", "ntk", "--variance"], "--variance with --kind ntk: .*use --kind nngp"),

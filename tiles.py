@@ -364,31 +364,17 @@ class TiledMatrix:
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64; tiles as they are stored, sums in float64.
 
-        One pass over the tiles, each by one thread. PART entries at a time are converted to float64 and used for both
-        products while they are in cache. BLAS's own threads would wait for each other: 40 times slower.
+        One pass over the tiles, each by one thread: BLAS's own threads would wait for each other, 40 times slower.
         """
         check_vectors(v, self.shape)
-        step = PART[0] * (4 if v.shape[1] >= 32 else max(1, 8 // max(1, v.shape[1])))
-        vT = np.ascontiguousarray(v.T)
+        y, vT = np.zeros((self.shape[0], v.shape[1])), np.ascontiguousarray(v.T)
 
         def product(key):
             rows, cols, tile = self.cut(key)
             both = self.symmetric and key[0] != key[1]
-            v_i, v_j = vT[:, rows], vT[:, cols]
-            y_i, y_j = np.zeros((tile.shape[0], len(vT))), np.zeros((len(vT), tile.shape[1]))
-            space = np.empty((min(step, tile.shape[0]), min(PART[1], tile.shape[1])))
-            for r, s in itertools.product(range(0, len(tile), step), range(0, tile.shape[1], PART[1])):
-                part = tile[r:r + step, s:s + PART[1]]
-                part64 = space[:len(part), :part.shape[1]]
-                np.copyto(part64, part)
-                y_i[r:r + step] += part64 @ v_j[:, s:s + PART[1]].T
-                if both:
-                    y_j[:, s:s + PART[1]] += v_i[:, r:r + step] @ part64  # 1.5 times as fast as part64.T @ v_i
-            return rows, y_i, cols, y_j.T if both else None
-
-        y = np.zeros((self.shape[0], v.shape[1]))
-        with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(self._threads) as pool:
-            for rows, y_i, cols, y_j in pool.map(product, self.keys()):
+            return rows, cols, *multiplied(tile, vT[:, cols], vT[:, rows] if both else None)
+        with one_thread(), ThreadPoolExecutor(self._threads) as pool:
+            for rows, cols, y_i, y_j in pool.map(product, self.keys()):
                 y[rows] += y_i
                 if y_j is not None:
                     y[cols] += y_j
@@ -425,6 +411,24 @@ class TiledMatrix:
             if self.symmetric:
                 out[cols, rows] = tile.T
         return self.team.all_reduce(out)
+
+
+def multiplied(tile, v_j, v_i=None):
+    """K_ij v_j (b, c), and with v_i also K_ij^T v_i (b', c), else None.  tile: K_ij (b, b').   v_j, v_i: (c, b'), (c, b).
+
+    PART entries at a time are converted to float64 and used for both products while they are in cache.
+    """
+    step = PART[0] * (4 if len(v_j) >= 32 else max(1, 8 // max(1, len(v_j))))
+    y_i, y_j = np.zeros((tile.shape[0], len(v_j))), None if v_i is None else np.zeros((len(v_j), tile.shape[1]))
+    space = np.empty((min(step, tile.shape[0]), min(PART[1], tile.shape[1])))
+    for r, s in itertools.product(range(0, len(tile), step), range(0, tile.shape[1], PART[1])):
+        part = tile[r:r + step, s:s + PART[1]]
+        part64 = space[:len(part), :part.shape[1]]
+        np.copyto(part64, part)
+        y_i[r:r + step] += part64 @ v_j[:, s:s + PART[1]].T
+        if v_i is not None:
+            y_j[:, s:s + PART[1]] += v_i[:, r:r + step] @ part64  # 1.5 times as fast as part64.T @ v_i
+    return y_i, None if y_j is None else y_j.T
 
 
 def empty(n, m, tile, symmetric, team=ALONE):
@@ -509,6 +513,11 @@ def check_memory(what, need):
         raise MemoryError(f"{what} needs {need / 1e9:.1f} GB of memory; this host has {have / 1e9:.1f} GB "
                           "free. Keep tiles on disk with --store DIR, compute them for every product with "
                           "--store none, add processes, or lower --n_train.")
+
+
+def one_thread():
+    """A context in which BLAS uses one thread for each of ours."""
+    return _blas().limit(limits=1, user_api="blas")
 
 
 @lru_cache

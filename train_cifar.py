@@ -147,6 +147,7 @@ def plan(args):
     derive(args, (n_train, *shape), n_test, rows)
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     test_rows = n_test * (args.average or 1) * (2 if args.average and not args.flips else 1)
+    shape = (1, 1, args.components) if args.components else shape
     return planned.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), shape, rows, test_rows)
 
 
@@ -169,11 +170,11 @@ def load(args):
     if (args.fit_on or 0) > len(x):
         raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x)} training images")
     args.fit_on = min(n_fit, len(x))
-    if args.by_default and x[0].size > LARGEST:
+    if args.by_default and x[0].size > LARGEST and not args.components:
         args.whiten, args.zca_eps = ["channel"], [None]
         print(f"note: --whiten channel, for images of {x[0].size:,} numbers: with --whiten {WHITENING[args.kernel][0]}, the "
               f"best for {args.kernel} on small ones, whitening takes 10 x {x[0].size:,}^3 operations")
-    fits = {protocol: data.whitening(protocol, x[:args.fit_on], bool(args.flips), args.quiet)
+    fits = {protocol: data.whitening(protocol, x[:args.fit_on], bool(args.flips), args.quiet, args.components)
             for protocol in set(args.whiten)}
     args.fitted_on = f"{zlib.crc32(np.ascontiguousarray(x[:args.fit_on])):08x}"
     return (x[:n].copy() if n < len(x) else x, labels[:n], x_test, test_labels), fits
@@ -200,7 +201,7 @@ def on_disk(args):
 def kernels(args, kernel_of, kinds, x, x_test, team):
     """[(K, K_test) of each kind]."""
     about = {"layers": layers(args), "engine": args.engine, "whiten": args.whiten, "zca_eps": args.zca_eps,
-             "fitted_on": args.fitted_on}
+             "fitted_on": args.fitted_on, **({"components": args.components} if args.components else {})}
     if args.flips == "symmetric":
         about["flips"] = args.flips  # of the kernel; explicit ones are rows
     return experiment.matrices(kernel_of, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
@@ -315,7 +316,9 @@ def describe(result):
     lines = {
         "fitted": f"{config['dataset']} {config['kernel']} {config['kind']} n_train={config['n_train']}"
                   + (f" x {copies}" if copies > 1 else "") + f" n_test={config['n_test']}, whitened by {config['whiten']}"
-                  + (f" {config['zca_eps']:g}" if config["zca_eps"] else "") + f" fitted on {config['fit_on']:,} images",
+                  + (f" {config['zca_eps']:g}" if config["zca_eps"] else "")
+                  + (f", {config['components']} components," if config["components"] else "")
+                  + f" fitted on {config['fit_on']:,} images",
         "test accuracy": percent(100 * result["test_accuracy"])
                          + (f", leave-one-out {percent(100 * result['loo_score'])}" if "loo_score" in result else "")
                          + (f", averaged over crops {percent(100 * result['test_accuracy_averaged'])}"
@@ -352,7 +355,7 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    experiment.check(parser, args, "devices", "hosts", "resize", "fit_on", "rank", "max_iters", "average")
+    experiment.check(parser, args, "devices", "hosts", "resize", "fit_on", "components", "rank", "max_iters", "average")
     protocol, zca_eps = WHITENING[args.kernel]
     args.by_default = args.whiten == args.zca_eps == [None]
     args.whiten = [value or protocol for value in args.whiten]
@@ -369,6 +372,8 @@ def parse(argv):
         experiment.refuse_idle(parser, argv, idle(args))
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
+    if args.components and (args.kernel != "fc" or args.flips == "symmetric"):
+        parser.error("--components makes vectors of images: use --kernel fc, without --flips or with --flips explicit")
     if args.average and args.variance:
         parser.error("--variance with --average: choose one; the variance is of single images")
     if args.kind == "both" and args.save:
@@ -391,6 +396,7 @@ def idle(args):
     named = args.dataset in data.DATASETS
     return {"data": (args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read"
                      or not named and "--dataset is a path"),
+            "components": not {"zca", "zca_unit"} & set(args.whiten) and f"--whiten {','.join(args.whiten)} has none",
             "resize": named and f"the images of {args.dataset} are of one size",
             "zca_eps": not {"zca", "zca_unit"} & set(args.whiten) and f"--whiten {','.join(args.whiten)} has no such number",
             "gamma": "exp" not in args.head and "it belongs to --head exp",
@@ -420,6 +426,8 @@ def flags():
                         "mean, divided by its norm, as in published results. channel: minus mean, divided by sd of each "
                         "channel; none: pixels / 255. None: the best for the kernel (results/README.md)")
     images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel, or 0.1")
+    images.add_argument("--components", type=int, metavar="K", help="of both zca, for fc: keep the first K principal "
+                        "components only, which makes the kernel cheaper; None: all")
     images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on N training images; it may exceed "
                         f"n_train. None is all there are, {FIT_ON:,} at most")
     images.add_argument("--flips", nargs="?", const="symmetric", choices=["symmetric", "explicit"],

@@ -1,8 +1,8 @@
 """A kernel matrix computed on the fly: every product evaluates its tiles again and stores none.
 
-For kernels that are cheaper to compute than to read, such as `fc` on a GPU: it computes a tile in less time than a disk takes
-to write and read it. Tiles, processes and results are the same as in tiles.py. The device that computes a tile also
-multiplies it, in float64, so that only vectors leave the device.
+For kernels that are cheaper to compute than to read, such as `fc`: a GPU computes a tile in less time than a disk takes to
+write and read it, two cores take about as long. Tiles, processes and results are the same as in tiles.py. A GPU also
+multiplies the tile that it has computed, in float64, so that only vectors leave it. On a CPU tiles.py multiplies it.
 
     K = on_the_fly.matrix(kernel_fn, x_train);  K.matvec(v)
 
@@ -29,6 +29,11 @@ def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=AL
     symmetric = x2 is None
     x2 = x1 if symmetric else x2
     return Lazy(empty(len(x1), len(x2), tile, symmetric, team), kernel_fn, x1, x2, devices, quiet)
+
+
+def on_host():
+    """Whether the host multiplies: where the devices are its own cores."""
+    return jax.default_backend() == "cpu"
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class Lazy:
     def matvec(self, v):
         """y = K v: (m, c) float64 -> (n, c) float64, on every device."""
         check_vectors(v, self.shape)
+        if on_host():
+            return self._finite(self.team.all_reduce(self._on_host(v)))
         v = np.pad(v, ((0, -len(v) % self.form.sides[1]), (0, 0)))  # zeros for the padded rows, so that they add nothing
         inputs = [(0, self.x1), (1, self.x2), (1, v)] + [(0, v)] * self.form.symmetric
         y = np.zeros((self.shape[0], v.shape[1]))
@@ -101,6 +108,22 @@ class Lazy:
                 for rows, part in zip(self.form.slices(key), parts):
                     y[rows] += part[:rows.stop - rows.start]
         return self._finite(self.team.all_reduce(y))
+
+    def _on_host(self, v):
+        """K v of this process's tiles, each multiplied by the main thread while the devices compute the next: on two cores in
+        half of the time that XLA takes for it, because a tile in float64 is larger than the cache."""
+        y, vT = np.zeros((self.shape[0], v.shape[1])), np.ascontiguousarray(v.T)
+        with tiles.one_thread():
+            for key, (tile,) in self._tiles(self.kernel_fn, [(0, self.x1), (1, self.x2)], list(self.form.keys())):
+                rows, cols = self.form.slices(key)
+                tile, both = tile[:rows.stop - rows.start, :cols.stop - cols.start], self.form.symmetric and key[0] != key[1]
+                if self.form.symmetric and not both:
+                    tile = np.triu(tile) + np.triu(tile, 1).T  # as it is kept in tiles.py
+                y_i, y_j = tiles.multiplied(tile, vT[:, cols], vT[:, rows] if both else None)
+                y[rows] += y_i
+                if both:
+                    y[cols] += y_j
+        return y
 
     def _finite(self, out):
         """`out`, checked for NaN and infinity here because the tiles stay on the devices."""

@@ -324,9 +324,11 @@ def test_tiles_merged(tmp_path):
 
 # ------------------------------------------------------------------------------------------- on the fly
 
-@pytest.mark.parametrize("devices", [1, 3])
-def test_on_the_fly_is_kept(devices):
-    """A matrix computed on the fly has the same methods and results as one in memory, for any n."""
+@pytest.mark.parametrize("devices, on_host", [(1, True), (3, True), (3, False)])
+def test_on_the_fly_is_kept(devices, on_host, monkeypatch):
+    """A matrix computed on the fly has the same methods and results as one in memory, for any n, whether the devices multiply
+    or the host does."""
+    monkeypatch.setattr(on_the_fly, "on_host", lambda: on_host)
     for n in (1, 37):
         x, x_test = inputs(n), inputs(200)[50:61]
         v = np.random.default_rng(1).normal(size=(n, 3))

@@ -21,9 +21,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
            "gcn", "fingerprint", "sum"]
 NETWORK = {"w_std": 2**0.5, "b_std": 0.0, "head": "linear", "gamma": None}
-CURVE = ("dataset", "kernel", "kind", "depth", *NETWORK, "whiten", "zca_eps", "flips", "crops", "n_test")
+CURVE = ("dataset", "kernel", "kind", "depth", *NETWORK, "whiten", "zca_eps", "components", "flips", "crops", "n_test")
 SAME = (*CURVE, "n_train")
-ABSENT = {**NETWORK, "zca_eps": None, "flips": None, "crops": 1}  # the values of these settings in runs that lack them
+ABSENT = {**NETWORK, "zca_eps": None, "components": None, "flips": None, "crops": 1}  # in runs that lack these settings
 SCORES = ("test_accuracy", "test_auc", "test_ap", "test_spearman", "test_rmse")
 FEW = 100  # runs with fewer test images only measure time; their accuracy is left out of the tables
 
@@ -85,6 +85,7 @@ def name(key):
         [", flips" if config["flips"] else "", f", {config['crops']} crops" if config["crops"] > 1 else "",
          f", {config['whiten']}" if config["whiten"] != "channel" else "",
          f" {config['zca_eps']:g}" if config["whiten"] in ("zca", "zca_unit") else "",
+         f", {config['components']} components" if config["components"] else "",
          *(f", {flag} {config[flag]:.3g}" for flag in ("w_std", "b_std") if config[flag] != ABSENT[flag]),
          f", {config['head']} head" if config["head"] not in (None, "linear") else "",
          f" {config['gamma']:g}" if config["gamma"] else ""])
