@@ -13,6 +13,7 @@ Proved by: test_all.py, section train
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -211,9 +212,30 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
                     *(tiles.cross(fn, inputs[name], x, tile, store=kept[name], **where) for name in others)))
 
 
+def launched():
+    """(how many processes a launcher has started, the number of this one, how many of them are on this host), as its
+    variables say: Open MPI's mpirun, Slurm's srun. (1, 0, 1): no launcher, or one process.
+
+    (None, None, 1): JAX has to find out. On TPUs it asks Google's server where no variable names the hosts. In a pod of
+    Kubernetes' Indexed Job it asks Kubernetes, if the package `kubernetes` is installed (jax[k8s]).
+    """
+    env = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in env:  # before Slurm, as in JAX: mpirun starts by srun on other hosts
+        return tuple(int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_SIZE"))
+    if "SLURM_STEP_NODELIST" in env:  # SLURM_NTASKS may be of the job: a shell that salloc opened is a step of one task
+        count = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1))
+        return count, int(env.get("SLURM_PROCID", 0)), -(-count // int(env.get("SLURM_STEP_NUM_NODES", 1)))
+    asked = "JOB_COMPLETION_INDEX" in env and importlib.util.find_spec("kubernetes")
+    if "tpu" in (jax.config.jax_platforms or ""):  # so JAX sets it where it finds TPUs
+        hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+        asked = "," in hosts if hosts else "TPU_SKIP_MDS_QUERY" not in env
+        asked = asked or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    return (None, None, 1) if asked else (1, 0, 1)
+
+
 def team(coordinator, processes, process, devices, wait=300):
     """The processes that share the work, tiles.ALONE where there is one; arguments as of large/processes.start."""
-    if (coordinator, processes, process) == (None, None, None) and "SLURM_STEP_NODELIST" not in os.environ:
+    if (coordinator, processes, process) == (None, None, None) and launched()[0] == 1:
         return tiles.ALONE
     from large import processes as several
     return several.start(coordinator, processes, process, devices, wait)

@@ -392,7 +392,7 @@ def idle(args):
                                                     "variance"},
                              "--load takes all that from the model's file")
     several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
-    several_processes = args.coordinator or "SLURM_STEP_NODELIST" in os.environ
+    several_processes = args.coordinator or experiment.launched()[0] != 1
     named = args.dataset in data.DATASETS
     return {"data": (args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read"
                      or not named and "--dataset is a path"),
@@ -485,7 +485,8 @@ def flags():
     many.add_argument("--hosts", type=int, default=1, metavar="P", help="of --plan")
     many.add_argument("--rate", type=float, metavar="R", help="of --plan: kernel entries/s of a device, of all "
                       "kinds at once, in place of measuring it here")
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; under Slurm, leave out")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; leave out under Slurm, Open MPI or on "
+                      "TPUs, where JAX finds it")
     many.add_argument("--processes", type=int, metavar="P", help="how many there are")
     many.add_argument("--wait", type=int, default=300, metavar="S", help="seconds that processes wait for each other at the "
                       "start")

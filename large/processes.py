@@ -8,8 +8,12 @@ Start all of them again: finished tiles are in the store.
     python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 0     on HOST0
     python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 1     on HOST1
     srun --ntasks-per-node=1 python train_cifar.py --store DIR                                under Slurm
+    mpirun --map-by ppr:1:node --bind-to none python train_cifar.py --store DIR               under Open MPI
 
-With one process per host, a process takes all GPUs of its host, or all cores if there is no GPU.
+With one process per host, a process takes all GPUs of its host, or all cores if there is no GPU. Without the three flags
+the launcher's variables say who this process is (experiment.launched), and JAX finds process 0. The flags win: --processes 1
+is alone under any launcher. --coordinator by itself replaces the address that JAX finds, which is that of mpirun's host under
+Open MPI 4, and under Open MPI 5 needs the package mpi4py. Slurm, Kubernetes, a container: see the files beside this one.
 Process 0 listens on the coordinator's port; jax.distributed and gloo or NCCL open further ports of their own choice.
 Proved by: large/test_large.py
 """
@@ -28,6 +32,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import experiment
 import tiles
 
 PROXIES = "grpc_proxy", "https_proxy", "http_proxy"
@@ -40,33 +45,40 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     """The Team of all processes; tiles.ALONE if there is only one. Call it before JAX uses a device.
 
     coordinator: "HOST:PORT" of process 0.   processes, process: how many there are, and the number of this one.
-    Without these three, Slurm's variables are used if srun started several tasks.   gpus: how many this process takes;
-    None: all that it can see, but one each if Slurm runs several tasks on a node.   wait: seconds to wait for the others.
+    What is not given, a launcher or JAX says (experiment.launched).   gpus: how many this process takes; None: all that it
+    can see, but one each if a launcher started several on this host.   wait: seconds to wait for the others.
     Raises ValueError: one of the three without the others, a number out of range or taken.   ConnectionError: some did
-    not come in time.
+    not come in time, or JAX does not find them.
     """
-    given = [value is not None for value in (coordinator, processes, process)]
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in os.environ else 1  # srun
-    if not any(given) and slurm == 1:
+    count, index, here = experiment.launched()
+    by_flags = (processes, process) != (None, None) or coordinator is not None and count == 1
+    if not by_flags:
+        processes, process = count, index
+    if processes == 1 and process in (None, 0):
         return tiles.ALONE
-    if any(given) and not (all(given) and 0 <= process < processes):
+    if by_flags and (None in (coordinator, processes, process) or not 0 <= process < processes):
         raise ValueError(f"--coordinator {coordinator} --processes {processes} --process {process}: give all "
                          "three: HOST:PORT of process 0, the number of processes P, and this one's number, 0 to P - 1")
-    if any(given) and processes == 1:
-        return tiles.ALONE
-    tasks = int(os.environ.get("SLURM_NTASKS", 1)) // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
     if gpus is None and "CUDA_VISIBLE_DEVICES" in os.environ:
         gpus = len([number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number])
     elif gpus is None:
         gpus = len(glob.glob("/dev/nvidia[0-9]*"))
-    if coordinator:
+    if coordinator and processes:
         meet(coordinator, processes, process, wait)
+    ompi_5 = "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ  # JAX 0.10 has no other way
     proxies = {name: os.environ.pop(name) for name in PROXIES if name in os.environ}  # gRPC would use them
-    jax.distributed.initialize(
-        coordinator, processes, process,  # all None: JAX asks Slurm, and by itself would take one GPU
-        local_device_ids=range(gpus) if gpus and (all(given) or tasks == 1) else None,
-        initialization_timeout=wait, heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process,  # JAX finds out what is None, and by itself would take one GPU
+            local_device_ids=range(gpus) if gpus and (by_flags or here == 1) else None,
+            cluster_detection_method="deactivate" if by_flags else "mpi4py" if ompi_5 and not coordinator else None,
+            initialization_timeout=wait, heartbeat_timeout_seconds=TIMEOUT, shutdown_timeout_seconds=TIMEOUT)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConnectionError(f"JAX does not reach the other processes ({' '.join(str(error).split())}): set --coordinator, "
+                              "--processes and --process, or --processes 1 to run alone") from error
     os.environ.update(proxies)
+    if jax.process_count() == 1:
+        return tiles.ALONE
     all_reduce(np.zeros(1))  # connects now, while all are present: gloo waits only 30 s to connect, but longer in a sum
     return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
 

@@ -541,18 +541,25 @@ def free_port():
         return one.getsockname()[1]
 
 
-def team(count, *flags, slurm=False, last=()):
+LAUNCHERS = {  # the variables that each sets for process i of n; mpirun's include those of the step in which it runs
+    "flags": lambda port, n, i: {},
+    "srun": lambda port, n, i: dict(SLURM_JOB_ID=port, SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=n, SLURM_PROCID=i,
+                                    SLURM_STEP_NUM_TASKS=n, SLURM_LOCALID=0, SLURM_STEP_NUM_NODES=n),
+    "mpirun": lambda port, n, i: {**LAUNCHERS["srun"](port, 1, 0), "OMPI_MCA_orte_hnp_uri": f"{port << 12}.0;tcp://127.0.0.1:1",
+                                  "OMPI_COMM_WORLD_SIZE": n, "OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": i,
+                                  "OMPI_COMM_WORLD_LOCAL_SIZE": n}}
+
+
+def team(count, *flags, launcher="flags", last=()):
     """Starts train_cifar.py as `count` processes on one machine: digits, sizes that the tile side does not divide."""
     common = ["--n_train", "203", "--n_test", "101", "--tile", "32", "--ridge", "1e-3,1e-2", "--quiet",
               *map(str, flags)]
     port, running = free_port(), []
     for index in range(count):
-        where = [] if slurm else ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count),
-                                  "--process", str(index)]
-        env = {**os.environ, "XLA_FLAGS": ""}
-        if slurm:
-            env.update(SLURM_JOB_ID=str(port), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(count),
-                       SLURM_PROCID=str(index), SLURM_LOCALID="0", SLURM_STEP_NUM_NODES=str(count))
+        where = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process", str(index)]
+        where = where if launcher == "flags" else []
+        variables = LAUNCHERS[launcher](port, count, index)
+        env = {**os.environ, "XLA_FLAGS": "", **{name: str(value) for name, value in variables.items()}}
         running.append(subprocess.Popen(
             [sys.executable, os.path.join(HERE, "train_cifar.py"), *common, *where,
              *(last if index == count - 1 else ())], env=env,
@@ -560,14 +567,14 @@ def team(count, *flags, slurm=False, last=()):
     return running
 
 
-@pytest.mark.parametrize("count, devices, slurm, where", [
-    (2, 2, True, "K"), (4, 1, False, "none")])
-def test_processes_one_answer(tmp_path, count, devices, slurm, where):
-    """2 and 4 processes, started with Slurm's variables or with flags, with tiles on disk or on the fly, give the result of
-    one process to 1e-6 and record one line; each process has written its share of the tiles."""
+@pytest.mark.parametrize("count, devices, launcher, where", [
+    (2, 2, "srun", "K"), (4, 1, "mpirun", "none")])
+def test_processes_one_answer(tmp_path, count, devices, launcher, where):
+    """2 and 4 processes, started without flags with the variables of Slurm or Open MPI, with tiles on disk or on the fly, give
+    the result of one process to 1e-6 and record one line; each process has written its share of the tiles."""
     flags = ["--store", tmp_path / "K" if where == "K" else where, "--out", tmp_path, "--devices", devices]
     done = [(process.communicate(timeout=300), process.returncode)
-            for process in team(count, *flags, slurm=slurm)]
+            for process in team(count, *flags, launcher=launcher)]
     assert [code for _, code in done] == [0] * count, done
     assert [out.count("test accuracy") for (out, _), _ in done] == [1] + [0] * (count - 1)
     together, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
