@@ -487,7 +487,7 @@ def flags():
                       "kinds at once, in place of measuring it here")
     many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; leave out under Slurm, Open MPI or on "
                       "TPUs, where JAX finds it")
-    many.add_argument("--processes", type=int, metavar="P", help="how many there are")
+    many.add_argument("--processes", type=int, metavar="P", help="how many there are; 1: alone, whatever a launcher says")
     many.add_argument("--wait", type=int, default=300, metavar="S", help="seconds that processes wait for each other at the "
                       "start")
     many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")

@@ -5,6 +5,7 @@ Each test states its claim in its first line. test_all.py sets up JAX, so it is 
 
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 
 import data
+import experiment
 import kernel
 import pcg
 import tiles
@@ -571,14 +573,16 @@ def team(count, *flags, launcher="flags", last=()):
     (2, 2, "srun", "K"), (4, 1, "mpirun", "none")])
 def test_processes_one_answer(tmp_path, count, devices, launcher, where):
     """2 and 4 processes, started without flags with the variables of Slurm or Open MPI, with tiles on disk or on the fly, give
-    the result of one process to 1e-6 and record one line; each process has written its share of the tiles."""
+    the result of one process to 1e-6 and record one line; each process has written its share of the tiles. One process that
+    goes on with this store computes none."""
     flags = ["--store", tmp_path / "K" if where == "K" else where, "--out", tmp_path, "--devices", devices]
     done = [(process.communicate(timeout=300), process.returncode)
             for process in team(count, *flags, launcher=launcher)]
     assert [code for _, code in done] == [0] * count, done
     assert [out.count("test accuracy") for (out, _), _ in done] == [1] + [0] * (count - 1)
     together, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
-    alone = train(tmp_path, "--n_train", "203", "--n_test", "101", "--ridge", "1e-3,1e-2")
+    alone_flags = ["--n_train", "203", "--n_test", "101", "--ridge", "1e-3,1e-2"]
+    alone = train(tmp_path, *alone_flags)
     assert together["processes"] == count and together["devices"] == devices
     assert together["test_accuracy"] == alone["test_accuracy"] and together["ridge"] == alone["ridge"]
     assert abs(together["test_mse"] / alone["test_mse"] - 1) < 1e-6
@@ -586,6 +590,8 @@ def test_processes_one_answer(tmp_path, count, devices, launcher, where):
         shares = [len((tmp_path / "K" / "train-nngp" / f"tiles-{i}.txt").read_text().split("\n")) - 1
                   for i in range(count)]
         assert shares == [14, 14] and store.report(str(tmp_path / "K")) == 0
+        again = train(tmp_path, *alone_flags, "--store", str(tmp_path / "K"))
+        assert again["entries_computed"] == 0 and abs(again["test_mse"] / alone["test_mse"] - 1) < 1e-6
 
 
 def test_processes_one_dies(tmp_path):
@@ -738,6 +744,78 @@ def test_processes_errors():
     assert processes.start() == processes.start("h:1", 1, 0) == tiles.ALONE
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """(variables, flags of start) -> what start asks of JAX: address, count, number, devices, method; None: to be alone."""
+    asked = []
+    for name in os.environ:
+        if re.match("OMPI_|SLURM_|TPU_|MEGASCALE_|KUBERNETES_|JOB_COMPLETION_INDEX|CUDA_VISIBLE", name):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *who, local_device_ids, cluster_detection_method, **_:
+                        asked.append((*who, local_device_ids and [*local_device_ids], cluster_detection_method)))
+    monkeypatch.setattr(jax, "process_count", lambda: 8)
+    for name in ("meet", "all_reduce"):
+        monkeypatch.setattr(processes, name, lambda *_: None)
+
+    def start(variables, *flags, gpus=None):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, str(value))
+            asked.clear()
+            alone = processes.start(*flags, gpus=gpus) == tiles.ALONE
+            assert alone != bool(asked) and len(asked) <= 1
+            if not flags:  # train_cifar.py's --wait is refused where there is one process, and team() agrees
+                assert alone == (experiment.launched()[0] == 1) == (experiment.team(None, None, None, None) == tiles.ALONE)
+                assert alone == bool(train_cifar.idle(train_cifar.parse([]))["wait"])
+        return asked[0] if asked else None
+    return start
+
+
+def test_processes_of_a_launcher(started):
+    """Of Slurm's and Open MPI's variables JAX gets how many processes there are and the number of this one. A task alone, a
+    shell in a step of one task of a larger job, and mpirun -n 1, also in such a job, stay alone; flags win over variables."""
+    srun, mpirun = (LAUNCHERS[name](7, 8, 5) for name in ("srun", "mpirun"))
+    assert started({}) is None and started(srun) == started(mpirun) == (None, 8, 5, None, None)
+    assert started({**LAUNCHERS["srun"](7, 8, 0), "SLURM_STEP_NUM_TASKS": 1}) is started(LAUNCHERS["srun"](7, 1, 0)) is None
+    one = LAUNCHERS["mpirun"](7, 1, 0)
+    assert started(one) is started({**one, "SLURM_STEP_NUM_TASKS": 8}) is None
+    assert started({"SLURM_NTASKS": 8, "SLURM_PROCID": 0}) is None  # a batch script
+    assert started(srun, "h:1", 3, 2) == started(mpirun, "h:1", 3, 2) == ("h:1", 3, 2, None, "deactivate")
+    assert started(srun, None, 1) is started(mpirun, "h:1", 1, 0) is None
+    assert started(srun, "h:1") == started(mpirun, "h:1") == ("h:1", 8, 5, None, None)
+    del mpirun["OMPI_MCA_orte_hnp_uri"]  # Open MPI 5
+    assert started(mpirun) == (None, 8, 5, None, "mpi4py") and started(mpirun, "h:1") == ("h:1", 8, 5, None, None)
+    assert started(srun, gpus=2)[3] == started({}, "h:1", 3, 2, gpus=2)[3] == [0, 1]
+    assert started(mpirun, gpus=2)[3] is started({**srun, "SLURM_STEP_NUM_NODES": 7}, gpus=2)[3] is None  # JAX: one each
+    for wrong in (("h:1", 3), ("h:1", None, 5), (None, 8, 5), (None, 3)):
+        with pytest.raises(ValueError, match="give all three"):
+            started(srun, *wrong)
+
+
+def test_processes_that_jax_finds(started, monkeypatch):
+    """On TPUs of several hosts, and in a pod of an Indexed Job with the package kubernetes, JAX finds all; a single pod, a pod
+    without the package, one host of TPUs, and these variables without TPUs stay alone. What JAX then misses is one line."""
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": 443}
+    job, jax_asked = {**pod, "JOB_COMPLETION_INDEX": 0}, (None, None, None, None, None)
+    find_spec = experiment.importlib.util.find_spec
+    for installed in (False, True):
+        monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name, *more: (
+            installed or None if name == "kubernetes" else find_spec(name, *more)))
+        assert started(pod) is None and started(job) == (jax_asked if installed else None)
+        assert started(job, "h:1", 8, 5) == ("h:1", 8, 5, None, "deactivate") and started(job, None, 1) is None
+    two, one = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": 1}, {"TPU_WORKER_HOSTNAMES": "localhost"}
+    assert started(two) is None
+    monkeypatch.setattr(type(jax.config), "jax_platforms", "tpu,cpu")
+    for several in (two, {"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, {**one, "MEGASCALE_NUM_SLICES": 2}, {}):
+        assert started(several) == jax_asked
+    assert started(one) is started({"TPU_SKIP_MDS_QUERY": 1}) is started({"TPU_PROCESS_ADDRESSES": "local"}) is None
+    monkeypatch.setattr(jax, "process_count", lambda: 1)  # as Google's server says of one host
+    assert processes.start() == tiles.ALONE
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: json.loads("{\n?"))  # a ValueError
+    with pytest.raises(ConnectionError, match="JAX does not reach the other processes .Expecting.*set --coordinator"):
+        processes.start()
+
+
 def test_processes_error_in_one_ends_all(tmp_path):
     """If a process fails while the other waits for it, it prints why, and both end within a minute."""
     start = time.monotonic()
@@ -789,18 +867,38 @@ def test_plan_of_five_million(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------- docs
 
+SLURM, KUBERNETES, CONTAINER = (pathlib.Path(HERE, "large", name).read_text()
+                                for name in ("slurm.sh", "kubernetes.yaml", "Containerfile"))
+
 def test_docs_commands_run(tmp_path, monkeypatch):
-    """Every command with --store or --plan in README and docstrings runs, with smaller sizes. Those with several processes are
-    only parsed; test_processes_one_answer runs some."""
+    """Every command with --store or --plan in README, docstrings and the script for Slurm runs, with smaller sizes. Those with
+    several processes, as in the manifest for Kubernetes, are only parsed; test_processes_one_answer runs some."""
     monkeypatch.chdir(tmp_path)
-    shown = commands("train_cifar.py", train_cifar.__doc__, processes.__doc__, plan.__doc__)
+    shown = commands("train_cifar.py", train_cifar.__doc__, processes.__doc__, plan.__doc__, SLURM,
+                     KUBERNETES.replace("$JOB_COMPLETION_INDEX", "31"), CONTAINER)
+    assert {"$SCRATCH/cifar5m-fc", "/shared/cifar5m-fc"} < {*sum(shown, [])}
     shown = [command for command in shown if {"--store", "--plan", "--process"} & {*command}]
-    assert len(shown) > 2
     for command in shown:
         train_cifar.parse(command)
         if "--process" not in command:
             shutil.rmtree("K", ignore_errors=True)
             run_small(command)
+
+
+
+def test_docs_clusters():
+    """The script for Slurm is valid bash; in the manifest for Kubernetes as many pods run as processes are waited for, and the
+    address of process 0 is that of pod 0; the container gets the packages that README.md installs, and every room."""
+    subprocess.run(["bash", "-n"], input=SLURM, text=True, check=True)
+    assert set(re.findall(r"(?:completions:|parallelism:|--processes) (\d+)", KUBERNETES)) == {"32"}
+    service, job, _, volume = re.findall(r"^ +(?:- )?name: (\w+)\n", KUBERNETES, re.M)[:4]
+    assert {service} == set(re.findall(r"subdomain: (\w+)", KUBERNETES)) and f"--coordinator {job}-0.{service}:" in KUBERNETES
+    assert {job} == set(re.findall(r"job-name: (\w+)", KUBERNETES)) and "completionMode: Indexed" in KUBERNETES
+    assert f"mountPath: /{volume}" in KUBERNETES and f"name: {volume}\n          persistentVolumeClaim:" in KUBERNETES
+    install, = re.findall(r"^RUN (.*) && pip install -q .jax.cuda12.*$", CONTAINER, re.M)
+    assert f".venv/bin/{install} && " in pathlib.Path(HERE, "README.md").read_text()
+    copied = set(re.findall(r"^COPY (\S+)", CONTAINER, re.M))
+    assert copied == {"*.py", "requirements.txt", *experiment.ROOMS}
 
 
 
