@@ -10,7 +10,7 @@ Start all of them again: finished tiles are in the store.
     srun --ntasks-per-node=1 python train_cifar.py --store DIR                                under Slurm
     mpirun --map-by ppr:1:node --bind-to none python train_cifar.py --store DIR               under Open MPI
 
-With one process per host, a process takes all GPUs of its host, or all cores if there is no GPU. (mpirun would bind it to one.)
+With one process per host, a process takes all GPUs of its host, or all cores if there is no GPU (mpirun binds it to one).
 Without the three flags the launcher's variables say who this process is (experiment.launched), and JAX finds process 0. Flags
 win: --processes 1 is alone under any launcher. Give mpirun --coordinator alone if process 0 is not on mpirun's own host, or
 if Open MPI is version 5 and the package mpi4py is not installed. On Kubernetes give the flags: see kubernetes.yaml.

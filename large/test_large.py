@@ -547,9 +547,9 @@ LAUNCHERS = {  # the variables that each sets for process i of n; mpirun's inclu
     "flags": lambda port, n, i: {},
     "srun": lambda port, n, i: dict(SLURM_JOB_ID=port, SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=n, SLURM_PROCID=i,
                                     SLURM_STEP_NUM_TASKS=n, SLURM_LOCALID=0, SLURM_STEP_NUM_NODES=n),
-    "mpirun": lambda port, n, i: {**LAUNCHERS["srun"](port, 1, 0), "OMPI_MCA_orte_hnp_uri": f"{port << 12}.0;tcp://127.0.0.1:1",
-                                  "OMPI_COMM_WORLD_SIZE": n, "OMPI_COMM_WORLD_RANK": i, "OMPI_COMM_WORLD_LOCAL_RANK": i,
-                                  "OMPI_COMM_WORLD_LOCAL_SIZE": n}}
+    "mpirun": lambda port, n, i: dict(LAUNCHERS["srun"](port, 1, 0), OMPI_COMM_WORLD_SIZE=n, OMPI_COMM_WORLD_RANK=i,
+                                      OMPI_COMM_WORLD_LOCAL_RANK=i, OMPI_COMM_WORLD_LOCAL_SIZE=n,
+                                      OMPI_MCA_orte_hnp_uri=f"{port << 12}.0;tcp://127.0.0.1:1")}
 
 
 def team(count, *flags, launcher="flags", last=()):
