@@ -175,7 +175,7 @@ def together(matvec, runs, beside=(), quiet=True):
             vs = [run.asked[1] for run in waiting]
             ends, count = np.cumsum([v.shape[1] for v in vs]), count + 1
             bar.set_postfix_str(f"product {count} with K, {ends[-1]} columns")
-            answers = np.split(matvec(np.concatenate(vs, axis=1)), ends[:-1], axis=1)
+            answers = np.split(matvec(vs[0] if len(vs) == 1 else np.concatenate(vs, axis=1)), ends[:-1], axis=1)
         for run, answer in zip(waiting, answers):
             run.go_on(answer)
         bar.update(sum(not run.asked for run in runs) - bar.n)
@@ -224,9 +224,13 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
 
     def product(v, which=True):
         """A v of these columns; 0 in the others."""
-        start, which = time.perf_counter(), slice(None) if np.all(which) or not drop else which
-        out = np.zeros_like(v)
-        out[:, which] = (yield None, v[:, which]) + ridge * v[:, which]
+        start = time.perf_counter()
+        if np.all(which) or not drop:
+            out = ridge * v
+            out += yield None, v
+        else:
+            out = np.zeros_like(v)
+            out[:, which] = (yield None, v[:, which]) + ridge * v[:, which]
         spent.append(time.perf_counter() - start)
         if not np.isfinite(out).all():
             raise ValueError(f"product {len(spent)} with K has {np.sum(~np.isfinite(out))} entries that are not "
@@ -235,8 +239,12 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
 
     def preconditioned(r, which):
         """M^-1 r of these columns; 0 in the others."""
-        which, out = slice(None) if which.all() or not drop else which, np.zeros_like(r)
-        out[:, which] = (yield precondition, r[:, which]) if precondition and np.any(which) else r[:, which]
+        if not precondition or not which.any():
+            return r
+        if which.all() or not drop:
+            return (yield precondition, r)
+        out = np.zeros_like(r)
+        out[:, which] = yield precondition, r[:, which]
         return out
 
     def relative(residual):
@@ -263,7 +271,9 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
             raise (yield from _indefinite(product, d[:, stepping], curvature[stepping], ridge, len(alphas) + 1))
         alpha = np.divide(rz, curvature, out=np.zeros_like(rz), where=stepping)
         x += alpha * d
-        r -= alpha * q
+        q *= alpha
+        r -= q
+        del q
         residual, lost = relative(r), np.zeros_like(active)
         stepping = active & (residual > tol)  # the others wait for the next true residual
         known = len(alphas) % CHECK == CHECK - 1 or not stepping.any()
@@ -279,7 +289,9 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
         z = yield from preconditioned(r, stepping)
         rz_before, rz = rz, _dot(r, z)
         beta = np.divide(rz, rz_before, out=np.zeros_like(rz), where=stepping & ~lost)
-        d = z + beta * d
+        d *= beta
+        d += z
+        del z
         alphas.append(alpha)
         betas.append(beta)
         history.append(float(residual.max()))
@@ -425,8 +437,11 @@ class LowRank:
         """[M^-1 r, ...] of each of these inverses and its r (n, c): F is read once for all of them."""
         rows, k, ends = _rows(self.team), self.F.shape[1], np.cumsum([r.shape[1] for r in rs])
         middles = [one.middle for one in inverses]  # here, by all processes together, and not in a thread of one
-        w = np.concatenate([np.repeat(one.w[:, None], r.shape[1], axis=1) for one, r in zip(inverses, rs)], axis=1)
-        t = np.concatenate([r[rows] for r in rs], axis=1) / w
+        z = np.zeros((len(self.diagonal), ends[-1]))
+        t = z[rows]  # a view
+        places = [slice(end - r.shape[1], end) for end, r in zip(ends, rs)]
+        for one, r, place in zip(inverses, rs, places):
+            np.divide(r[rows], one.w[:, None], out=t[:, place])
         # BLAS's own threads go on spinning for a while after each call, and the product with K that
         # comes next, on all cores, took twice as long for it: threads are ours here
         with tiles.one_thread(), ThreadPoolExecutor(tiles.cores()) as pool:
@@ -435,10 +450,10 @@ class LowRank:
             within = np.concatenate(list(pool.map(cho_solve, middles, within)), axis=1)
 
             def finish(part):
-                t[part] -= self._F(part) @ within / w[part]
+                away = self._F(part) @ within
+                for one, place in zip(inverses, places):
+                    t[part, place] -= away[:, place] / one.w[part, None]
             list(pool.map(finish, self._parts()))
-        z = np.zeros((len(self.diagonal), ends[-1]))
-        z[rows] = t
         return np.split(_sum(self.team, z), ends[:-1], axis=1)
 
     def _gram(self, w):

@@ -24,10 +24,13 @@ import jax
 import numpy as np
 import pytest
 
+import augment
+import choose
 import data
 import experiment
 import kernel
 import pcg
+import regression
 import tiles
 import train_cifar
 from large import cifar5m, on_the_fly, plan, processes, rank, store
@@ -863,6 +866,55 @@ def test_plan_of_five_million(tmp_path, capsys):
     n_entries = out["entries"] / (out["entries_per_second"] / 2 * 512)
     assert out["kernel_seconds"] >= n_entries * 0.99
 
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+class Shifted:
+    """K = D + 1 1^T / n with a diagonal D, which takes no memory: what choosing the ridge and solving need of a matrix."""
+    team, slowness, reads_all, found = tiles.ALONE, 4, False, None
+
+    def __init__(self, n):
+        self.shape, self.D = (n, n), 1 + np.arange(n) % 7 / 7
+
+    def matvec(self, v):
+        return self.D[:, None] * v + v.mean(axis=0)
+
+    def diagonal(self):
+        return self.D + 1 / len(self.D)
+
+    def columns(self, indices, own=False):
+        out = np.full((len(self.D), len(indices)), 1 / len(self.D), np.float32)
+        out[indices, np.arange(len(indices))] += self.D[indices].astype(np.float32)
+        return out
+
+    def leading(self, n):
+        return Shifted(n)
+
+
+def test_memory_grows_by_the_byte(monkeypatch):
+    """A row more takes at most 0.95 KB in preconditioner (rank 64), ridge search over fifteen ridges and solve with ten
+    classes, once what has a limit has reached it; the limits are a quarter of the real ones here. With an image of CIFAR, its
+    place in the view and its label that is below 4.3 KB."""
+    monkeypatch.setattr(choose, "DENSE", 256)
+    monkeypatch.setattr(choose, "PASS", choose.PASS // 4)
+    monkeypatch.setattr(pcg, "LOOK", pcg.LOOK // 4)
+
+    def peak(n):
+        K, y = Shifted(n), np.random.default_rng(0).normal(size=(n, 10))
+        tracemalloc.start()
+        ridge, solver, _ = regression.choose_ridge(K, y, choose.RIDGES, "validation", rank=64,
+                                                   held_out=(n * 4 // 5, np.arange(n * 4 // 5, n)))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        alpha, _ = solver(y, ridge)
+        assert np.allclose(K.matvec(alpha) + ridge * solver.scale * alpha, y, atol=1e-5)
+        both = np.array([most, tracemalloc.get_traced_memory()[1]])
+        tracemalloc.stop()
+        return both
+    assert ((peak(60_000) - peak(30_000)) / 30_000 < 950).all()
+    view = augment.expand(2)
+    assert 950 + 3072 + sum(part.nbytes for part in view[:3]) / 2 + 2 * 80 < 4300
 
 
 # ------------------------------------------------------------------------------------------- docs
