@@ -6,6 +6,8 @@
   rank.py         chooses the rank of the preconditioner that saves most time
   cifar5m.py      CIFAR-5m's six files, read block by block
   plan.py         predicts the hours and bytes of a run before it starts (--plan)
+  rates.py        what one machine takes for each piece of a run's work
+  simulate.py     8 to 1,024 hosts, tile by tile, from these rates: where more hosts stop helping
 
 Without this folder everything runs in memory, in one process, and the rank is a simple guess.
 """

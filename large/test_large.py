@@ -33,7 +33,7 @@ import pcg
 import regression
 import tiles
 import train_cifar
-from large import cifar5m, on_the_fly, plan, processes, rank, store
+from large import cifar5m, on_the_fly, plan, processes, rank, rates, simulate, store
 
 KILLS = int(os.environ.get("KILLS", 3))  # kills in each test that kills a run; 20 take two minutes
 
@@ -915,6 +915,109 @@ def test_memory_grows_by_the_byte(monkeypatch):
     assert ((peak(60_000) - peak(30_000)) / 30_000 < 950).all()
     view = augment.expand(2)
     assert 950 + 3072 + sum(part.nbytes for part in view[:3]) / 2 + 2 * 80 < 4300
+
+# --------------------------------------------------------------------------------------- simulate
+
+@pytest.mark.parametrize("n, tile, hosts", [(1, 4, 1), (40, 4, 3), (41, 4, 8), (7, 16, 2), (200, 8, 5)])
+def test_simulate_owns_what_processes_own(n, tile, hosts):
+    """The simulation gives each host the tiles that TiledMatrix.keys gives that process of a team."""
+    owned = [list(zip(i.tolist(), j.tolist())) for i, j in simulate.owned(n, tile, hosts)]
+    assert owned == [list(tiles.empty(n, n, tile, True, tiles.Team(host, hosts)).keys()) for host in range(hosts)]
+
+
+@pytest.mark.parametrize("kept", [1, 4, 7, 100])
+def test_simulate_whitens_what_a_run_whitens(kept, monkeypatch):
+    """The simulated loop whitens as many blocks as the real one, for each host and any number of kept blocks."""
+    n, tile, hosts, seen = 68, 4, 3, []
+    monkeypatch.setattr(augment, "KEPT", 4 * 4 * kept * tile)
+    x = np.random.default_rng(0).integers(0, 256, (n, 2, 2, 1), np.uint8)
+    whiten = data.whitening("channel", x)()
+    pixels, flat = augment.Images.pixels, lambda a, b: linear(a.reshape(len(a), -1), b.reshape(len(b), -1))
+    monkeypatch.setattr(augment.Images, "pixels", lambda self: seen.append(1) or pixels(self))
+    for devices in (1, 3):
+        for host, (i, j) in enumerate(simulate.owned(n, tile, hosts)):
+            seen.clear()
+            K = tiles.empty(n, n, tile, True, tiles.Team(host, hosts))
+            images = augment.expand(n).of(x, whiten)
+            list(tiles.computed(flat, [(0, images), (1, images)], K.sides, list(K.keys()), jax.local_devices()[:devices]))
+            one = rates.Rates(devices=devices, kept=kept)
+            assert simulate.computing(i, j, one, np.random.default_rng(0))[1] == len(seen) > n // tile // 2
+
+
+def test_simulate_is_arithmetic_without_spread():
+    """If all tiles take equally long and nothing else takes time, the kernel takes ceil(ceil(tiles / P) / D) of them, and a
+    product ceil(tiles / (P threads)): efficiency is what rounding up leaves. A disk or a whitening slower than the devices
+    decides alone. Parts add up to the time."""
+    rng, n, b = np.random.default_rng(0), 300, 10  # 465 tiles
+    for hosts in (1, 8, 64, 512):
+        for devices in (1, 3):
+            one = rates.Rates(tile=np.full(1, 2.0), product=np.full(1, 0.01), devices=devices, threads=devices)
+            share = (465 + hosts - 1) // hosts
+            rounds = (share + devices - 1) // devices
+            kernel, step = (phase(n, b, hosts, one, rng) for phase in (simulate.kernel_phase, simulate.cg_step))
+            assert np.isclose(sum(kernel.values()), 2 * rounds) and np.isclose(sum(step.values()), 1.05 * 4 * rounds)
+            for parts in (kernel, step):
+                assert np.isclose(simulate.efficiency(parts), 465 / (hosts * devices * rounds))
+            slow = simulate.kernel_phase(n, b, hosts, one._replace(write=5.0, load=7.0), rng)
+            assert np.isclose(sum(slow.values()), 7 + 2 + 5 * share)
+            whitened = simulate.kernel_phase(n, b, hosts, one._replace(whiten=100.0, kept=1000), rng)
+            assert hosts > 1 or devices > 1 or np.isclose(sum(whitened.values()), 2 * 465 + 100 * 30)
+
+
+def test_simulate_waits_for_the_slowest():
+    """With times 1 or 3, equally likely, and one tile a host, the kernel takes 3 unless all draw 1, 3 - 2^(1 - P) on average.
+    The same seed gives the same times."""
+    one, rng = rates.Rates(tile=np.array([1.0, 3.0])), np.random.default_rng(0)
+    for rows, hosts in ((1, 1), (2, 3), (3, 6)):  # tiles a side
+        took = [sum(simulate.kernel_phase(rows, 1, hosts, one, rng).values()) for _ in range(300)]
+        assert abs(np.mean(took) - 3 + 2 * 0.5**hosts) < 8 * (0.5**hosts * (1 - 0.5**hosts) / 300)**0.5  # four standard errors
+    tables = [simulate.kernel_phase(30, 1, 4, one, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert tables[0] == tables[1] != tables[2]
+
+
+def test_simulate_sums_end_the_scaling():
+    """A sum costs nothing on one host and, with many, two bytes of network a byte and 2 (P - 1) latencies. What is divided
+    falls as 1 / P, vectors do not, sums grow: efficiency falls to zero, and at last sums take nearly all of a step."""
+    one = rates.Rates(product=np.full(1, 1e-9), vectors=1e-3, call=1e-3, copy=1e-9, network=(1e-4, 1e8))
+    assert simulate.summed(10**6, 1, one) == 0
+    assert np.isclose(simulate.summed(10**6, 2, one), 1e-3 + 1e-3 + 2e-4 + 1e-2)
+    assert np.isclose(simulate.summed(10**6, 1001, one), 1e-3 + 1e-3 + 0.2 + 2e-2 * 1000 / 1001)
+    counts = 1, 4, 16, 64, 256, 1024
+    steps = [simulate.cg_step(6000, 100, hosts, one, np.random.default_rng(0)) for hosts in counts]
+    shares = [simulate.efficiency(parts) for parts in steps]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.97 and shares[-1] < 0.01
+    assert all(np.isclose(parts["product"] * hosts, steps[0]["product"]) for parts, hosts in zip(steps, counts))
+    assert [parts["vectors"] for parts in steps] == [1e-3] * 6 and steps[-1]["sums"] > 0.95 * sum(steps[-1].values())
+    assert simulate.loss(steps[-1]).startswith("sums ")
+
+
+def test_simulate_prints_and_draws(tmp_path, monkeypatch, capsys):
+    """The command prints a row for each number of hosts and draws an SVG under 60 KB with real text; it writes no other file."""
+    monkeypatch.chdir(tmp_path)
+    one = rates.Rates(np.array([0.9, 1.1]), np.full(1, 1e-9), 2, 2, 0.1, 0.1, 6, 1.0, 1e-3, 1e-9, 1e-3, 1e-9)
+    monkeypatch.setattr(simulate, "measure", lambda n, tile, folder, given: one)
+    rows = simulate.main(["--n", "10000", "--tile", "500", "--plot", "hosts.svg"])
+    out, picture = capsys.readouterr().out, (tmp_path / "hosts.svg").read_text()
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:] == [f"{P:,}" for P in rows]
+    assert list(rows) == [8, 16, 32, 64, 128, 256, 512, 1024] and os.listdir() == ["hosts.svg"]
+    assert len(picture) < 60 * 1024 and all(re.search(f"<text[^>]*>{word}<", picture) for word in ("hosts", "kernel", "1,024"))
+
+
+def test_simulate_rates_are_those_of_this_machine(monkeypatch):
+    """Rates are positive; tiles take as long as plan.py measures, on average; given rates replace the measured ones, and the
+    whitening is faster in the ratio of the entries."""
+    monkeypatch.setattr(plan, "rate", lambda fn, shape, tile, devices: 1e6 * len(devices))
+    monkeypatch.setattr(plan, "product_rate", lambda kept: (1e9, 2e9))
+    monkeypatch.setattr(train_cifar, "FIT_ON", 100)
+    here = rates.measure(600, 64, None, rank=8, shape=(4, 4, 1))
+    monkeypatch.setattr(rates, "loading", lambda n: 1.0)
+    given = rates.measure(600, 64, None, rank=8, shape=(4, 4, 1), given=(1e9, 4e9, 8))
+    for one, rate, product, devices in ((here, 1e6, 1e9, len(jax.local_devices())), (given, 1e9, 4e9, 8)):
+        assert np.isclose(one.tile.mean(), 64**2 / rate) and one.devices == devices and len(one.tile) == len(one.product) == 20
+        assert np.isclose(one.threads / one.product.mean(), product) and one.write > 4 * 64**2 / 2e9
+        assert all(0 < value < 600 for value in (one.whiten, one.load, one.vectors, one.call, one.kept / 1e6))
+    assert 100 < here.whiten / given.whiten < 10_000
+
 
 
 # ------------------------------------------------------------------------------------------- docs
