@@ -61,7 +61,7 @@ def measure(n, tile, folder=None, rank=plan.RANK, shape=SHAPE, rows=2**19, given
     images = augment.expand(side).of(x, data.Whitening(np.zeros(1, np.float32), np.ones(1, np.float32), W, np.array(False), 0))
 
     entries = plan.rate(kernel_fn, shape, tile, devices) / len(devices)
-    read, written = plan.disk_rates(folder) if folder else plan.product_rate({})
+    read, written = plan.disk_rates(folder) if folder else plan.product_rate({}, min(tile, 1024))
     computed, multiplied, count = given or (entries, read, len(devices))
     computing = times(lambda: list(tiles.computed(kernel_fn, [(0, floats), (1, floats)], one.sides, keys, devices)), 20)
     multiplying = times(lambda: one.matvec(np.ones((side, data.CLASSES))), 20)

@@ -992,7 +992,7 @@ def test_simulate_sums_end_the_scaling():
 
 
 def test_simulate_prints_and_draws(tmp_path, monkeypatch, capsys):
-    """The command prints a row for each number of hosts and draws an SVG under 60 KB with real text; it writes no other file."""
+    """The command prints a row for each number of hosts, draws an SVG under 60 KB with real text, and writes no other file."""
     monkeypatch.chdir(tmp_path)
     one = rates.Rates(np.array([0.9, 1.1]), np.full(1, 1e-9), 2, 2, 0.1, 0.1, 6, 1.0, 1e-3, 1e-9, 1e-3, 1e-9)
     monkeypatch.setattr(simulate, "measure", lambda n, tile, folder, given: one)
@@ -1007,7 +1007,7 @@ def test_simulate_rates_are_those_of_this_machine(monkeypatch):
     """Rates are positive; tiles take as long as plan.py measures, on average; given rates replace the measured ones, and the
     whitening is faster in the ratio of the entries."""
     monkeypatch.setattr(plan, "rate", lambda fn, shape, tile, devices: 1e6 * len(devices))
-    monkeypatch.setattr(plan, "product_rate", lambda kept: (1e9, 2e9))
+    monkeypatch.setattr(plan, "product_rate", lambda kept, tile: (1e9, 2e9))
     monkeypatch.setattr(train_cifar, "FIT_ON", 100)
     here = rates.measure(600, 64, None, rank=8, shape=(4, 4, 1))
     monkeypatch.setattr(rates, "loading", lambda n: 1.0)
