@@ -1093,3 +1093,74 @@ def test_benchmark_two_processes(benchmark):
         return float(out[0].splitlines()[-1])
     pairs = np.array(benchmark.pedantic(lambda: [(seconds(1), seconds(2)) for _ in range(3)], rounds=1))
     benchmark.extra_info["efficiency"] = np.median(pairs[:, 0] / (2 * pairs[:, 1]))
+
+
+CHECK = """
+import json, os, sys, time, warnings
+n, tile, rank, count, index, port = map(int, sys.argv[1:])
+os.sched_setaffinity(0, {index % 2})  # a core for each process, or for two of them
+time.perf_counter = time.process_time  # other work on the same cores does not count
+warnings.simplefilter("ignore")
+import jax, numpy as np
+import augment, data, pcg, tiles, train_cifar
+from large import processes, rates
+team, rng = processes.start(f"127.0.0.1:{port}", count, index), np.random.default_rng(0)
+augment.KEPT = 4 * tile * 4 * 768  # four blocks: each process whitens most of them again and again
+x, y = rng.integers(0, 256, (n, 16, 16, 3), np.uint8), rng.standard_normal((n, 10))
+kernel_fn = next(iter(train_cifar.ENGINES.values()))("fc", "ntk")
+whiten = jax.device_put(data.whitening("zca", x[:1500])(1.0), jax.local_devices()[0])
+
+def took(call, times=5):
+    out = []
+    for _ in range(times):
+        team.all_reduce(np.zeros(1))
+        start = time.perf_counter()
+        call()
+        out.append(time.perf_counter() - start)
+    return np.median(out)
+
+def gram(rows=n, team=team):
+    images = augment.expand(rows).of(x, whiten)
+    images.placed[jax.local_devices()[0]] = whiten
+    return tiles.gram(kernel_fn, images, tile, quiet=True, team=team)
+
+gram(2 * tile, tiles.ALONE)  # compiles
+K = gram()
+ridge = 1e-3 * K.diagonal().mean()
+inverse = pcg.low_rank(K, rank)(ridge)
+few, many = (took(lambda: pcg.solve(K.matvec, y, ridge, inverse, 1e-300, steps)) for steps in (20, 60))
+sums = [took(lambda: team.all_reduce(np.ones(size)), 40) for size in (1, 10 * n)]
+one = rates.measure(n, tile, None, rank, (16, 16, 3))._replace(load=0.0) if count == 1 else ()
+print(json.dumps([took(gram), (many - few) / 40, *sums, [np.asarray(value).tolist() for value in one]]))
+"""
+
+def test_benchmark_simulation(benchmark):
+    """K and a step of CG by 1, 2 and 4 processes on two cores, and simulated from rates of one process and sums of two:
+    seconds of processor time of the busier core agree within a factor of two."""
+    if benchmark.disabled or os.cpu_count() < 2:
+        pytest.skip("timed only with --benchmark-only, on two cores or more; its parts are tested above")
+    n, tile, rank = 4000, 384, 200
+
+    def measured(count):
+        port = free_port()
+        running = [subprocess.Popen([sys.executable, "-c", CHECK, *map(str, (n, tile, rank, count, index, port))], cwd=HERE,
+                                    stdout=subprocess.PIPE, text=True) for index in range(count)]
+        out = [json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in running]
+        cores = [np.sum([times[:4] for times in out[core::2]], axis=0) for core in range(min(2, count))]
+        return np.max(cores, axis=0), out[0][4]
+
+    def compare():
+        times = {count: measured(count) for count in (1, 2, 4)}
+        one = rates.Rates(*(np.array(value) if isinstance(value, list) else value for value in times[1][1]))
+        short, long = times[2][0][2:]
+        one = one._replace(network=(max(0, (short - one.call) / 2), 1 / max(1e-12, (long - short) / (80 * n) - one.copy)))
+        for count, (took, _) in times.items():
+            busy = {name: value * max(1, count / 2) for name, value in one._asdict().items()
+                    if name not in ("devices", "threads", "kept", "network")}
+            for real, phase, more in zip(took, (simulate.kernel_phase, simulate.cg_step), ((), (rank,))):
+                ours = np.median([sum(phase(n, tile, count, one._replace(**busy), np.random.default_rng(seed), *more).values())
+                                  for seed in range(9)])
+                benchmark.extra_info[f"{phase.__name__}, {count}"] = f"{real:.4f} s, simulated {ours:.4f}: {ours / real:.2f}"
+                assert 0.5 < ours / real < 2
+    benchmark.pedantic(compare, rounds=1)
+    print(benchmark.extra_info)
