@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import augment
 import data
@@ -53,27 +54,34 @@ def measure(n, tile, folder=None, rank=plan.RANK, shape=SHAPE, rows=2**19, given
     folder: for tiles on its disk; None is in memory.   rows: of the vectors to measure with, at most.
     given: (entries/s of a device, bytes/s of tiles in a product, devices) of another machine, which is said to whiten faster
     in the ratio in which it computes entries faster: both are mostly matrix products.
+    Raises OSError: tiles cannot be written to the folder.
     """
-    devices, side, rows, rng = jax.local_devices(), min(tile, 2048), min(n, rows), np.random.default_rng(0)
+    devices, side, rng = jax.local_devices(), min(tile, 2048), np.random.default_rng(0)
     kernel_fn = next(iter(train_cifar.ENGINES.values()))("fc", "ntk")
-    x, one = rng.integers(0, 256, (side, *shape), np.uint8), tiles.known(rng.random((side, side), np.float32), False, side)
-    floats, keys, W = x.astype(np.float32), [(0, 0)] * len(devices), rng.random((x[0].size, x[0].size), np.float32)
+    x = rng.integers(0, 256, (side, *shape), np.uint8)
+    W = rng.random((x[0].size, x[0].size), np.float32)
     images = augment.expand(side).of(x, data.Whitening(np.zeros(1, np.float32), np.ones(1, np.float32), W, np.array(False), 0))
+    inputs, keys = [(k, x.astype(np.float32)) for k in (0, 1)], [(0, 0)] * len(devices)
+    one = tiles.known(rng.random((side, side), np.float32), False, side)
+    ones, rows = np.ones(2**22), min(n, rows)
 
     entries = plan.rate(kernel_fn, shape, tile, devices) / len(devices)
     read, written = plan.disk_rates(folder) if folder else plan.product_rate({}, min(tile, 1024))
+    if read is None:
+        raise OSError(f"tiles cannot be written to {folder}: give a folder on a disk with 300 MB of free space")
     computed, multiplied, count = given or (entries, read, len(devices))
-    computing = times(lambda: list(tiles.computed(kernel_fn, [(0, floats), (1, floats)], one.sides, keys, devices)), 20)
+    computing = times(lambda: list(tiles.computed(kernel_fn, inputs, one.sides, keys, devices)), 20)
     multiplying = times(lambda: one.matvec(np.ones((side, data.CLASSES))), 20)
     checking = shortest(lambda: one.put((0, 0), one.tiles[0, 0])) / side**2
-    whitening = shortest(lambda: place(images, devices)) * len(devices) / side * entries / computed
-    call, ones = shortest(lambda: processes.all_reduce(np.ones(1))), np.ones(2**23)
+    whitening = shortest(lambda: place(images, devices)) * len(devices) / side
+    call = shortest(lambda: processes.all_reduce(ones[:1]))
     threads = tiles.cores() + 2 * bool(folder)
     return Rates(
-        tile=tile**2 / computed * computing / computing.mean(), devices=int(count),
-        product=threads / multiplied * multiplying / multiplying.mean(), threads=threads,
-        write=tile**2 * (4 / written + checking), whiten=tile * whitening, kept=max(1, images.kept // tile),
-        load=loading(n), vectors=n / rows * undivided(rows, rank), factor=dividing(rank),
+        tile=tile**2 / computed * computing / computing.mean(),
+        product=threads / multiplied * multiplying / multiplying.mean(),
+        devices=int(count), threads=threads, write=tile**2 * (4 / written + checking),
+        whiten=tile * whitening * entries / computed, kept=max(1, images.kept // tile), load=loading(n),
+        vectors=n / rows * undivided(rows, rank), factor=dividing(rank),
         call=call, copy=(shortest(lambda: processes.all_reduce(ones)) - call) / ones.nbytes)
 
 
@@ -92,7 +100,7 @@ def shortest(call, number=3):
 
 
 def place(images, devices):
-    """Each device makes its share of the images."""
+    """Each device whitens its share of the images."""
     parts = np.array_split(np.arange(len(images)), len(devices))
     images.made.clear()
     jax.block_until_ready([images[rows].on(device) for rows, device in zip(parts, devices)])
@@ -100,7 +108,7 @@ def place(images, devices):
 
 def loading(n):
     """Seconds of reading n images from an .npz in the page cache, hashing them for the store and for the other hosts, and
-    of fitting the whitening, for which a quarter of the images with a quarter of the pixels take a 64th of the operations."""
+    of fitting the whitening by one thread, 64 times what a quarter of the images with a quarter of the pixels take."""
     rng, few, fit = np.random.default_rng(0), 1024, train_cifar.FIT_ON
     x = rng.integers(0, 256, (few, *SHAPE), np.uint8)
     small = rng.integers(0, 256, (fit // 4, SHAPE[0] // 2, SHAPE[1] // 2, SHAPE[2]), np.uint8)
@@ -109,7 +117,8 @@ def loading(n):
             np.savez(os.path.join(folder, f"part{part}.npz"), X=x, Y=np.arange(few) % data.CLASSES)
         read = shortest(lambda: cifar5m.load(folder)) / (cifar5m.PARTS + 1)
     hashed = shortest(lambda: (store.digests(x), hashlib.blake2b(x).digest()))  # the latter: processes.agree
-    return n / few * (read + hashed) + 64 * shortest(lambda: data.whitening("zca", small)(100.0), 1)
+    with threadpool_limits(1, user_api="blas"):
+        return n / few * (read + hashed) + 64 * shortest(lambda: data.whitening("zca", small)(100.0), 1)
 
 
 def undivided(rows, rank, classes=data.CLASSES):

@@ -22,13 +22,13 @@ neither disk nor network; if one is slower by a tenth, all are. Left out: buildi
 Proved by: large/test_large.py
 """
 
-import argparse
 import heapq
 from collections import OrderedDict
 
 import numpy as np
 
 import data
+import experiment
 import pcg
 from large import plan
 from large.rates import measure
@@ -158,20 +158,25 @@ def draw(path, title, rows):
 
 def main(argv=None):
     """Measure, simulate, print the table and draw the figure; returns what `table` returns."""
-    parser = argparse.ArgumentParser(description="Time and efficiency of K and of a step of CG on 8 to 1,024 hosts, for fc")
-    parser.add_argument("--n", type=int, default=5_000_000, help="rows of K (%(default)s)")
-    parser.add_argument("--tile", type=int, default=8192, help="side of a tile (%(default)s)")
+    parser = experiment.Parser(prog="large.simulate", description="Time and efficiency of the kernel and of a step of CG on 8 "
+                               "to 1,024 hosts, for the NTK of fc")
+    parser.add_argument("--n", type=int, default=5_000_000, help="rows of K")
+    parser.add_argument("--tile", type=int, default=8192, help="side of a tile")
     parser.add_argument("--store", metavar="DIR", help="tiles lie on the disk of DIR, which is measured; else in memory")
     parser.add_argument("--rates", type=float, nargs=3, metavar=("ENTRIES", "BYTES", "DEVICES"), help="of another host: "
                         "kernel entries/s of a device, bytes/s of tiles in a product, devices")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw time and efficiency against hosts")
     args = parser.parse_args(argv)
+    if min(args.n, args.tile, *(args.rates or ())) < 1:
+        parser.error("--n, --tile and --rates: expected numbers that are at least 1")
+    args.tile = min(args.tile, args.n)
     rates = measure(args.n, args.tile, args.store, given=args.rates)
     of = args.tile**2 / rates.tile.mean(), rates.tile.std() / rates.tile.mean(), rates.threads / rates.product.mean() / 1e9
     print(f"a device  {of[0]:,.0f} entries/s, sd of equal tiles {of[1]:.1%}; {args.tile:,} images whitened in "
           f"{plan.hours(rates.whiten)}\na host    {rates.devices} devices; {of[2]:.1f} GB/s of tiles multiplied, "
           f"{4 * args.tile**2 / rates.write / 1e9:.1f} written; images read and whitening fitted in {plan.hours(rates.load)}; "
-          f"vectors of a step {plan.hours(rates.vectors)}\nnetworks  {', '.join(NETWORKS)}, assumed\n")
+          f"vectors of a step {plan.hours(rates.vectors)}\nnetworks  {', '.join(NETWORKS)}, and "
+          f"{1e6 * max(NETWORKS.values())[0]:g} microseconds of latency: assumed\n")
     rows = table(args.n, args.tile, rates)
     names = list(rows[HOSTS[0]])
     print("| hosts |" + "".join(f" {name if name == 'kernel' else f'CG step, {name}'} | efficiency | largest loss |"
@@ -187,4 +192,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with experiment.guard(ValueError, OSError, MemoryError):
+        main()
