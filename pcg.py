@@ -253,9 +253,8 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
     scale = np.linalg.norm(y, axis=0)
     scale[scale == 0] = 1  # a zero column is solved by zero
     saved = checkpoint.load() if checkpoint else None
-    state = (State(**{name: list(saved[name]) if kind is list else saved[name]
-                      for name, kind in State.__annotations__.items()}) if saved
-             else (yield from _begin(product, y, preconditioned, relative, tol, x0)))
+    state = yield from (_resumed(saved, preconditioned) if saved else
+                        _begin(product, y, preconditioned, relative, tol, x0))
     x, r, d, rz, active, stepping, restarted, history, alphas, betas = state
     bar = tqdm(total=max_iters, initial=len(alphas), unit="step", desc="solve", disable=quiet or None,
                leave=False)
@@ -336,6 +335,17 @@ def _begin(product, y, preconditioned, relative, tol, x0):
     z = yield from preconditioned(r, residual > tol)
     return State(x, r, z.copy(), _dot(r, z), residual > tol, residual > tol,
                  np.full(y.shape[1], np.inf), [float(residual.max())], [], [])
+
+
+def _resumed(saved, preconditioned):
+    """The state that a checkpoint has kept, {name: array}. All columns restart if M is no longer the same, as where another
+    number of processes chose another rank: the next directions would not be conjugate to the old ones."""
+    state = State(**{name: list(saved[name]) if kind is list else saved[name] for name, kind in State.__annotations__.items()})
+    z = yield from preconditioned(state.r, state.stepping)
+    rz = _dot(state.r, z)
+    if np.allclose(rz, state.rz, rtol=1e-4, atol=0):
+        return state
+    return state._replace(d=z, rz=rz, betas=[*state.betas[:-1], np.zeros_like(rz)])
 
 
 def _warn(info, tol, unfinished):
