@@ -233,12 +233,16 @@ def launched():
     return (None, None, 1) if asked else (1, 0, 1)
 
 
-def team(coordinator, processes, process, devices, wait=300):
-    """The processes that share the work, tiles.ALONE where there is one; arguments as of large/processes.start."""
+def team(coordinator, processes, process, devices, wait=300, store=None):
+    """The processes that share the work, tiles.ALONE where there is one; arguments as of large/processes.start.
+    store: the folder of their logs."""
     if (coordinator, processes, process) == (None, None, None) and launched()[0] == 1:
         return tiles.ALONE
     from large import processes as several
-    return several.start(coordinator, processes, process, devices, wait)
+    found = several.start(coordinator, processes, process, devices, wait)
+    if found.count > 1 and store not in (None, "none"):
+        several.log(store, found.index)
+    return found
 
 
 def provenance(processes=1):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import choose
 import pcg
+from tiles import LOG
 
 TINY = 1e-100  # an sd of 0 counts as this
 EVERY = 3  # of the ridges that are compared, one in so many is solved first
@@ -41,10 +42,12 @@ PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
 
 @contextmanager
 def phase(name, seconds):
-    """Adds to seconds[name] what the block takes."""
+    """Adds to seconds[name] what the block takes; the log says when it begins and ends."""
     start = time.perf_counter()
+    LOG.info("%s begins", name)
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    LOG.info("%s ends, %.1f s", name, time.perf_counter() - start)
 
 
 class Solver:

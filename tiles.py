@@ -23,6 +23,7 @@ and 8 n c bytes summed over processes.      Proved by: test_all.py, section tile
 """
 
 import itertools
+import logging
 import math
 import os
 import pathlib
@@ -48,6 +49,7 @@ PART = 64, 1024  # rows and columns converted to float64 at a time, small enough
 GROUP, GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"  # where Linux says what a container may use
 PIECE = 2**26  # bytes that processes sum at a time, where it is many
 MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
+LOG = logging.getLogger("progress")  # what this process is doing; large/processes.py writes it to a file
 
 
 class Team(NamedTuple):
@@ -131,20 +133,34 @@ def _matrices(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
     missing = [key for key in keys if not all(key in known for known in intact)]
     found = sum(math.prod(shapes[key]) for key in set(keys) - set(missing))
     matrices = tuple(replace(K, tiles=one, found=found) for one in stores)
-    size, met = K.sides[0] * K.sides[1], time.monotonic()
-    with tqdm(total=len(keys) * size, initial=(len(keys) - len(missing)) * size, unit=" entries", unit_scale=True,
-              desc=f"kernel, {len(keys)} tiles", disable=quiet or None, leave=False) as bar:
+    size, every = K.sides[0] * K.sides[1], sum(1 for _ in replace(K, team=ALONE).keys())
+    computed_here, start = 0, time.monotonic()
+
+    def meet(busy):
+        """How many processes are still computing, and how many tiles all of them have done."""
+        seconds = time.monotonic() - start
+        done = len(keys) - len(missing) + computed_here
+        LOG.info("kernel %d x %d: %d of %d tiles, %.3g entries/s, %.0f s", *K.shape, done, len(keys),
+                 computed_here * size / max(seconds, 1e-9), seconds)
+        return team.all_reduce(np.array([busy, done]))
+
+    busy, done = meet(1)
+    met = time.monotonic()
+    with tqdm(total=every * size, initial=done * size, unit=" entries", unit_scale=True, desc=f"kernel, {every} tiles",
+              disable=quiet or None, leave=False) as bar:
         for key, arrays in computed(kernel_fn, [(0, x1), (1, x2)], K.sides, missing, devices):
             for K, known, array in zip(matrices, intact, arrays):
                 if key not in known:
                     K.put(key, array)
-            bar.update(size)
-            if team.count > 1 and time.monotonic() > met + MEET:
-                team.all_reduce(np.ones(1))
+            computed_here += 1
+            bar.update(min(team.count * size, bar.total - bar.n))  # as if the others were as fast, until the next meeting
+            if time.monotonic() > met + MEET:
+                _, done = meet(1)
+                bar.update(done * size - bar.n)
                 met = time.monotonic()
-        busy = 1.0
         while busy:  # meet the others until none of them computes any more
-            busy = team.all_reduce(np.zeros(1))[0]
+            busy, done = meet(0)
+            bar.update(done * size - bar.n)
     return matrices if isinstance(store, tuple) else matrices[0]
 
 

@@ -57,7 +57,7 @@ def main(argv=None):
         return model.predict(args, network_kernel)
     if args.plan:
         return plan(args)
-    team = experiment.team(args.coordinator, args.processes, args.process, args.devices, args.wait)
+    team = experiment.team(args.coordinator, args.processes, args.process, args.devices, args.wait, args.store)
     args.quiet, args.verbose = args.quiet or team.index > 0, args.verbose and team.index == 0
     if team.index == 0:
         experiment.writable(args.out)

@@ -1,9 +1,17 @@
 """Several processes, on one machine or on many: how they meet, and the sum by which they communicate.
 
 Every process runs the same program on the same data, computes and multiplies its own tiles, and holds all vectors. The only
-communication is the sum `all_reduce`: in each step of the solver (n, c) float64 for the product, and for a preconditioner of
-low rank (n, c) and (k, c) more. If one process dies, the others stop: at once in a sum, otherwise within TIMEOUT seconds.
-Start all of them again: finished tiles are in the store.
+communication is the sum `all_reduce`. In a solve its arrays are float64; n rows, c columns not yet solved, rank k:
+
+    a step of the solver            (n, c) for the product with K
+    with a preconditioner of rank k (k, c) and (n, c) more, once for each step: 8 c (2 n + k) bytes a step in all
+    a true residual                 (n, c), every 20 steps (pcg.CHECK) and before columns are done
+    a ridge                         (k, k), once
+
+If one process dies, the others stop with a message: at once in a sum, otherwise GRACE seconds later, or TIMEOUT seconds if
+its host has died. (Found by a launcher, or on GPUs if process 0 dies, they stop with JAX's message.) Start all of them
+again, or fewer, or more: tiles and solver state in a store that they share serve any number. The file DIR/log-I.txt says
+what process I is doing: when its phases begin and end, and how many of its tiles are done.
 
     python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 0     on HOST0
     python train_cifar.py --store DIR --coordinator HOST0:12345 --processes 2 --process 1     on HOST1
@@ -18,12 +26,16 @@ Process 0 listens on the coordinator's port; jax.distributed and gloo or NCCL op
 Proved by: large/test_large.py
 """
 
+import atexit
 import glob
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import selectors
 import socket
+import threading
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -39,6 +51,8 @@ PROXIES = "grpc_proxy", "https_proxy", "http_proxy"
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OWN = ("process", "devices", "coordinator", "data", "store", "out", "quiet", "verbose", "wait")  # may differ
 TIMEOUT = 60  # seconds until a silent process counts as dead
+GRACE = 5  # seconds that a process has to say itself why it ends, once another is gone
+GONE = "process {} of {}: another process is gone. Start all of them again: what is in --store is kept"
 
 
 def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
@@ -63,8 +77,7 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
         gpus = len([number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number])
     elif gpus is None:
         gpus = len(glob.glob("/dev/nvidia[0-9]*"))
-    if coordinator and processes:
-        meet(coordinator, processes, process, wait)
+    peers = meet(coordinator, processes, process, wait) if coordinator and processes else []
     ompi_5 = "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ  # JAX 0.10 has no other way
     proxies = {name: os.environ.pop(name) for name in PROXIES if name in os.environ}  # gRPC would use them
     try:
@@ -80,11 +93,16 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     if jax.process_count() == 1:
         return tiles.ALONE
     all_reduce(np.zeros(1))  # connects now, while all are present: gloo waits only 30 s to connect, but longer in a sum
-    return tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
+    team = tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
+    if peers and jax.default_backend() == "cpu":  # when a process dies, JAX's service aborts the others with a stack trace;
+        jax.distributed.shutdown()  # gloo, once connected, does not need it
+    watch(peers, team)
+    return team
 
 
 def meet(coordinator, processes, process, wait):
     """Returns once all processes have reached HOST:PORT, and prints which it waits for. JAX alone waits silently, then aborts.
+    Returns the sockets by which process 0 and each of the others stay connected.
 
     ConnectionError: some have not come after `wait` seconds.   ValueError: another process came with the same number.
     """
@@ -93,11 +111,12 @@ def meet(coordinator, processes, process, wait):
     if process > 0:
         print(f"process {process} of {processes}: waiting for process 0 at {coordinator}, {wait} s at most", flush=True)
         while time.monotonic() < end:
-            with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), end - time.monotonic()) as peer:
+            with suppress(OSError):
+                peer = socket.create_connection((host.strip("[]"), int(port)), end - time.monotonic())
                 peer.sendall(b"%d\n" % process)
                 answer = peer.recv(3)
                 if answer == b"all":
-                    return
+                    return [peer]
                 if answer == b"two":
                     raise ValueError(f"there is a process {process} at {coordinator} already: give each its own --process")
             time.sleep(0.1)
@@ -127,7 +146,55 @@ def meet(coordinator, processes, process, wait):
                 peer.sendall(b"two")
         for peer in peers.values():
             peer.sendall(b"all")
-            peer.close()
+    return list(peers.values())
+
+
+def watch(peers, team):
+    """Ends this process with a message if one at `peers` is gone: its socket closes before it has said "end", or its host is
+    silent for TIMEOUT seconds. Process 0 sees all the others, and they see process 0, which passes it on."""
+    over = threading.Event()
+
+    def leave():
+        over.set()
+        for peer in peers:
+            with suppress(OSError):
+                peer.sendall(b"end")
+
+    def look():
+        with selectors.DefaultSelector() as running:
+            for peer in peers:
+                running.register(peer, selectors.EVENT_READ)
+            while running.get_map():
+                for key, _ in running.select():
+                    with suppress(OSError):
+                        if key.fileobj.recv(3) == b"end":
+                            running.unregister(key.fileobj)
+                            continue
+                    for peer in peers:
+                        with suppress(OSError):
+                            peer.shutdown(socket.SHUT_RDWR)
+                    if not over.wait(GRACE + (team.index == 0)):  # process 0 ends last: JAX's service on GPUs is in it
+                        experiment.end(f"ConnectionError: {GONE.format(team.index, team.count)}.", 1)
+                    return
+    for peer in peers:
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", TIMEOUT // 2), ("TCP_KEEPINTVL", TIMEOUT // 6), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):  # Linux
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    atexit.register(leave)
+    threading.Thread(target=look, daemon=True).start()
+
+
+def log(folder, process):
+    """From now on, what this process is doing is added to log-I.txt in `folder`; nothing if that cannot be written."""
+    with suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+        lines = logging.FileHandler(os.path.join(folder, f"log-{process}.txt"))
+        lines.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        lines.handleError = lambda record: None  # a full disk ends the run where it writes a tile
+        tiles.LOG.addHandler(lines)
+        tiles.LOG.setLevel(logging.INFO)
 
 
 def all_reduce(array):
@@ -154,9 +221,7 @@ def _all_reduce(array):
             return np.array(_sum(mesh)(stacked).addressable_data(0))
         except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX raises either
             raise ConnectionError(
-                f"process {jax.process_index()} of {jax.process_count()}: another process is gone. "
-                "Start all of them again: what is in --store is kept. "
-                f"({str(error).splitlines()[0]})") from error
+                f"{GONE.format(jax.process_index(), jax.process_count())}. ({str(error).splitlines()[0]})") from error
 
 
 def agree(team, args, *arrays):

@@ -27,6 +27,7 @@ Proved by: large/test_large.py
 import copy
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -292,7 +293,8 @@ class Checkpoint:
         """Deletes the file, once its run is over."""
         if self.team.index == 0:
             with suppress(OSError):
-                os.remove(self.path)
+                for path in [self.path, *glob.glob(f"{glob.escape(self.path)}.*.tmp")]:  # those are of killed runs
+                    os.remove(path)
                 os.rmdir(os.path.dirname(self.path))  # unless another solve keeps its state there
 
 
