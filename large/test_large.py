@@ -646,7 +646,7 @@ def test_processes_messages(count):
         shared = replace(K, team=team._replace(all_reduce=lambda array: sent.append(array) or team.all_reduce(array)))
         low, ridge = pcg.low_rank(shared, k, size=4), 1e-5 * K.diagonal().mean()
         del sent[:]
-        (_, info), = pcg.together(shared.matvec, [pcg.steps(y, ridge, low(ridge), tol=1e-8)])
+        (_, info), = pcg.together(shared.matvec, [pcg.Run(pcg.steps(y, ridge, low(ridge), tol=1e-8))])
         return info, Counter(array.shape for array in sent), sum(array.nbytes for array in sent)
     for info, shapes, size in threads(count, work):
         residuals = info.products - info.iterations
