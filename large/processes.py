@@ -96,7 +96,8 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     team = tiles.Team(jax.process_index(), jax.process_count(), all_reduce)
     if peers and jax.default_backend() == "cpu":  # when a process dies, JAX's service aborts the others with a stack trace;
         jax.distributed.shutdown()  # gloo, once connected, does not need it
-    watch(peers, team)
+    if peers:
+        watch(peers, team)
     return team
 
 
