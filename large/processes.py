@@ -102,8 +102,8 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
 
 
 def meet(coordinator, processes, process, wait):
-    """Returns once all processes have reached HOST:PORT, and prints which it waits for. JAX alone waits silently, then aborts.
-    Returns the sockets by which process 0 and each of the others stay connected.
+    """The sockets by which process 0 and each of the others stay connected, once all of them have reached HOST:PORT. Prints
+    which it waits for: JAX alone waits silently, then aborts.
 
     ConnectionError: some have not come after `wait` seconds.   ValueError: another process came with the same number.
     """

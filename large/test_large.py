@@ -608,7 +608,7 @@ def test_processes_one_answer(tmp_path, count, devices, launcher, where):
         assert again["entries_computed"] == 0 and abs(again["test_mse"] / alone["test_mse"] - 1) < 1e-7
 
 
-def test_processes_survive_kills(tmp_path):
+def test_processes_run_survives_kills(tmp_path):
     """If one process is killed in the middle of a solve, the others end within a minute with one sentence. Started again in
     another number, they continue from the finished tiles and the state of the solve, and reach the result of one process."""
     flags = ["--store", tmp_path / "K", "--out", tmp_path, "--devices", 1, "--precondition", "none",
@@ -791,11 +791,14 @@ def test_processes_of_the_same_number():
 
 
 def test_processes_errors():
-    """One of the three flags without the others, or a process number out of range, is refused with a message."""
+    """One of the three flags without the others, or a process number out of range, is refused with a message. A log that
+    cannot be written ends no run."""
     for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
         with pytest.raises(ValueError, match="give all three: HOST:PORT of process 0, the number of processes P"):
             processes.start(*given)
     assert processes.start() == processes.start("h:1", 1, 0) == tiles.ALONE
+    processes.log(os.path.join(HERE, "README.md"), 0)
+    assert not tiles.LOG.handlers
 
 
 @pytest.fixture
