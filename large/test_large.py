@@ -625,10 +625,14 @@ def test_processes_run_survives_kills(tmp_path):
         for process in running:
             refused(process, r"^ConnectionError: process \d of \d: another process is gone. Start all of them again")
         assert time.monotonic() - start < 60
+    path, = solving.glob("*.npz")
+    state = dict(np.load(path))
+    state["history"][0] = 7  # a mark, to see that the solve goes on from here
+    np.savez(path, **state)
     done = [process.communicate(timeout=300) for process in team(3 - kill % 2, *flags)]
     result, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
     alone = train(tmp_path, *SMALL, *map(str, flags[6:]))
-    assert result["entries_computed"] == 0 and result["cg_iterations"] > 100, done
+    assert result["entries_computed"] == 0 and result["cg_iterations"] > 100 and result["cg_history"][0] == 7, done
     assert abs(result["test_mse"] / alone["test_mse"] - 1) < 1e-7
     assert not solving.exists()
 
