@@ -345,7 +345,7 @@ def _resumed(saved, preconditioned):
     rz = _dot(state.r, z)
     if np.allclose(rz, state.rz, rtol=1e-4, atol=0):
         return state
-    return state._replace(d=z, rz=rz, betas=[*state.betas[:-1], np.zeros_like(rz)])
+    return state._replace(d=z.copy(), rz=rz, betas=[*state.betas[:-1], np.zeros_like(rz)])
 
 
 def _warn(info, tol, unfinished):
