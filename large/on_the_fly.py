@@ -9,6 +9,8 @@ multiplies the tile that it has computed, in float64, so that only vectors leave
 Cost: a product n (n + b) / (2 D P) entries a device.      Proved by: large/test_large.py
 """
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -110,18 +112,33 @@ class Lazy:
         return self._finite(self.team.all_reduce(y))
 
     def _on_host(self, v):
-        """K v of this process's tiles, each multiplied by the main thread while the devices compute the next: on two cores in
-        half of the time that XLA takes for it, because a tile in float64 is larger than the cache."""
-        y, vT = np.zeros((self.shape[0], v.shape[1])), np.ascontiguousarray(v.T)
-        with tiles.one_thread():
-            for key, (tile,) in self._tiles(self.kernel_fn, [(0, self.x1), (1, self.x2)], list(self.form.keys())):
-                rows, cols = self.form.slices(key)
-                tile, both = tile[:rows.stop - rows.start, :cols.stop - cols.start], self.form.symmetric and key[0] != key[1]
-                if self.form.symmetric and not both:
-                    tile = np.triu(tile) + np.triu(tile, 1).T  # as it is kept in tiles.py
-                y_i, y_j = tiles.multiplied(tile, vT[:, cols], vT[:, rows] if both else None)
+        """K v of this process's tiles. On a CPU each device has a thread, which computes a tile and then multiplies it: faster
+        than pmap and XLA's product in float64, for which a whole tile in float64 has to go through memory."""
+        y, vT, fn = np.zeros((self.shape[0], v.shape[1])), np.ascontiguousarray(v.T), _jitted(self.kernel_fn)
+        free, mine, lock = [*(self.devices or jax.local_devices())], threading.local(), threading.Lock()
+
+        def placed(side, x, number):
+            """Block `number` of x on this thread's device, which keeps the last one."""
+            if mine.blocks.get(side, (None,))[0] != number:
+                rows = np.arange(number * self.form.sides[side], (number + 1) * self.form.sides[side])
+                with lock:
+                    mine.blocks[side] = number, tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
+            return mine.blocks[side][1]
+
+        def product(key):
+            if not hasattr(mine, "device"):
+                mine.device, mine.blocks = free.pop(), {}
+            rows, cols = self.form.slices(key)
+            tile = np.asarray(fn(placed(0, self.x1, key[0]), placed(1, self.x2, key[1])))
+            tile, both = tile[:rows.stop - rows.start, :cols.stop - cols.start], self.form.symmetric and key[0] != key[1]
+            if self.form.symmetric and not both:
+                tile = np.triu(tile) + np.triu(tile, 1).T  # as it is kept in tiles.py
+            return rows, cols, *tiles.multiplied(tile, vT[:, cols], vT[:, rows] if both else None)
+        keys = list(self.form.keys())
+        with tiles.one_thread(), ThreadPoolExecutor(len(free)) as pool, self._bar(pool.map(product, keys), len(keys)) as bar:
+            for rows, cols, y_i, y_j in bar:
                 y[rows] += y_i
-                if both:
+                if y_j is not None:
                     y[cols] += y_j
         return y
 
@@ -133,9 +150,15 @@ class Lazy:
         return out
 
     def _tiles(self, fn, inputs, keys, sides=None):
-        """`tiles.computed` with a progress bar."""
-        return tqdm(tiles.computed(fn, inputs, sides or self.form.sides, keys, self.devices), total=len(keys),
-                    unit=" tiles", desc="tiles", disable=self.quiet or None, leave=False)
+        return self._bar(tiles.computed(fn, inputs, sides or self.form.sides, keys, self.devices), len(keys))
+
+    def _bar(self, results, number):
+        return tqdm(results, total=number, unit=" tiles", desc="tiles", disable=self.quiet or None, leave=False)
+
+
+@lru_cache(maxsize=8)
+def _jitted(kernel_fn):
+    return jax.jit(kernel_fn)
 
 
 @lru_cache(maxsize=8)
