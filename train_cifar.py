@@ -18,6 +18,7 @@ leave-one-out where K is small (choose.py).
 
 import argparse
 import json
+import math
 import os
 import zlib
 from functools import partial
@@ -142,13 +143,15 @@ def plan(args):
     from large import plan as planned
     experiment.compare(args, None)
     _, (shape, n_train, n_test, args.classes) = source(args)
+    args.fit_on = min(args.fit_on or FIT_ON, n_train)
     n_train, n_test = args.n_train or n_train, args.n_test or n_test
     rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
     derive(args, (n_train, *shape), n_test, rows)
     kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
     test_rows = n_test * (args.average or 1) * (2 if args.average and not args.flips else 1)
-    shape = (1, 1, args.components) if args.components else shape
-    return planned.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), shape, rows, test_rows)
+    pixels, seen = math.prod(shape), (1, 1, args.components) if args.components else shape
+    args.whiten = "channel" if args.by_default and pixels > LARGEST and not args.components else args.whiten
+    return planned.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), seen, rows, test_rows, pixels)
 
 
 def source(args):

@@ -1,7 +1,8 @@
 """Predicts the entries, bytes and hours of a run before it starts, from speeds measured on this machine.
 
-Three things are measured: the kernel for about a second on random images of the data set's shape; products with tiles in
-memory; and with --store products with tiles on its disk, in a folder that is removed afterwards. The rest is arithmetic.
+Four things are measured: the kernel for about a second on random images of the data set's shape; a product of two float64
+matrices; products with tiles in memory; and with --store products with tiles on its disk, in a folder that is removed
+afterwards. The rest is arithmetic. Left out: reading the images.
 
   n  rows of K, copies included   m  test rows   b  tile side   c  classes   r  rank
   P  hosts   D  devices of a host; all are assumed to be as fast as those of this machine
@@ -18,13 +19,18 @@ import time
 import jax
 import numpy as np
 
+import augment
+import choose
 import data
+import experiment
+import pcg
 import tiles
 from large import store
 
-STEPS, RANK = 100, 1000  # assumed for a solve and its preconditioner
-SEARCH = 2.5  # solves: what comparing all ridges in one pass costs, at most; 37 products for 14 on fc, n = 10,000, 15 ridges
+STEPS, RANK = 25, 1000  # assumed for a solve to 1e-6 and its preconditioner: fc and cnn_vec on CIFAR-10 take 13 to 40
+SEARCH = {"in memory": 1.0, "on disk": 0.4, "nowhere": 0.4}  # solves that comparing ridges costs: the others solve meanwhile
 NETWORK = 1e9  # bytes/s assumed for the all-reduce between hosts, as of 10 Gbit/s Ethernet; many clusters are faster
+EIGEN = 5  # n^3 operations of the eigenvectors of a matrix (n, n), as fast as products
 
 
 def rate(kernel_fn, shape, tile, devices):
@@ -77,71 +83,109 @@ def disk_rates(folder):
         return None, None
 
 
-def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None, write=None,
-             pixels=3072, images=None, ridges=1, kinds=1, classes=data.CLASSES, kept="in memory"):
+def operations(side=2048):
+    """Operations/s of a product of two float64 matrices."""
+    A = np.random.default_rng(0).random((side, side))
+    A[:256] @ A
+    start = time.perf_counter()
+    A @ A
+    return 2 * side**3 / (time.perf_counter() - start)
+
+
+def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None, write=None, pixels=3072, images=None,
+             ridges=1, kinds=1, classes=data.CLASSES, kept="in memory", flops=np.inf, fit_on=0, width=None, tol=1e-6,
+             base=0):
     """The plan as {name: number}. Seconds are wall-clock time, with all hosts at work; `bytes` is the sum over all hosts.
 
     entries_rate: entries/s of one device, for all kinds in one pass.   product, read: bytes/s of a host in K v, with tiles
-    from memory and from disk.   write: bytes/s of a host to disk.   kept: "in memory", "on disk" or "nowhere".
+    from memory and from disk.   write: bytes/s of a host to disk.   kept: "in memory", "on disk" or "nowhere".   flops:
+    operations/s of a host in float64; twice as many in float32.   fit_on: images that a W (pixels, width) is fitted on; 0: no
+    W.   base: bytes of a process before it has read an image.
     """
-    rows, test_rows = -(-n // tile), -(-m // tile)
+    rows, test_rows, images, width = -(-n // tile), -(-m // tile), images or n, width or pixels
     square = tile * tile
     triangle, rectangle = rows * (rows + 1) // 2, test_rows * rows
     entries = (triangle + rectangle) * square
     size = 0 if kept == "nowhere" else 4 * kinds * entries / hosts
     out = {"entries": entries, "tiles": triangle + rectangle, "bytes": size * hosts, "bytes_a_host": size}
     computing = square / (entries_rate * devices * hosts)  # seconds per tile
+    out["data_seconds"] = bool(fit_on) * (2 * fit_on * pixels**2 + 2 * EIGEN * pixels**3) / flops
+    blocks = max(2, augment.KEPT // (4 * width * tile))  # whitened blocks that a host keeps: tiles in squares of so many / 2
+    whitened = min(2.0, 4 * hosts / blocks) * out["tiles"] / hosts if rows > blocks else rows + test_rows
+    whitening = bool(fit_on) * whitened * tile * pixels * width / flops
     if kept == "nowhere":
         out["kernel_seconds"], out["pass_bytes"] = 0.0, 0
-        out["pass_seconds"] = triangle * computing
+        out["pass_seconds"] = triangle * computing + 4 * triangle * square / hosts / product + whitening
     else:
-        out["kernel_seconds"] = max(out["tiles"] * computing, size / (write or np.inf))
+        out["kernel_seconds"] = max(out["tiles"] * computing + whitening, size / (write or np.inf))
         out["pass_bytes"] = 4 * triangle * square / hosts
         out["pass_seconds"] = out["pass_bytes"] / (read or product)
     out["reduce_bytes"] = 16 * n * classes if hosts > 1 else 0
-    out["step_seconds"] = out["pass_seconds"] + 2 * out["reduce_bytes"] / NETWORK
-    out["search_seconds"] = kinds * STEPS * out["step_seconds"] * (ridges > 1) * min(ridges / 2, SEARCH)
-    out["solve_seconds"] = kinds * STEPS * out["step_seconds"] + out["search_seconds"]
-    out["device_bytes"] = 4 * (2 * square + 2 * tile * pixels)
-    out["host_bytes"] = (5 * (images or n) * pixels + 8 * n * (rank / hosts + 7 * classes)
-                         + (size if kept == "in memory" else 0))
+    out["step_seconds"] = (out["pass_seconds"] + 4 * n * rank * classes / hosts / flops + 2 * out["reduce_bytes"] / NETWORK)
+    looks = {"in memory": 0, "on disk": rank / 512 * out["pass_seconds"], "nowhere": n * rank / square * computing}[kept]
+    out["precondition_seconds"] = kinds * (4 * n * rank**2 / hosts / flops + looks)
+    solve = STEPS * np.log(2 / tol) / np.log(2e6) * out["step_seconds"]
+    first = min(n // 4, choose.DENSE) if n > choose.DENSE else n
+    out["search_seconds"] = (ridges > 1) * kinds * (EIGEN * first**3 / flops + (n > choose.DENSE) * SEARCH[kept] * solve)
+    out["solve_seconds"] = kinds * solve + out["search_seconds"] + out["precondition_seconds"]
+    out["device_bytes"] = 4 * (2 * square + 2 * tile * width)
+    out["memory"] = memory(n, m, images, pixels, width, classes, rank, hosts, ridges, max(fit_on, images), bool(fit_on),
+                           (size if kept == "in memory" else 0) + 2 * devices * 4 * square, base)
+    out["host_bytes"] = max(out["memory"].values())
     return out
 
 
-def main(args, kernel_fn, shape, n, m):
+def memory(n, m, images, pixels, width, classes, rank, hosts, ridges, read, fits, kernel, base):
+    """Bytes of a process in each phase, {phase: bytes}: images as bytes, some of them whitened, and what a phase works on."""
+    standing = base + (images + m) * pixels + n * (25 + 8 * classes)
+    kernel += standing + min(augment.KEPT, 4 * width * n)
+    factor, vectors = 4 * n * rank / hosts, 10 * 8 * n * classes
+    dense = min(n // 4, choose.DENSE) if n > choose.DENSE else n
+    return {"data": base + 2 * read * pixels + fits * 8 * 6 * pixels**2, "kernel": kernel,
+            "preconditioner": kernel + factor + min(pcg.LOOK, 8 * n * pcg.BLOCK) / hosts,
+            "ridge": kernel + (ridges > 1) * max(factor + min(6 * vectors, max(choose.PASS, vectors)), 5 * 8 * dense**2),
+            "solve": kernel + factor + vectors}
+
+
+def main(args, kernel_fn, shape, n, m, pixels):
     """Prints the plan of a run with these flags and returns it as a dict; see `estimate`.
 
-    args: flags of train_cifar.py, with sizes and tile filled in.   shape: of an image.   n, m: rows of K and K_test.
+    args: flags of train_cifar.py, with sizes and tile filled in.   shape: of what the kernel takes.   n, m: rows of K and
+    K_test.   pixels: numbers in an image.
     """
     devices, tile = jax.local_devices()[:args.devices], min(args.tile, n)
     per_host, ridges = args.devices or len(devices), len(args.ridge)
     measured = args.rate * len(devices) if args.rate else rate(kernel_fn, shape, tile, devices)
     kept = {"none": "nowhere", None: "in memory"}.get(args.store, "on disk")
-    product, _ = product_rate({})
+    base, fit_on = experiment.peak_memory(), args.fit_on if args.whiten in ("zca", "zca_unit") else 0
+    flops, (product, _) = operations(), product_rate({})
     read, write = disk_rates(args.store) if kept == "on disk" else (None, None)
     out = estimate(n, m, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
-                   product, read, write, int(np.prod(shape)), args.n_train, ridges,
-                   2 if args.kind == "both" else 1, args.classes, kept)
+                   product, read, write, pixels, args.n_train, ridges,
+                   2 if args.kind == "both" else 1, args.classes, kept, flops,
+                   fit_on, args.components, args.tol, base)
     out.update(entries_per_second=measured, product_bytes_per_second=product,
                read_bytes_per_second=read, write_bytes_per_second=write)
-    total = out["kernel_seconds"] + out["solve_seconds"]
+    total = out["data_seconds"] + out["kernel_seconds"] + out["solve_seconds"]
     disk = f", {read / 1e9:.1f} from disk, written at {write / 1e9:.1f}" if read else ""
-    search = f", of it {hours(out['search_seconds'])} for {ridges} ridges in one pass" if ridges > 1 else ""
+    search = f", of it {hours(out['search_seconds'])} to choose one of {ridges} ridges" if ridges > 1 else ""
     print(f"{args.dataset} {args.kernel} {args.kind}: {n:,} rows ({args.n_train:,} images), "
           f"{m:,} test, {args.hosts} x {per_host} devices")
     for what, text in {
             "measured": (f"{args.rate:,.0f} entries/s a device assumed, " if args.rate else
                          f"{measured:,.0f} entries/s on {len(devices)} x {devices[0].device_kind}, ")
                         + f"{product / 1e9:.1f} GB/s of tiles multiplied from memory{disk}",
+            "data": f"{hours(out['data_seconds'])} to fit the whitening",
             "kernel": f"{out['entries']:.4g} entries in {out['tiles']:,} tiles of {tile:,}: "
                       + hours(out["kernel_seconds"]),
             "tiles": f"{amount(out['bytes'])} {kept}, {amount(out['bytes_a_host'])} a host",
-            "memory": f"{amount(out['host_bytes'])} a host, {amount(out['device_bytes'])} a device, "
-                      "without what the kernel needs",
+            "memory": f"{amount(out['host_bytes'])} a host: "
+                      + ", ".join(f"{phase} {amount(size)}" for phase, size in out["memory"].items())
+                      + f"; {amount(out['device_bytes'])} a device, without what the kernel needs",
             "CG step": f"{hours(out['step_seconds'])}, of it {hours(out['pass_seconds'])} for "
                        f"{amount(out['pass_bytes'])} of tiles; {amount(out['reduce_bytes'])} summed over "
                        f"hosts (at {NETWORK / 1e9:g} GB/s)",
-            "solve": f"{hours(out['solve_seconds'])}: {STEPS} steps assumed{search}",
+            "solve": f"{hours(out['solve_seconds'])}: {STEPS} steps to 1e-6 assumed{search}",
             "total": f"{hours(total)}, {hours(total * args.hosts)} of hosts"}.items():
         print(f"{what:10} {text}")
     if out["tiles"] > 1e6 and kept == "on disk":

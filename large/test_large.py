@@ -891,23 +891,29 @@ def test_processes_error_in_one_ends_all(tmp_path):
 
 def test_plan_adds_up():
     """A plan equals a count by hand: 10 rows, 3 test rows, tiles of 4, two hosts with two devices each, so 6 tiles of K and 3
-    of K_test with sixteen entries each, and 100 steps."""
+    of K_test with sixteen entries each. Memory is the largest of its phases, and whitening takes its operations."""
     out = plan.estimate(10, 3, 4, 2, 2, 5, entries_rate=9.0, product=48.0, read=24.0, write=1e9, pixels=7,
                         classes=10, kept="on disk")
     assert out["tiles"] == 9 and out["entries"] == 144 and out["bytes"] == 576
     assert out["kernel_seconds"] == 144 / 36 and out["bytes_a_host"] == 288
     assert out["pass_bytes"] == 6 * 16 * 4 / 2 and out["pass_seconds"] == 192 / 24
     assert out["reduce_bytes"] == 1600 and out["step_seconds"] == 8 + 3200 / plan.NETWORK
-    assert out["solve_seconds"] == 100 * out["step_seconds"]
+    assert out["solve_seconds"] == plan.STEPS * out["step_seconds"] + 5 / 512 * out["pass_seconds"]
     memory = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, ridges=4)
     assert memory["pass_seconds"] == 6 * 16 * 4 / 48 and memory["reduce_bytes"] == 0
-    assert memory["solve_seconds"] == 300 * memory["step_seconds"]
+    assert memory["solve_seconds"] == plan.STEPS * memory["step_seconds"]  # leave-one-out of ten rows takes nothing
+    whitened = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, pixels=7, flops=1e3, fit_on=20, ridges=4, base=11)
+    assert whitened["data_seconds"] == (2 * 20 * 49 + 10 * 343) / 1e3
+    assert abs(whitened["kernel_seconds"] - 8 - 4 * 4 * 49 / 1e3) < 1e-12  # each of four blocks once
+    assert whitened["memory"]["data"] == 11 + 2 * 20 * 7 + 48 * 49
+    kernel = 11 + 13 * 7 + 10 * (25 + 80) + 9 * 16 * 4 + 2 * 2 * 4 * 16 + 10 * 7 * 4
+    assert whitened["memory"]["kernel"] == kernel and whitened["host_bytes"] == kernel + 4 * 10 * 5 + 6 * 8000
     lazily = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, kept="nowhere")
-    assert lazily["kernel_seconds"] == lazily["bytes"] == 0 and lazily["pass_seconds"] == 96 / 36
+    assert lazily["kernel_seconds"] == lazily["bytes"] == 0 and lazily["pass_seconds"] == 96 / 36 + 384 / 2 / 48
     both = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, 24.0, 2.0, kinds=2, kept="on disk")
     assert both["kernel_seconds"] == 576 / 2  # the disk is slower than the kernel
     assert both["bytes"] == 1152 and both["pass_bytes"] == 192
-    assert both["solve_seconds"] == 200 * both["step_seconds"]
+    assert both["solve_seconds"] == 2 * plan.STEPS * both["step_seconds"] + 2 * 5 / 512 * both["pass_seconds"]
 
 
 def test_plan_of_five_million(tmp_path, capsys):
@@ -920,7 +926,7 @@ def test_plan_of_five_million(tmp_path, capsys):
     assert not (tmp_path / "K").exists() and not list(tmp_path.iterdir())
     assert abs(out["entries"] / (5e6**2 / 2 + 5e6 * 1e4) - 1) < 0.01 and out["tiles"] == 1221 * 1222 / 2 + 3 * 1221
     assert "5,000,000 rows" in text and "256 x 2 devices" in text and "50.3 TB on disk, 197 GB a host" in text
-    assert out["total_seconds"] == out["kernel_seconds"] + out["solve_seconds"]
+    assert out["total_seconds"] == out["data_seconds"] + out["kernel_seconds"] + out["solve_seconds"]
     n_entries = out["entries"] / (out["entries_per_second"] / 2 * 512)
     assert out["kernel_seconds"] >= n_entries * 0.99
 
