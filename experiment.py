@@ -190,8 +190,8 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
     """For every kind (K of the first of `inputs`, for each other one its K with the first).
 
     kernel_fn: a kind, or a tuple of kinds in one pass -> kernel_fn(x1, x2).   inputs: {name: rows}.
-    folder: of a store for each matrix, NAME-KIND; None: tiles stay in memory; "none": kept nowhere, computed in
-    every product.   about: what decides a tile but kind and side, {name: value}.   where: devices, quiet, team.
+    folder: of a store for each matrix, NAME-KIND; None: tiles stay in memory, K on GPUs in theirs; "none": kept nowhere,
+    computed in every product.   about: what decides a tile but kind and side, {name: value}.   where: devices, quiet, team.
     """
     first, *others = inputs
     x = inputs[first]
@@ -208,8 +208,16 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
                                          seen[name], None if name == first else seen[first], process)
                             for kind in kinds) for name in inputs}
     fn = kernel_fn(kinds)
-    return list(zip(tiles.gram(fn, x, tile, store=kept[first], **where),
-                    *(tiles.cross(fn, inputs[name], x, tile, store=kept[name], **where) for name in others)))
+    if not folder and on_gpu():
+        from large import on_device
+        square = on_device.gram(fn, x, tile, kinds=len(kinds), **where)
+    else:
+        square = tiles.gram(fn, x, tile, store=kept[first], **where)
+    return list(zip(square, *(tiles.cross(fn, inputs[name], x, tile, store=kept[name], **where) for name in others)))
+
+
+def on_gpu():
+    return jax.default_backend() != "cpu"
 
 
 def launched():

@@ -2,6 +2,7 @@
 
   store.py        tiles in a folder (--store): a killed run loses only the tiles in progress, damaged tiles are detected
   on_the_fly.py   a kernel matrix that every product computes again (--store none)
+  on_device.py    a kernel matrix in the memory of GPUs, multiplied there
   processes.py    several processes: how they meet, and their one collective operation, the sum
   rank.py         chooses the rank of the preconditioner that saves most time
   cifar5m.py      CIFAR-5m's six files, read block by block

@@ -36,7 +36,7 @@ import pcg
 import regression
 import tiles
 import train_cifar
-from large import cifar5m, on_the_fly, plan, processes, rank, rates, simulate, store
+from large import cifar5m, on_device, on_the_fly, plan, processes, rank, rates, simulate, store
 
 KILLS = int(os.environ.get("KILLS", 3))  # kills in each test that kills a run; 20 take two minutes
 
@@ -359,6 +359,45 @@ def test_on_the_fly_is_kept(devices, on_host, monkeypatch):
         product = K.matvec(np.eye(n))
         assert np.allclose(product, product.T, rtol=1e-14)  # CG needs it
 
+
+
+@pytest.mark.parametrize("room", [0, 3000, 10**9])
+def test_on_device_is_kept(room, monkeypatch):
+    """A matrix whose tiles lie on devices, as many as they have room for, and the others on the host, is the one in memory:
+    products, also of leading blocks and of two kernels in one pass, to the rounding of float64; columns bit by bit."""
+    monkeypatch.setattr(on_device, "STRIP", 7)
+    x, v = inputs(69), np.random.default_rng(1).normal(size=(69, 3))
+    where = dict(tile=16, devices=jax.local_devices()[:3], quiet=True)
+    kept = tiles.gram(linear, x, **where)
+    K, (both, other) = (on_device.gram(fn, x, **where, kinds=kinds, room=room)
+                        for fn, kinds in ((linear, None), (lambda a, b: (linear(a, b), linear(a, b) ** 2), 2)))
+    there = {device: 0 for device in where["devices"]}
+    for tile in dict.values(K.tiles):
+        for device in tile.devices() if isinstance(tile, jax.Array) else ():
+            there[device] += tile.nbytes
+    whole = sum(tile.nbytes for tile in K.tiles.values())
+    placed = sum(there.values())
+    assert max(there.values()) <= room and (placed == whole if room > whole else placed >= 2 * room)
+    for n in (69, 40, 16, 5):
+        for one, tol in ((K, 1e-12), (both, 1e-12)):
+            got, want = one.leading(n).matvec(v[:n]), kept.leading(n).matvec(v[:n])
+            assert np.allclose(got, want, rtol=0, atol=tol * np.abs(want).max())
+    assert np.allclose(other.matvec(v), (kept.dense() ** 2).astype(np.float64) @ v, rtol=1e-5, atol=1e-4)
+    assert (K.columns([68, 3]) == kept.columns([68, 3])).all() and (K.diagonal() == kept.diagonal()).all()
+    assert K.merged() is K and (K.dense() == kept.dense()).all()
+    place = on_device.Tiles(where["devices"], 100)
+    place[0, 0] = np.full((2, 2), 1 / 3)
+    assert isinstance(dict.__getitem__(place, (0, 0)), jax.Array) and (place[0, 0] == np.full((2, 2), 1 / 3)).all()
+
+
+def test_on_device_run(tmp_path, monkeypatch):
+    """Where the backend is no CPU, a run keeps K on its devices, and its answer is that of a run in the host's memory."""
+    flags = ["--n_train", "100", "--n_test", "50", "--tile", "32", "--ridge", "0.1", "--kind", "both"]
+    alone, used, gram = train(tmp_path, *flags), [], on_device.gram
+    monkeypatch.setattr(on_device, "gram", lambda *args, **options: used.append(1) or gram(*args, **options, room=9000))
+    monkeypatch.setattr(experiment, "on_gpu", lambda: True)
+    there = train(tmp_path, *flags)
+    assert used and all(abs(there[kind]["test_mse"] / alone[kind]["test_mse"] - 1) < 1e-6 for kind in kernel.KINDS)
 
 
 def test_on_the_fly_says_where_nan_is():
