@@ -468,7 +468,7 @@ def describe(result):
             + (f"validation {scores[result['ridge']]:.4f}, " if result["select"] == "validation" else "")
             + (f"leave-one-out {result['loo_score']:.4f}, " if "loo_score" in result else "")
             + f"ridge {result['ridge']:.2g}, CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
-            f"{result['entries_computed'] / max(result['seconds']['kernel'], 1e-9):.3g} entries/s, "
+            f"{result['entries_computed'] / max(result['seconds']['kernel'], 1e-9):.3g} entries/s, compiled by XLA, "
             + ", ".join(f"{name} {s:.1f} s" for name, s in result["seconds"].items())
             + f", peak memory {result['peak_memory_gb']:.1f} GB")
 

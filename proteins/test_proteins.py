@@ -469,9 +469,10 @@ def test_proteins_files_elsewhere(tmp_path, capsys):
 
 def test_proteins_smoke(tmp_path, capsys):
     """Without data flags, the artificial landscape is learned, with an interaction between neighbours that ridge regression
-    cannot represent. runs.jsonl gets one line, and the flags for real data are printed."""
+    cannot represent. runs.jsonl gets one line. What compiled the kernel and the flags for real data are printed."""
     result = train_protein.main(["--out", str(tmp_path), "--kernel", "seq_fc"])
-    assert "--split two_vs_rest --data DIR" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--split two_vs_rest --data DIR" in said and "kernel compiled by XLA, peak memory" in said
     assert result["test_spearman"] > 0.99 and result["test_rmse"] < 0.1 and result["cg_converged"]
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result
     assert len(result["compared"]) == len(seqs.ENCODINGS) * len(seqs.TARGETS)

@@ -39,9 +39,11 @@ from proteins import sequences
 from proteins.layers import SEQUENCES
 
 try:
+    from fast.fused import compiler
     from fast.fused import kernel_fn as engine
 except ImportError:  # without fast/, kernel.py computes the same, more slowly
     from kernel import kernel_fn as engine
+    compiler = None
 
 COMPARED = choose.DENSE  # most rows on which encodings, functions of the target and networks are compared
 NETWORK = ("depth", "w_std", "b_std", "head", "gamma")  # flags that describe a network; linear takes none of them
@@ -201,7 +203,8 @@ def main(argv=None):
             for n in sizes:
                 blocks = [block.leading(n).merged() for block in (K, K_test)]
                 result, *fit = one_size(args, kind, *blocks, split, n, encoding)
-                result.update(compared=compared, entries=sum(block.entries for block in blocks))
+                result.update(compared=compared, entries=sum(block.entries for block in blocks),
+                              compiler=compiler(layers(args, encoding)) if compiler else "XLA")
                 result["seconds"] = {name: round(s, 3) for name, s in {**spent, **result["seconds"]}.items()}
                 experiment.record(args.out, config(args, kind, n), result, run, describe)
                 results[kind][n] = result
@@ -439,7 +442,7 @@ def describe(result):
                f"{100 * result['test_coverage_90']:.0f} %, nll {result['test_gaussian_nll']:.3f}, "
                if "test_coverage_50" in result else "")
             + ", ".join(f"{name} {s:.1f} s" for name, s in result["seconds"].items())
-            + f", peak memory {result['peak_memory_gb']:.1f} GB")
+            + f", kernel compiled by {result['compiler']}, peak memory {result['peak_memory_gb']:.1f} GB")
 
 
 if __name__ == "__main__":
