@@ -21,6 +21,8 @@ import data
 import kernel
 import pcg
 import tiles
+from results import tables
+from results.laws import bent_error, forecast
 
 try:
     from fast.fused import kernel_fn as engine
@@ -135,9 +137,10 @@ CURVES = {("fc", "ntk", False): "fc", ("fc", "ntk", True): "fc, flips", ("cnn_ve
 
 @style
 def draw_curves(folder, path=RUNS):
-    """Draw test accuracy against n for eight kernels on CIFAR-10: the mean over subsets, with the sd if there are several.
+    """Draw test accuracy against n for eight kernels on CIFAR-10: the mean over subsets, with the sd if there are several;
+    and the bent law, solid up to a quarter of the largest n, to which it was fitted, dashed where it predicts.
     Returns {(kernel, kind, flips): {n: {seed: accuracy in %}}}."""
-    points = {}
+    points, shares = {}, {}
     with open(path) as lines:
         for run in map(json.loads, lines):
             config = run["config"]
@@ -146,16 +149,23 @@ def draw_curves(folder, path=RUNS):
             if (config.get("dataset") == "cifar10" and key in CURVES and chosen and config.get("crops", 1) == 1
                     and config["whiten"] == "channel" and config["n_test"] >= 1000 and not config.get("depth")):
                 points.setdefault(key, {}).setdefault(config["n_train"], {})[config["seed"]] = 100 * run["test_accuracy"]
+                shares.setdefault(key, {}).setdefault(config["n_train"], {})[config["seed"]] = tables.unexplained(run)
     figure = Figure(figsize=(7.6, 4), layout="constrained")
     axes = figure.add_subplot(xscale="log")
     for key, name in CURVES.items():
         n = sorted(points.get(key, {}))
         mean = [np.mean(list(points[key][k].values())) for k in n]
         sd = [np.std(list(points[key][k].values()), ddof=1) if len(points[key][k]) > 1 else 0 for k in n]
-        axes.errorbar(n, mean, sd, color=COLOURS[["fc", "cnn_vec", "myrtle5", "myrtle10"].index(key[0])], linewidth=1.3,
-                      linestyle="--" if key[2] else "-", marker="o", markersize=3.5, fillstyle="none" if key[2] else "full",
-                      label=f"{name} {key[1].upper()}")
-    axes.set(xlabel="training images", ylabel="test accuracy, %")
+        colour = COLOURS[["fc", "cnn_vec", "myrtle5", "myrtle10"].index(key[0])]
+        found = forecast({k: [1 - a / 100 for a in points[key][k].values()] for k in n},
+                         {k: list(shares[key][k].values()) for k in n}, draws=2) if n else None
+        if found:
+            for start, end, line in ((found.fitted[0], found.fitted[-1], "-"), (found.fitted[-1], n[-1], "--")):
+                smooth = np.geomspace(start, end, 15)
+                axes.plot(smooth, 100 * (1 - bent_error(smooth, *found[1:5])), color=colour, linewidth=1.2, linestyle=line)
+        axes.errorbar(n, mean, sd, color=colour, linewidth=1.3, linestyle="none", marker="o", markersize=3.5,
+                      fillstyle="none" if key[2] else "full", label=f"{name} {key[1].upper()}")
+    axes.set(xlabel="training images (line: the law as fitted; dashed: its prediction)", ylabel="test accuracy, %")
     axes.set_xticks([100, 1000, 10000, 50000], ["100", "1,000", "10,000", "50,000"])
     axes.set_title("CIFAR-10, channels standardised, ridge chosen on training images", fontsize=11)
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)

@@ -14,7 +14,7 @@ import zlib
 
 import numpy as np
 
-from results.laws import law
+from results.laws import bent_error, forecast, local_exponent
 from results.tables import (
     CURVE,
     HERE,
@@ -30,20 +30,22 @@ from results.tables import (
     name,
     results,
     speed,
+    unexplained,
 )
 
 SPEED = os.path.join(HERE, "speed.jsonl")
 
 
 def figure(groups, dataset, path):
-    """Draw test error against n, both logarithmic: the mean and sd at every size, and the law; .svg, .png or .pdf.
+    """Draw test error against n, both logarithmic: the mean and sd at every size, and the bent law of curves of four octaves,
+    solid where it was fitted, dashed where it predicts; .svg, .png or .pdf.
 
-    NNGP has round markers, NTK square ones. Hollow markers and dashed lines: with mirror images or crops. Half-filled
-    markers and dotted lines: a whitening other than "channel". The grey is legible on white and on black."""
+    NNGP has round markers, NTK square ones. Hollow markers: with mirror images or crops. Half-filled markers: a whitening
+    other than "channel". The grey is legible on white and on black."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    grey, drawn = "#7d8590", curves(groups, dataset)
+    grey, drawn, shares = "#7d8590", curves(groups, dataset), curves(groups, dataset, unexplained)
     page = Figure(figsize=(8.5, 4.6), layout="constrained", facecolor="none")
     axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
     colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 3))
@@ -51,15 +53,16 @@ def figure(groups, dataset, path):
         config, n = dict(zip(CURVE, key)), np.array(list(points))
         mean = np.array([np.mean(errors) for errors in points.values()])
         sd = [np.std(errors, ddof=1) if len(errors) > 1 else 0 for errors in points.values()]
-        a, b, c = law(points, draws=2)[0]
-        smooth, colour = np.geomspace(n.min(), n.max(), 100), colours[config["kernel"]]
-        line, fill = ("--", "none") if config["flips"] or config["crops"] > 1 else (
-            ("-", "full") if config["whiten"] == "channel" else (":", "bottom"))
-        axes.plot(smooth, a * smooth**-b + c, color=colour, linewidth=1, linestyle=line)
+        colour, found = colours[config["kernel"]], forecast(points, shares[key], draws=2)
+        fill = "none" if config["flips"] or config["crops"] > 1 else "full" if config["whiten"] == "channel" else "bottom"
+        if found:
+            for start, end, line in ((found.fitted[0], found.fitted[-1], "-"), (found.fitted[-1], max(n), "--")):
+                smooth = np.geomspace(start, end, 50)
+                axes.plot(smooth, bent_error(smooth, *found[1:5]), color=colour, linewidth=1, linestyle=line)
         axes.errorbar(n, mean, sd, color=colour, linestyle="none", capsize=2, markersize=5,
                       marker="o" if config["kind"] == "nngp" else "s", fillstyle=fill,
-                      label=f"{name(key)}: b = {b:.2f}")
-    axes.set_xlabel("training images n", color=grey)
+                      label=f"{name(key)}: {local_exponent(points):.2f}")
+    axes.set_xlabel("training images n (line: the law as fitted; dashed: its prediction)", color=grey)
     axes.set_ylabel("test error", color=grey)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
@@ -70,8 +73,9 @@ def figure(groups, dataset, path):
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grey)
-    page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8)
-    metadata = {"Description": digest(drawn), "Date": None} if path.endswith(".svg") else None
+    page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8, title="kernel: local exponent")
+    page.legends[0].get_title().set(color=grey, fontsize=8)
+    metadata = {"Description": digest((drawn, shares)), "Date": None} if path.endswith(".svg") else None
     with matplotlib.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "path"}):
         page.savefig(path, dpi=150, metadata=metadata)
 
@@ -139,7 +143,7 @@ def main(argv=None):
     if not args.check:
         figure(groups, args.dataset, picture)
         return 0
-    if not os.path.exists(picture) or digest(drawn) not in open(picture).read():
+    if not os.path.exists(picture) or digest((drawn, curves(groups, args.dataset, unexplained))) not in open(picture).read():
         stale.append(picture)
     if stale:
         print(f"{' and '.join(stale)}: stale; run python -m results.report", file=sys.stderr)

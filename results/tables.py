@@ -15,7 +15,7 @@ import statistics
 
 import numpy as np
 
-from results.laws import law
+from results.laws import fit, forecast, local_exponent
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
@@ -65,14 +65,21 @@ def test_error(run):
     return run[score] if score == "test_rmse" else 1 - run[score]
 
 
-def curves(groups, dataset):
-    """{values of CURVE: {n: [test error, ...]}} for a data set's kernels with three or more sizes whose ridge was chosen."""
+def unexplained(run):
+    """Test mse / mse of the best constant: (1 - 1/c) / c for one-hot targets of c classes, 1 for standardised targets."""
+    classes = run["config"].get("classes", 10)
+    return run["test_mse"] / ((1 - 1 / classes) / classes if "test_accuracy" in run else 1)
+
+
+def curves(groups, dataset, value=test_error):
+    """{values of CURVE: {n: [test error, ...]}} for a data set's kernels with three or more sizes whose ridge was chosen.
+    value: what stands in place of the test error, a function of a run."""
     out = {}
     for runs in groups:
         config = runs[0]["config"]
         if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0]["search"]:
             points = out.setdefault(tuple(config[name] for name in CURVE), {})
-            points.setdefault(config["n_train"], []).extend(test_error(run) for run in runs)
+            points.setdefault(config["n_train"], []).extend(value(run) for run in runs)
     order = sorted(out, key=lambda key: (KERNELS.index(key[1]), *map(str, key)))
     return {key: dict(sorted(out[key].items())) for key in order if len(out[key]) >= 3}
 
@@ -115,15 +122,47 @@ def learning(groups, dataset):
             for n in sorted({n for points in family.values() for n in points})]) for family in families.values())
 
 
+def ahead(points, shares, end, draws=1000):
+    """(forecast of the curve that ends at size `end`, its miss there, the miss of a power law with a floor fitted to the same
+    sizes), in points; or None if `laws.forecast` makes none."""
+    points, shares = ({n: of[n] for n in of if n <= end} for of in (points, shares))
+    found = forecast(points, shares, draws)
+    if found:
+        mean = {n: statistics.mean(errors) for n, errors in points.items()}
+        a, b, c = (z[0] for z in fit(found.fitted, [[mean[n] for n in found.fitted]], [len(points[n]) for n in found.fitted]))
+        return found, 100 * (found.error - mean[end]), 100 * (a * end**-b + c - mean[end])
+    return None
+
+
 def laws(groups, dataset):
-    """a, b, c of the power law of each curve, with intervals."""
-    rows = []
+    """What the bent law of each curve, fitted to sizes up to N / 4, predicts for its largest size N; what was measured; and
+    the local exponent. Under the table: the misses of all curves, also if they ended at smaller sizes."""
+    rows, misses, earlier, inside = [], [], [], []
+    shares = curves(groups, dataset, unexplained)
     for key, points in curves(groups, dataset).items():
-        values, intervals = law(points)
-        rows.append([name(key), f"{min(points):,} … {max(points):,}", f"{key[-1]:,}", *(
-            f"{value:.3g}" + (f" ({low:.3g} … {high:.3g})" if intervals else "")
-            for value, (low, high) in zip(values, intervals or [(0, 0)] * 3))])
-    return table(["kernel", "n", "tested on", "a", "b", "c"], rows)
+        row, (*smaller, largest) = ["–"] * 6, points
+        earlier += [short[1:] for n in smaller if (short := ahead(points, shares[key], n, draws=2))]
+        if whole := ahead(points, shares[key], largest):
+            found, measured = whole[0], statistics.mean(points[largest])
+            misses.append(whole[1:])
+            interval = ""
+            if found.interval:
+                low, high = found.interval
+                inside.append(low <= measured <= high)
+                interval = f" ({100 * low:.1f} … {100 * high:.1f})"
+            row = [f"{found.fitted[0]:,} … {found.fitted[-1]:,}", f"(1 + n / {found.n0:,.3g})^−{found.b:.3f}",
+                   f"{100 * found.error:.1f}{interval}", f"{100 * measured:.1f}",
+                   *(f"{miss:+.1f}".replace("-", "−") for miss in whole[1:])]
+        rows.append([name(key), f"{largest:,}", f"{key[-1]:,}", *row, f"{local_exponent(points):.3f}"])
+    text = table(["kernel", "N", "tested on", "fitted n", "u(n)", "predicted at N, %", "measured, %", "miss, points",
+                  "power law's miss", "local exponent"], rows)
+    if len(misses) < 2:
+        return text
+    summary = [[where, f"{len(of)}", law, f"{np.median(miss):.1f}", f"{miss.max():.1f}", f"{(miss <= 1).sum()}"]
+               for where, of in (("largest N", misses), ("smaller N", earlier)) if of
+               for law, miss in zip(("bent", "power, floor"), np.abs(of).T)]
+    return "\n\n".join([text, table(["miss in points at the", "cases", "law", "median", "largest", "at most 1"], summary),
+                        f"{sum(inside)} of {len(inside)} errors measured at the largest N lie in the 95 % interval."])
 
 
 def augmentation(groups, dataset):

@@ -10,7 +10,7 @@ from test_all import Dense, data, digits, kernel, spectrum, tiles, train  # isor
 
 import choose
 import pcg
-from results import pictures, plot
+from results import pictures, plot, report, tables
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,20 @@ def test_pictures_curves_are_at_most_eight(drawn):
     """There are four to eight curves, each with at least three sizes."""
     points = drawn[1]["draw_curves"]
     assert 4 <= len(points) <= 8 and all(len(of) >= 3 for of in points.values())
+
+
+def test_pictures_curves_dash_what_is_predicted(tmp_path, monkeypatch):
+    """In both figures of the curves a law is solid up to a quarter of the largest n, or below, and dashed from there to the
+    largest n."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    pictures.draw_curves(tmp_path)
+    report.figure(tables.load(pictures.RUNS), "cifar10", "")
+    for figure, number in zip(drawn, (8, 16), strict=True):
+        solid, dashed = ([line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == style and
+                          line.get_marker() == "None"] for style in ("-", "--"))
+        assert len(solid) == len(dashed) == number
+        assert all(before[-1] == after[0] and 4 * after[0] <= after[-1] * (1 + 1e-9) for before, after in zip(solid, dashed))
 
 
 def test_pictures_lesson_is_the_chapter(drawn):
