@@ -2,7 +2,7 @@
 
   README.md            every table, and how each number was measured
   runs.jsonl           one line for each run: configuration, result, versions, commit
-  laws.py              the power law of a learning curve
+  laws.py              the laws of a learning curve, and what they predict
   tables.py            from runs to tables
   report.py            the command that writes the tables: python -m results.report
   pictures.py          the pictures of the front page
