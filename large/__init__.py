@@ -6,6 +6,7 @@
   processes.py    several processes: how they meet, and their one collective operation, the sum
   rank.py         chooses the rank of the preconditioner that saves most time
   cifar5m.py      CIFAR-5m's six files, read block by block
+  blocks.py       the published Myrtle-10 kernel of CIFAR-10's 60,000 images: K from files that others computed
   plan.py         predicts the hours and bytes of a run before it starts (--plan)
   rates.py        what one machine takes for each piece of a run's work
   simulate.py     8 to 1,024 hosts, tile by tile, from these rates: where more hosts stop helping

@@ -36,7 +36,8 @@ import pcg
 import regression
 import tiles
 import train_cifar
-from large import cifar5m, on_device, on_the_fly, plan, processes, rank, rates, simulate, store
+from large import blocks, cifar5m, on_device, on_the_fly, plan, processes, rank, rates, simulate, store
+from results import tables
 
 KILLS = int(os.environ.get("KILLS", 3))  # kills in each test that kills a run; 20 take two minutes
 
@@ -109,6 +110,134 @@ def test_cifar5m_labels(cifar5m_folder):
 def test_cifar5m_rows_to_fit_on(cifar5m_folder):
     """n_fit adds training rows, the same that a larger n_train would add, as many as the data set has."""
     rows_to_fit_on("cifar5m", cifar5m_folder, 2500)
+
+
+# ----------------------------------------------------------------------------------------- blocks
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with a Gaussian kernel of 240 digits in the layout of the published one, 12 blocks of 20 images; K; labels."""
+    x, y = digits(240)
+    K = np.exp(-((x[:, None] - x) ** 2).sum(axis=(2, 3, 4)) / 200).astype(np.float32)
+    folder = tmp_path_factory.mktemp("blocks")
+    for i in range(12):
+        for j in range(i, 12):
+            with open(folder / f"ntk-{i}-{j}", "wb") as file:
+                np.save(file, K[20 * i:20 * i + 20, 20 * j:20 * j + 20])
+    with open(folder / "labels", "wb") as file:
+        np.save(file, data.one_hot(y).astype(np.float32))
+    return folder, K.astype(np.float64), y
+
+
+@pytest.fixture
+def ours(published, tmp_path):
+    """A copy of the published folder, to damage."""
+    return pathlib.Path(shutil.copytree(published[0], tmp_path / "blocks"))
+
+
+def solve_blocks(folder, out, *flags):
+    return blocks.main([str(folder), "--kind", "ntk", "--out", str(out), "--quiet", *map(str, flags)])
+
+
+@pytest.mark.parametrize("n", [200, 90])
+def test_blocks_are_the_matrix(published, n):
+    """K and K_test of all training images, and of fewer, are the dense matrices; their products agree to 1e-12."""
+    folder, dense, _ = published
+    K, K_test = blocks.read(folder, "ntk", n)
+    assert (K.dense() == dense[:n, :n]).all() and (K_test.dense() == dense[200:, :n]).all()
+    v = np.random.default_rng(0).normal(size=(n, 3))
+    np.testing.assert_allclose(K.matvec(v), dense[:n, :n] @ v, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(K_test.matvec(v), dense[200:, :n] @ v, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("flags, n", [(["--select", "validation"], 200), (["--n_train", 90], 90)])
+def test_blocks_solve(published, tmp_path, capsys, flags, n):
+    """The ridge is the one that the dense regressions choose, by validation on the last fifth and by leave-one-out; the errors
+    on the test images are those of a dense solve; the record can be read by results/tables.py."""
+    folder, dense, y = published
+    result = solve_blocks(folder, tmp_path, "--ridge", "1,0.1,0.01,0.001", *flags)
+    targets, K, scale = data.one_hot(y), dense[:n, :n], np.diag(dense)[:n].mean()
+
+    def predict(rows, fit, ridge):
+        return dense[rows, :fit] @ np.linalg.solve(K[:fit, :fit] + ridge * scale * np.eye(fit), targets[:fit])
+
+    def error(ridge):
+        if n == 200:
+            return np.mean((predict(slice(160, 200), 160, ridge) - targets[160:200]) ** 2)
+        inverse = np.linalg.inv(K + ridge * scale * np.eye(n))
+        return np.mean((inverse @ targets[:n] / np.diag(inverse)[:, None]) ** 2)
+    best = min([1, 0.1, 0.01, 0.001], key=error)
+    f = predict(slice(200, 240), n, best)
+    assert result["ridge"] == best and result["select"] == ("validation" if n == 200 else "loo")
+    assert result["test_mse"] == pytest.approx(np.mean((f - targets[200:]) ** 2), rel=1e-5)
+    assert result["test_accuracy"] == np.mean(f.argmax(axis=1) == y[200:]) > 0.5
+    assert "guessing" not in capsys.readouterr().out
+    (run,), = tables.load(tmp_path / "runs.jsonl")
+    assert run["config"]["n_train"] == n and run["config"]["n_test"] == 40 and run["entries_computed"] == 0
+
+
+def test_blocks_need_only_their_own(published, tmp_path):
+    """20 training images need four files: the first block, its two test blocks and the labels."""
+    for name in ("ntk-0-0", "ntk-0-10", "ntk-0-11", "labels"):
+        shutil.copy(published[0] / name, tmp_path)
+    K, K_test = blocks.read(tmp_path, "ntk", 20)
+    assert K.shape == (20, 20) and K_test.shape == (40, 20)
+    with pytest.raises(FileNotFoundError, match="4 of the 7 blocks for n_train=21 are not there, the first is .*ntk-0-1: "):
+        blocks.read(tmp_path, "ntk", 21)
+
+
+def test_blocks_labels(ours, tmp_path, capsys):
+    """Whole numbers and one-hot rows give what the published rows give; labels in another order are noticed."""
+    y, wanted = np.load(ours / "labels").argmax(axis=1), blocks.labels_of(ours / "labels", 200, 40)
+    for n, labels in enumerate((y, np.eye(10)[y], np.eye(10)[y] - 0.1)):
+        np.save(tmp_path / f"{n}.npy", labels)
+        for found, want in zip(blocks.labels_of(tmp_path / f"{n}.npy", 200, 40), wanted):
+            assert found.dtype == np.int64 and (found == want).all()
+    np.save(tmp_path / "shuffled.npy", np.random.default_rng(0).permutation(y))
+    solve_blocks(ours, tmp_path, "--labels", tmp_path / "shuffled.npy", "--ridge", 0.1)
+    assert re.search("note: .* no better than guessing: the labels of .*shuffled.npy", capsys.readouterr().out)
+    np.save(tmp_path / "few.npy", y[:200])
+    with pytest.raises(ValueError, match="few.npy has 200 labels; expected 240, of 200 training and then 40 test images"):
+        blocks.labels_of(tmp_path / "few.npy", 200, 40)
+    np.save(tmp_path / "soft.npy", np.full((240, 10), 0.1) + np.eye(10)[y] / 2)
+    np.save(tmp_path / "nan.npy", np.full((240, 10), np.nan))
+    for name in ("soft.npy", "nan.npy"):
+        with pytest.raises(ValueError, match=f"{name} holds labels float64 .* expected whole numbers"):
+            blocks.labels_of(tmp_path / name, 200, 40)
+
+
+def changed(change):
+    """Applies a change to the array in a file."""
+    def damage(path):
+        array = change(np.load(path))
+        with open(path, "wb") as file:
+            np.save(file, array)
+    return damage
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("ntk-0-0", os.remove, "ntk-0-0 is not there; fetch it from gs://"),
+    ("ntk-3-7", os.remove, "1 of the 75 blocks for n_train=200 are not there, the first is .*ntk-3-7"),
+    ("ntk-3-7", lambda p: p.write_bytes(p.read_bytes()[:-1]), "ntk-3-7 is not a complete .npy array"),
+    ("ntk-3-7", lambda p: p.write_bytes(b""), "ntk-3-7 is not a complete .npy array"),
+    ("ntk-3-7", changed(lambda K: np.array([{}])), "ntk-3-7 is not a complete .npy array without pickle"),
+    ("ntk-3-7", changed(lambda K: K[:19]), r"ntk-3-7 holds float32 \(19, 20\); expected .* \(20, 20\), as the first block"),
+    ("ntk-0-0", changed(lambda K: K[0]), r"ntk-0-0 holds float32 \(20,\); expected floating-point numbers \(n, n\)"),
+    ("ntk-0-0", changed(lambda K: K[0, 0]), r"ntk-0-0 holds float32 \(\); expected floating-point numbers \(n, n\)"),
+    ("ntk-3-10", changed(lambda K: K.astype(int)), "ntk-3-10 holds int64 .* expected floating-point"),
+    ("ntk-3-7", changed(lambda K: np.where(K == K.max(), np.nan, K)), "ntk-3-7 has 1 entries that are not finite"),
+    ("ntk-5-11", changed(lambda K: K / 0), "ntk-5-11 has 400 entries that are not finite"),
+    ("ntk-3-3", changed(np.triu), "ntk-3-3 is not symmetric"),
+    ("labels", os.remove, "labels is not there; fetch it from gs://.* --labels"),
+])
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_blocks_damaged(ours, tmp_path, name, damage, words):
+    """One sentence names a file that is missing, truncated, pickled, not finite, not symmetric, of another shape or
+    dtype."""
+    damage(ours / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        solve_blocks(ours, tmp_path, "--ridge", 0.1)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------ store
