@@ -187,9 +187,10 @@ def test_blocks_need_only_their_own(published, tmp_path):
 
 
 def test_blocks_labels(ours, tmp_path, capsys):
-    """Whole numbers and one-hot rows give what the published rows give; labels in another order are noticed."""
+    """Whole numbers and one-hot rows give what rows of -0.1 and 0.9 give; labels in another order are noticed, and a file with
+    too few, with probabilities or with NaN is refused."""
     y, wanted = np.load(ours / "labels").argmax(axis=1), blocks.labels_of(ours / "labels", 200, 40)
-    for n, labels in enumerate((y, np.eye(10)[y], np.eye(10)[y] - 0.1)):
+    for n, labels in enumerate((y, np.eye(10)[y], 2 * np.eye(10)[y] - 1)):
         np.save(tmp_path / f"{n}.npy", labels)
         for found, want in zip(blocks.labels_of(tmp_path / f"{n}.npy", 200, 40), wanted):
             assert found.dtype == np.int64 and (found == want).all()
@@ -199,7 +200,7 @@ def test_blocks_labels(ours, tmp_path, capsys):
     np.save(tmp_path / "few.npy", y[:200])
     with pytest.raises(ValueError, match="few.npy has 200 labels; expected 240, of 200 training and then 40 test images"):
         blocks.labels_of(tmp_path / "few.npy", 200, 40)
-    np.save(tmp_path / "soft.npy", np.full((240, 10), 0.1) + np.eye(10)[y] / 2)
+    np.save(tmp_path / "soft.npy", np.random.default_rng(0).dirichlet(np.ones(10), 240))
     np.save(tmp_path / "nan.npy", np.full((240, 10), np.nan))
     for name in ("soft.npy", "nan.npy"):
         with pytest.raises(ValueError, match=f"{name} holds labels float64 .* expected whole numbers"):
@@ -1269,6 +1270,7 @@ def test_docs_commands_run(tmp_path, monkeypatch):
                      KUBERNETES.replace("$JOB_COMPLETION_INDEX", "31"), CONTAINER)
     assert {"$SCRATCH/cifar5m-fc", "/shared/cifar5m-fc"} < {*sum(shown, [])}
     shown = [command for command in shown if {"--store", "--plan", "--process"} & {*command}]
+    assert [blocks.parse(command).n_train for command in commands("large.blocks", blocks.__doc__)] == [None, 5000]
     for command in shown:
         train_cifar.parse(command)
         if "--process" not in command:
