@@ -1270,7 +1270,7 @@ def test_docs_commands_run(tmp_path, monkeypatch):
                      KUBERNETES.replace("$JOB_COMPLETION_INDEX", "31"), CONTAINER)
     assert {"$SCRATCH/cifar5m-fc", "/shared/cifar5m-fc"} < {*sum(shown, [])}
     shown = [command for command in shown if {"--store", "--plan", "--process"} & {*command}]
-    assert [blocks.parse(command).n_train for command in commands("large.blocks", blocks.__doc__)] == [None, 5000]
+    assert {blocks.parse(command).n_train for command in commands("large.blocks", blocks.__doc__)} >= {None, 5000}
     for command in shown:
         train_cifar.parse(command)
         if "--process" not in command:
