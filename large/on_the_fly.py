@@ -10,6 +10,7 @@ Cost: a product n (n + b) / (2 D P) entries a device.      Proved by: large/test
 """
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +34,9 @@ def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=AL
     return Lazy(empty(len(x1), len(x2), tile, symmetric, team), kernel_fn, x1, x2, devices, quiet)
 
 
+HALF = 1.25e9  # entries/s at which half of a matrix takes as long as K v with ten columns in float64 on two cores
+
+
 def on_host():
     """Whether the host multiplies: where the devices are its own cores."""
     return jax.default_backend() == "cpu"
@@ -51,7 +55,19 @@ class Lazy:
     shape = property(lambda self: self.form.shape)
     team = property(lambda self: self.form.team)
     entries = property(lambda self: self.form.entries)
-    slowness, reads_all, found = 70, False, None  # as in TiledMatrix; 70 is fc on a CPU. A few columns cost only themselves
+    reads_all, found = False, None  # as in TiledMatrix: a few columns cost only themselves
+
+    @property
+    def slowness(self):
+        """As in TiledMatrix, from the time of a tile: 6 for fc with 64 components on a CPU, a million for myrtle10."""
+        keys, seconds = [(0, 0)] * len(self.devices or jax.local_devices()), []
+        for _ in range(2):  # the first compiles
+            start = time.perf_counter()
+            list(tiles.computed(self.kernel_fn, [(0, self.x1), (1, self.x2)], self.form.sides, keys, self.devices))
+            seconds.append(time.perf_counter() - start)
+        rate = len(keys) * self.form.sides[0] * self.form.sides[1] / seconds[1]
+        rate = self.team.all_reduce(np.array([rate]))[0] / self.team.count  # all must choose the same rank
+        return 2 + HALF / rate
 
     def leading(self, n):
         """The first n columns, and of a symmetric matrix the first n rows."""

@@ -27,8 +27,9 @@ import pcg
 import tiles
 from large import store
 
-STEPS, RANK = 25, 1000  # assumed for a solve to 1e-6 and its preconditioner: fc and cnn_vec on CIFAR-10 take 13 to 40
-SEARCH = {"in memory": 1.0, "on disk": 0.4, "nowhere": 0.4}  # solves that comparing ridges costs: the others solve meanwhile
+STEPS = {"in memory": 25, "on disk": 15, "nowhere": 12}  # assumed for a solve to 1e-6; fewer where a product costs more,
+RANK = 1000  # because then the rank that is chosen is larger; assumed, too
+SEARCH = {"in memory": 1.2, "on disk": 0.4, "nowhere": 0.4}  # solves that comparing ridges costs: the others solve meanwhile
 NETWORK = 1e9  # bytes/s assumed for the all-reduce between hosts, as of 10 Gbit/s Ethernet; many clusters are faster
 EIGEN = 5  # n^3 operations of the eigenvectors of a matrix (n, n), as fast as products
 
@@ -92,15 +93,15 @@ def operations(side=2048):
     return 2 * side**3 / (time.perf_counter() - start)
 
 
-def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None, write=None, pixels=3072, images=None,
+def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None, write=np.inf, pixels=3072, images=None,
              ridges=1, kinds=1, classes=data.CLASSES, kept="in memory", flops=np.inf, fit_on=0, width=None, tol=1e-6,
              base=0):
     """The plan as {name: number}. Seconds are wall-clock time, with all hosts at work; `bytes` is the sum over all hosts.
 
     entries_rate: entries/s of one device, for all kinds in one pass.   product, read: bytes/s of a host in K v, with tiles
-    from memory and from disk.   write: bytes/s of a host to disk.   kept: "in memory", "on disk" or "nowhere".   flops:
-    operations/s of a host in float64; twice as many in float32.   fit_on: images that a W (pixels, width) is fitted on; 0: no
-    W.   base: bytes of a process before it has read an image.
+    from memory and from disk.   write: bytes/s of a host to disk or memory.   kept: "in memory", "on disk" or "nowhere".
+    flops: operations/s of a host in float64; twice as many in float32.   fit_on: images that a W (pixels, width) is fitted on;
+    0: no W.   base: bytes of a process before it has read an image.
     """
     rows, test_rows, images, width = -(-n // tile), -(-m // tile), images or n, width or pixels
     square = tile * tile
@@ -117,14 +118,15 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
         out["kernel_seconds"], out["pass_bytes"] = 0.0, 0
         out["pass_seconds"] = triangle * computing + 4 * triangle * square / hosts / product + whitening
     else:
-        out["kernel_seconds"] = max(out["tiles"] * computing + whitening, size / (write or np.inf))
+        out["kernel_seconds"] = out["tiles"] * computing + whitening + (size / write if kept == "in memory" else 0)
+        out["kernel_seconds"] = max(out["kernel_seconds"], size / write)
         out["pass_bytes"] = 4 * triangle * square / hosts
         out["pass_seconds"] = out["pass_bytes"] / (read or product)
     out["reduce_bytes"] = 16 * n * classes if hosts > 1 else 0
     out["step_seconds"] = (out["pass_seconds"] + 4 * n * rank * classes / hosts / flops + 2 * out["reduce_bytes"] / NETWORK)
     looks = {"in memory": 0, "on disk": rank / 512 * out["pass_seconds"], "nowhere": n * rank / square * computing}[kept]
     out["precondition_seconds"] = kinds * (4 * n * rank**2 / hosts / flops + looks)
-    solve = STEPS * np.log(2 / tol) / np.log(2e6) * out["step_seconds"]
+    solve = STEPS[kept] * np.log(2 / tol) / np.log(2e6) * out["step_seconds"]
     first = min(n // 4, choose.DENSE) if n > choose.DENSE else n
     out["search_seconds"] = (ridges > 1) * kinds * (EIGEN * first**3 / flops + (n > choose.DENSE) * SEARCH[kept] * solve)
     out["solve_seconds"] = kinds * solve + out["search_seconds"] + out["precondition_seconds"]
@@ -143,7 +145,7 @@ def memory(n, m, images, pixels, width, classes, rank, hosts, ridges, read, fits
     dense = min(n // 4, choose.DENSE) if n > choose.DENSE else n
     return {"data": base + 2 * read * pixels + fits * 8 * 6 * pixels**2, "kernel": kernel,
             "preconditioner": kernel + factor + min(pcg.LOOK, 8 * n * pcg.BLOCK) / hosts,
-            "ridge": kernel + (ridges > 1) * max(factor + min(6 * vectors, max(choose.PASS, vectors)), 5 * 8 * dense**2),
+            "ridge": kernel + (ridges > 1) * max(factor + min(6 * vectors, max(choose.PASS, vectors)), 10 * 8 * dense**2),
             "solve": kernel + factor + vectors}
 
 
@@ -158,10 +160,10 @@ def main(args, kernel_fn, shape, n, m, pixels):
     measured = args.rate * len(devices) if args.rate else rate(kernel_fn, shape, tile, devices)
     kept = {"none": "nowhere", None: "in memory"}.get(args.store, "on disk")
     base, fit_on = experiment.peak_memory(), args.fit_on if args.whiten in ("zca", "zca_unit") else 0
-    flops, (product, _) = operations(), product_rate({})
-    read, write = disk_rates(args.store) if kept == "on disk" else (None, None)
+    flops, (product, write) = operations(), product_rate({})
+    read, write = disk_rates(args.store) if kept == "on disk" else (None, write)
     out = estimate(n, m, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
-                   product, read, write, pixels, args.n_train, ridges,
+                   product, read, write or np.inf, pixels, args.n_train, ridges,
                    2 if args.kind == "both" else 1, args.classes, kept, flops,
                    fit_on, args.components, args.tol, base)
     out.update(entries_per_second=measured, product_bytes_per_second=product,
@@ -185,7 +187,7 @@ def main(args, kernel_fn, shape, n, m, pixels):
             "CG step": f"{hours(out['step_seconds'])}, of it {hours(out['pass_seconds'])} for "
                        f"{amount(out['pass_bytes'])} of tiles; {amount(out['reduce_bytes'])} summed over "
                        f"hosts (at {NETWORK / 1e9:g} GB/s)",
-            "solve": f"{hours(out['solve_seconds'])}: {STEPS} steps to 1e-6 assumed{search}",
+            "solve": f"{hours(out['solve_seconds'])}: {STEPS[kept]} steps to 1e-6 assumed{search}",
             "total": f"{hours(total)}, {hours(total * args.hosts)} of hosts"}.items():
         print(f"{what:10} {text}")
     if out["tiles"] > 1e6 and kept == "on disk":

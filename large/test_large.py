@@ -1067,10 +1067,10 @@ def test_plan_adds_up():
     assert out["kernel_seconds"] == 144 / 36 and out["bytes_a_host"] == 288
     assert out["pass_bytes"] == 6 * 16 * 4 / 2 and out["pass_seconds"] == 192 / 24
     assert out["reduce_bytes"] == 1600 and out["step_seconds"] == 8 + 3200 / plan.NETWORK
-    assert out["solve_seconds"] == plan.STEPS * out["step_seconds"] + 5 / 512 * out["pass_seconds"]
+    assert out["solve_seconds"] == plan.STEPS["on disk"] * out["step_seconds"] + 5 / 512 * out["pass_seconds"]
     memory = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, ridges=4)
     assert memory["pass_seconds"] == 6 * 16 * 4 / 48 and memory["reduce_bytes"] == 0
-    assert memory["solve_seconds"] == plan.STEPS * memory["step_seconds"]  # leave-one-out of ten rows takes nothing
+    assert memory["solve_seconds"] == plan.STEPS["in memory"] * memory["step_seconds"]  # ten rows: loo is free
     whitened = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, pixels=7, flops=1e3, fit_on=20, ridges=4, base=11)
     assert whitened["data_seconds"] == (2 * 20 * 49 + 10 * 343) / 1e3
     assert abs(whitened["kernel_seconds"] - 8 - 4 * 4 * 49 / 1e3) < 1e-12  # each of four blocks once
@@ -1082,7 +1082,7 @@ def test_plan_adds_up():
     both = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, 24.0, 2.0, kinds=2, kept="on disk")
     assert both["kernel_seconds"] == 576 / 2  # the disk is slower than the kernel
     assert both["bytes"] == 1152 and both["pass_bytes"] == 192
-    assert both["solve_seconds"] == 2 * plan.STEPS * both["step_seconds"] + 2 * 5 / 512 * both["pass_seconds"]
+    assert both["solve_seconds"] == 2 * plan.STEPS["on disk"] * both["step_seconds"] + 2 * 5 / 512 * both["pass_seconds"]
 
 
 def test_plan_of_five_million(tmp_path, capsys):
