@@ -173,8 +173,8 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     if select == "gcv":
         table = choose.walk(lambda some: choose.generalised(solver, y, some, options.get("seed", 0)), some, ridges, by)
     elif select == "validation":
-        if K.slowness > 2 and choose.at_once(y) >= 2 * len(some):  # a pass over K costs more than columns: solve meanwhile
-            solver.begin(y, some, tol)
+        if _dear(K, y.shape[1]) and choose.at_once(y) >= 2 * len(some):
+            solver.begin(y, some, tol)  # it goes on beside the search
         table = choose.walk(lambda some: choose.validation(solver, y, some, *held_out, score), some, ridges, by)
     if solver.verbose:
         print("\n".join(f"ridge {row.ridge:8.2g}: {select} {choose.describe(row)}" for row in table))
@@ -188,6 +188,11 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     if row:
         found.update({"loo_mse": row.mse, "effective_dimension": row.dimension}, **({"loo_score": row.score} if score else {}))
     return ridge, solver, found
+
+
+def _dear(K, c):
+    """Whether a pass over K costs more than more columns in it, so that it pays to solve for several ridges meanwhile."""
+    return K.slowness > 2 + 0.4 * c or getattr(getattr(K, "tiles", None), "direct", False)  # from a disk, past the cache
 
 
 def _first_guess(K, y, ridges, copies, prior, intercept):

@@ -905,7 +905,7 @@ def test_choose_walks_from_the_first_rows(select, monkeypatch):
     y = y + np.random.default_rng(0).normal(scale=0.4, size=y.shape)  # so that the best ridge is none of the least
 
     class Slow(tiles.TiledMatrix):
-        slowness = 4
+        slowness = 9
 
         def matvec(self, v):
             widths.append(v.shape[1])

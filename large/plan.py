@@ -29,9 +29,9 @@ from large import store
 
 STEPS = {"in memory": 25, "on disk": 15, "nowhere": 12}  # assumed for a solve to 1e-6; fewer where a product costs more,
 RANK = 1000  # because then the rank that is chosen is larger; assumed, too
-SEARCH = {"in memory": 1.2, "on disk": 0.4, "nowhere": 0.4}  # solves that comparing ridges costs: the others solve meanwhile
+SEARCH = 1.2  # solves that comparing ridges costs, after leave-one-out on the first rows
 NETWORK = 1e9  # bytes/s assumed for the all-reduce between hosts, as of 10 Gbit/s Ethernet; many clusters are faster
-EIGEN = 5  # n^3 operations of the eigenvectors of a matrix (n, n), as fast as products
+EIGEN = 12  # n^3 operations of the eigenvectors of a matrix (n, n), if they were as fast as products
 
 
 def rate(kernel_fn, shape, tile, devices):
@@ -110,7 +110,7 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
     size = 0 if kept == "nowhere" else 4 * kinds * entries / hosts
     out = {"entries": entries, "tiles": triangle + rectangle, "bytes": size * hosts, "bytes_a_host": size}
     computing = square / (entries_rate * devices * hosts)  # seconds per tile
-    out["data_seconds"] = bool(fit_on) * (2 * fit_on * pixels**2 + 2 * EIGEN * pixels**3) / flops
+    out["data_seconds"] = bool(fit_on) * (2 * fit_on * pixels**2 + EIGEN * pixels**3) / flops
     blocks = max(2, augment.KEPT // (4 * width * tile))  # whitened blocks that a host keeps: tiles in squares of so many / 2
     whitened = min(2.0, 4 * hosts / blocks) * out["tiles"] / hosts if rows > blocks else rows + test_rows
     whitening = bool(fit_on) * whitened * tile * pixels * width / flops
@@ -125,10 +125,10 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
     out["reduce_bytes"] = 16 * n * classes if hosts > 1 else 0
     out["step_seconds"] = (out["pass_seconds"] + 4 * n * rank * classes / hosts / flops + 2 * out["reduce_bytes"] / NETWORK)
     looks = {"in memory": 0, "on disk": rank / 512 * out["pass_seconds"], "nowhere": n * rank / square * computing}[kept]
-    out["precondition_seconds"] = kinds * (4 * n * rank**2 / hosts / flops + looks)
+    out["precondition_seconds"] = kinds * (6 * n * rank**2 / hosts / flops + looks)
     solve = STEPS[kept] * np.log(2 / tol) / np.log(2e6) * out["step_seconds"]
     first = min(n // 4, choose.DENSE) if n > choose.DENSE else n
-    out["search_seconds"] = (ridges > 1) * kinds * (EIGEN * first**3 / flops + (n > choose.DENSE) * SEARCH[kept] * solve)
+    out["search_seconds"] = (ridges > 1) * kinds * (EIGEN * first**3 / flops + (n > choose.DENSE) * SEARCH * solve)
     out["solve_seconds"] = kinds * solve + out["search_seconds"] + out["precondition_seconds"]
     out["device_bytes"] = 4 * (2 * square + 2 * tile * width)
     out["memory"] = memory(n, m, images, pixels, width, classes, rank, hosts, ridges, max(fit_on, images), bool(fit_on),

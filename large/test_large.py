@@ -1072,7 +1072,7 @@ def test_plan_adds_up():
     assert memory["pass_seconds"] == 6 * 16 * 4 / 48 and memory["reduce_bytes"] == 0
     assert memory["solve_seconds"] == plan.STEPS["in memory"] * memory["step_seconds"]  # ten rows: loo is free
     whitened = plan.estimate(10, 3, 4, 2, 1, 5, 9.0, 48.0, pixels=7, flops=1e3, fit_on=20, ridges=4, base=11)
-    assert whitened["data_seconds"] == (2 * 20 * 49 + 10 * 343) / 1e3
+    assert whitened["data_seconds"] == (2 * 20 * 49 + 12 * 343) / 1e3
     assert abs(whitened["kernel_seconds"] - 8 - 4 * 4 * 49 / 1e3) < 1e-12  # each of four blocks once
     assert whitened["memory"]["data"] == 11 + 2 * 20 * 7 + 48 * 49
     kernel = 11 + 13 * 7 + 10 * (25 + 80) + 9 * 16 * 4 + 2 * 2 * 4 * 16 + 10 * 7 * 4
