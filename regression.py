@@ -173,7 +173,7 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     if select == "gcv":
         table = choose.walk(lambda some: choose.generalised(solver, y, some, options.get("seed", 0)), some, ridges, by)
     elif select == "validation":
-        if _dear(K, y.shape[1]) and choose.at_once(y) >= 2 * len(some):
+        if len(some) <= 3 and choose.at_once(y) >= 2 * len(some) and _dear(K, y.shape[1]):
             solver.begin(y, some, tol)  # it goes on beside the search
         table = choose.walk(lambda some: choose.validation(solver, y, some, *held_out, score), some, ridges, by)
     if solver.verbose:
