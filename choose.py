@@ -37,7 +37,7 @@ import pcg
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 SEARCH = 1e-3  # residual to which ridges are compared
 DENSE = 4096  # rows, at most, for eigenvectors: 10 s and 0.4 GB on two cores
-PASS = 2**29  # bytes, at most, of the vectors of the solves that run at once
+PASS = 3 * 2**26  # bytes, at most, of the vectors of the solves that run at once
 PROBES = 8  # random signs for the trace of A^-1
 CRITERIA = ("loo", "gcv", "validation")
 

@@ -70,7 +70,7 @@ SINGULAR = 1e-14  # of the largest <d, A d> / <d, d>: one below it is rounding
 CHECK = 20  # steps between true residuals: one product more in twenty
 BLOCK = 128  # pivots drawn at a time
 MOST = 4096  # rank, where it is not given
-LOOK = 2**28  # bytes of columns that are looked at together, with what is made of them
+LOOK = 2**28  # bytes of columns that are looked at together, twice
 ROWS = 256  # of F converted to float64 at a time: they stay in cache
 
 
@@ -533,15 +533,17 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
         both[here] = np.hstack([F[proposed[here] // count, :k], columns[proposed[here] // count]])
         F_S, small = np.split(_sum(team, both), [k], axis=1)
         small = small - F_S @ F_S.T
-        columns -= F[:, :k] @ F_S.T.astype(np.float32)
         pivots = _thin(small, left[proposed], rng)
         if not pivots:  # what is left is rounding
             break
         small = small[np.ix_(pivots, pivots)]
         lower = cholesky((small + small.T) / 2, lower=True)
-        F[:, k:k + len(pivots)] = new = solve_triangular(lower, columns[:, pivots].T, lower=True).T
-        squares = np.zeros(n)
-        squares[rows] = np.einsum("nk,nk->n", new, new)
+        columns, F_S, squares = columns[:, pivots], F_S[pivots].T.astype(np.float32), np.zeros(n)
+        for start in range(0, len(columns), 64 * ROWS):  # in float64 all at once would take twice the memory of `columns`
+            part = slice(start, start + 64 * ROWS)
+            rest = columns[part] - F[part, :k] @ F_S
+            F[part, k:k + len(pivots)] = new = solve_triangular(lower, rest.T, lower=True).T
+            squares[rows][part] = np.einsum("nk,nk->n", new, new)
         left = np.maximum(left - _sum(team, squares), 0)
         left[proposed[pivots]] = 0
         k += len(pivots)

@@ -849,7 +849,7 @@ class Rows:
     def __len__(self):
         return 40
     def __getitem__(self, rows):
-        time.sleep(0.1 * index)
+        time.sleep(0.25 * index)
         return np.ones((len(rows), 3), np.float32)
 
 reduce = lambda array: sums.append(1) or team.all_reduce(array)
@@ -871,8 +871,8 @@ def test_processes_wait_for_the_slowest():
     outs = [process.communicate(timeout=100) for process in running]
     (met, *shown), (met_by_other, *_) = [map(float, out.splitlines()[-1].split()) for out, _ in outs]
     assert met == met_by_other > 5
-    waiting = shown[shown.index(max(shown[:-1])) + 1:]  # process 0 has done its half
-    assert len(waiting) > 3 and waiting == sorted(waiting) and 0.5 <= waiting[0] < waiting[-1] == 1
+    waiting = shown[-3:]  # process 0 has long done its half
+    assert waiting == sorted(waiting) and 0.5 <= waiting[0] < waiting[-1] == 1
     assert running[1].returncode == 1 and outs[1][1] == f"ConnectionError: {processes.GONE.format(1, 2)}.\n"
 
 
@@ -1126,12 +1126,12 @@ class Shifted:
 
 
 def test_memory_grows_by_the_byte(monkeypatch):
-    """A row more takes at most 0.95 KB in preconditioner (rank 64), ridge search over fifteen ridges and solve with ten
-    classes, once what has a limit has reached it; the limits are a quarter of the real ones here. With an image of CIFAR, its
-    place in the view and its label that is below 4.3 KB."""
+    """A row more takes at most 1.04 KB in preconditioner (rank 64), ridge search over fifteen ridges and solve with ten
+    classes, from 50,000 to 200,000 rows; sizes and limits are three tenths of that here. With an image of CIFAR, its place in
+    the view and its label that is below 4.3 KB."""
     monkeypatch.setattr(choose, "DENSE", 256)
-    monkeypatch.setattr(choose, "PASS", choose.PASS // 4)
-    monkeypatch.setattr(pcg, "LOOK", pcg.LOOK // 4)
+    monkeypatch.setattr(choose, "PASS", 3 * choose.PASS // 10)
+    monkeypatch.setattr(pcg, "LOOK", 3 * pcg.LOOK // 10)
 
     def peak(n):
         K, y = Shifted(n), np.random.default_rng(0).normal(size=(n, 10))
@@ -1145,9 +1145,9 @@ def test_memory_grows_by_the_byte(monkeypatch):
         both = np.array([most, tracemalloc.get_traced_memory()[1]])
         tracemalloc.stop()
         return both
-    assert ((peak(60_000) - peak(30_000)) / 30_000 < 950).all()
+    assert ((peak(60_000) - peak(15_000)) / 45_000 < 1040).all()
     view = augment.expand(2)
-    assert 950 + 3072 + sum(part.nbytes for part in view[:3]) / 2 + 2 * 80 < 4300
+    assert 1040 + 3072 + sum(part.nbytes for part in view[:3]) / 2 + 2 * 80 < 4300
 
 # --------------------------------------------------------------------------------------- simulate
 

@@ -425,7 +425,8 @@ def test_proteins_sizes_are_dense_solves(tmp_path, encoding):
         y, n_train = split.targets, split.n_train
         z = (y[:n] - y[:n].mean()) / y[:n].std()
         f = K[n_train:, :n] @ np.linalg.solve(K[:n, :n] + 0.1 * np.diag(K)[:n].mean() * np.eye(n), z)
-        assert abs(result[n]["test_spearman"] - spearmanr(f, y[n_train:]).statistic) < 1e-4
+        ties = np.round(f / np.abs(f).max(), 5)
+        assert abs(result[n]["test_spearman"] - spearmanr(ties, y[n_train:]).statistic) < 1e-4
         assert abs(result[n]["test_rmse"] - np.sqrt(np.mean((f * y[:n].std() + y[:n].mean() - y[n_train:])**2))) < 1e-5
 
 

@@ -312,8 +312,9 @@ def has_intercept(args):
 
 
 def spearman(f, y):
-    """Spearman's rank correlation of f and y, both (n,); 0 if one of them is constant."""
-    ranks = rankdata(f), rankdata(y)
+    """Spearman's rank correlation of f and y, both (n,); 0 if one of them is constant. Predictions f that differ by rounding
+    only, as where few training rows leave many alike, are ties: otherwise their order would be the machine's."""
+    ranks = rankdata(np.round(f / (np.abs(f).max() or 1), 5)), rankdata(y)
     return 0.0 if min(map(np.ptp, ranks)) == 0 else float(np.corrcoef(*ranks)[0, 1])
 
 
