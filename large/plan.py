@@ -143,7 +143,8 @@ def memory(n, m, images, pixels, width, classes, rank, hosts, ridges, read, fits
     kernel += standing + min(augment.KEPT, 4 * width * n)
     factor, vectors = 4 * n * rank / hosts, 10 * 8 * n * classes
     dense = min(n // 4, choose.DENSE) if n > choose.DENSE else n
-    return {"data": base + 2 * read * pixels + fits * 8 * 6 * pixels**2, "kernel": kernel,
+    copied = min(read, 60_000)  # CIFAR-10's files are read, and then the rows are taken
+    return {"data": base + (read + copied) * pixels + fits * 8 * 6 * pixels**2, "kernel": kernel,
             "preconditioner": kernel + factor + min(pcg.LOOK, 8 * n * pcg.BLOCK / hosts),
             "ridge": kernel + (ridges > 1) * max(factor + min(6 * vectors, max(choose.PASS, vectors)), 10 * 8 * dense**2),
             "solve": kernel + factor + vectors}
