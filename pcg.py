@@ -70,7 +70,7 @@ SINGULAR = 1e-14  # of the largest <d, A d> / <d, d>: one below it is rounding
 CHECK = 20  # steps between true residuals: one product more in twenty
 BLOCK = 128  # pivots drawn at a time
 MOST = 4096  # rank, where it is not given
-LOOK = 2**28  # bytes of columns that are looked at together, twice
+LOOK = 2**28  # bytes, at most, of the columns of K that are drawn at a time, and of a copy of them
 ROWS = 256  # of F converted to float64 at a time: they stay in cache
 
 

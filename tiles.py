@@ -47,7 +47,7 @@ TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large t
 PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
 # times the rows, for then the overhead of Python shows (1.35 times faster); 32 columns or more: four times (1.2)
 GROUP, GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"  # where Linux says what a container may use
-PIECE = 2**26  # bytes that processes sum at a time, where it is many
+PIECE = 2**26  # bytes, at most, that processes sum at a time
 MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
 LOG = logging.getLogger("progress")  # what this process is doing; large/processes.py writes it to a file
 

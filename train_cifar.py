@@ -375,8 +375,9 @@ def parse(argv):
         experiment.refuse_idle(parser, argv, idle(args))
     if (args.load is None) != (args.predict is None):
         parser.error("--load FILE and --predict FILE go together")
-    if args.components and (args.kernel != "fc" or args.flips == "symmetric"):
-        parser.error("--components makes vectors of images: use --kernel fc, without --flips or with --flips explicit")
+    if args.components and (args.kernel != "fc" or args.flips == "symmetric" or set(args.whiten) - {"zca", "zca_unit"}):
+        parser.error("--components makes vectors of whitened images: use --kernel fc, --whiten zca or zca_unit, and for "
+                     "mirror images --flips explicit")
     if args.average and args.variance:
         parser.error("--variance with --average: choose one; the variance is of single images")
     if args.kind == "both" and args.save:
@@ -399,7 +400,6 @@ def idle(args):
     named = args.dataset in data.DATASETS
     return {"data": (args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read"
                      or not named and "--dataset is a path"),
-            "components": not {"zca", "zca_unit"} & set(args.whiten) and f"--whiten {','.join(args.whiten)} has none",
             "resize": named and f"the images of {args.dataset} are of one size",
             "zca_eps": not {"zca", "zca_unit"} & set(args.whiten) and f"--whiten {','.join(args.whiten)} has no such number",
             "gamma": "exp" not in args.head and "it belongs to --head exp",

@@ -50,12 +50,17 @@ def free(device):
 
 def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False, team=ALONE, kinds=None, room=None):
     """kernel_fn(x, x), an OnDevices; arguments as of `tiles.gram`.   kinds: how many matrices kernel_fn returns as a tuple,
-    or None, where it returns one.   room: of Tiles."""
+    or None, where it returns one.   room: of Tiles.   MemoryError: what the devices cannot take does not fit on the host.
+    """
     devices = devices or jax.local_devices()
     places = tuple(Tiles(devices, room) for _ in range(kinds or 1))
     if room is None:
         for place in places:  # they share the devices
             place.room = {device: size / len(places) for device, size in place.room.items()}
+    form = tiles.empty(len(x), len(x), tile, True, team)
+    need = 4 * len(places) * sum(1 for _ in form.keys()) * form.sides[0]**2 - sum(sum(place.room.values()) for place in places)
+    if need > 0:
+        tiles.check_memory(f"what the devices have no room for of the {len(x)} x {len(x)} kernel", need)
     found = tiles.gram(kernel_fn, x, tile, devices, quiet, places if kinds else places[0], team)
     matrices = tuple(OnDevices(**vars(K)) for K in (found if kinds else (found,)))
     return matrices if kinds else matrices[0]

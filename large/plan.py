@@ -27,8 +27,8 @@ import pcg
 import tiles
 from large import store
 
-STEPS = {"in memory": 25, "on disk": 15, "nowhere": 12}  # assumed for a solve to 1e-6; fewer where a product costs more,
-RANK = 1500  # because then the rank that is chosen is larger; assumed, too
+STEPS = {"in memory": 25, "on disk": 15, "nowhere": 12}  # assumed, to 1e-6: a larger rank is chosen for dear products
+RANK = 1500  # of the preconditioner, assumed
 SEARCH = 2  # solves that comparing ridges costs, after leave-one-out on the first rows
 NETWORK = 1e9  # bytes/s assumed for the all-reduce between hosts, as of 10 Gbit/s Ethernet; many clusters are faster
 EIGEN = 12  # n^3 operations of the eigenvectors of a matrix (n, n), if they were as fast as products

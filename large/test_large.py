@@ -515,19 +515,26 @@ def test_on_device_is_kept(room, monkeypatch):
     assert np.allclose(other.matvec(v), (kept.dense() ** 2).astype(np.float64) @ v, rtol=1e-5, atol=1e-4)
     assert (K.columns([68, 3]) == kept.columns([68, 3])).all() and (K.diagonal() == kept.diagonal()).all()
     assert K.merged() is K and (K.dense() == kept.dense()).all()
+    if not room:
+        monkeypatch.setattr(tiles, "free_memory", lambda: 10**4)
+        with pytest.raises(MemoryError, match="what the devices have no room for of the 69 x 69 kernel needs"):
+            on_device.gram(linear, x, **where, room=room)
     place = on_device.Tiles(where["devices"], 100)
     place[0, 0] = np.full((2, 2), 1 / 3)
     assert isinstance(dict.__getitem__(place, (0, 0)), jax.Array) and (place[0, 0] == np.full((2, 2), 1 / 3)).all()
 
 
 def test_on_device_run(tmp_path, monkeypatch):
-    """Where the backend is no CPU, a run keeps K on its devices, and its answer is that of a run in the host's memory."""
+    """Where the backend is no CPU, a run keeps K on its devices, and its answer is that of a run in the host's memory. Without
+    the room large/ it runs in the host's memory."""
     flags = ["--n_train", "100", "--n_test", "50", "--tile", "32", "--ridge", "0.1", "--kind", "both"]
     alone, used, gram = train(tmp_path, *flags), [], on_device.gram
     monkeypatch.setattr(on_device, "gram", lambda *args, **options: used.append(1) or gram(*args, **options, room=9000))
     monkeypatch.setattr(experiment, "on_gpu", lambda: True)
     there = train(tmp_path, *flags)
     assert used and all(abs(there[kind]["test_mse"] / alone[kind]["test_mse"] - 1) < 1e-6 for kind in kernel.KINDS)
+    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name, *more: None)  # the room is not there
+    assert train(tmp_path, *flags)["nngp"]["test_mse"] == alone["nngp"]["test_mse"] and len(used) == 1
 
 
 def test_on_the_fly_says_where_nan_is():
