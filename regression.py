@@ -66,7 +66,7 @@ class Solver:
         if ready is None and name == "lowrank":
             n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.scale
             solves = [(ridge, choose.SEARCH) for ridge in ridges if len(ridges) > 1]
-            product = 2 * n * n * c * K.slowness
+            product = 0 if rank else 2 * n * n * c * K.slowness  # which may have to be measured
             block = 4 * pcg.BLOCK if K.reads_all else pcg.block(n)
             worth = None if rank else _worth(
                 n, solves + [(ridges[len(ridges) // 2], tol)], product, K.reads_all * product / block, c)
