@@ -1,14 +1,8 @@
-"""From a kernel matrix to predictions: the ridge, a solver, predictions and their uncertainty.
+"""From a kernel matrix to predictions: the ridge, a solver, predictions.
 
   f(x) = k(x, X) alpha,     alpha = A^-1 Y,     A = K + lambda I,     lambda = ridge * mean(diag K)
 
-This f is also the posterior mean of a Gaussian process with prior covariance s^2 k and noise variance s^2 lambda. The
-variance of a prediction, the same for every output, and the s^2 that maximises the likelihood of Y are
-
-  var(x) = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)),     s^2 = mean over outputs of <Y, alpha> / n
-
-(Rasmussen and Williams 2006, equations 2.25, 2.26 and 5.8, where s^2 is part of k). Only the NNGP kernel is the covariance of
-the infinitely wide network itself.
+This f is also the posterior mean of a Gaussian process with covariance k; how sure it is: own/uncertainty.py.
 
   n  training rows   m  test rows   c  outputs   ridge  relative to mean(diag K), so that it means the same for every kernel
 
@@ -24,17 +18,14 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
-from scipy.special import ndtr
-from tqdm import tqdm
 
 import choose
 import pcg
 from tiles import LOG
 
-TINY = 1e-100  # an sd of 0 counts as this
+TINY = 1e-100  # a ridge of 0 counts as this
 EVERY = 3  # of the ridges that are compared, one in so many is solved first
 LARGE = 2 * choose.DENSE  # rows of K from which not all ridges are compared
-COLUMNS = 256  # right-hand sides solved at once for a variance
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
                    "none": pcg.none}
@@ -247,57 +238,3 @@ def rounding(solver, y, alpha):
     """
     size = np.linalg.norm(alpha, axis=0) / np.maximum(np.linalg.norm(y, axis=0), 1e-300)
     return float(ROUNDING * solver.K.diagonal().mean() * np.sqrt(len(y) / 3) * size.max())
-
-
-def variance(solver, K_test, k_test, ridge, block=COLUMNS):
-    """(k(x, x) + lambda - k(x, X) A^-1 k(X, x)) of each test row, (m,), without the factor s^2.
-
-    k_test: k(x, x), (m,).   K_test: (m, n).   block: right-hand sides solved at once.
-    One solve for each test row, to a residual of choose.SEARCH / 10: the error of the variance is quadratic in it.
-    """
-    m, out = K_test.shape[0], np.empty(K_test.shape[0])
-    with tqdm(total=m, unit=" rows", desc="variance", disable=solver.quiet or None,
-              leave=False) as bar:
-        for start in range(0, m, block):
-            stop = min(m, start + block)
-            k = K_test.rows(start, stop).T
-            explained = np.einsum("nm,nm->m", k, solver(k, ridge, choose.SEARCH / 10)[0])
-            out[start:stop] = np.maximum(k_test[start:stop] - explained, 0) + ridge * solver.scale  # 0 but for rounding
-            bar.update(stop - start)
-    return out
-
-
-def prior_scale(y, alpha):
-    """s^2, the scale of the prior with the largest likelihood: mean over outputs of <y, alpha> / n."""
-    return float(np.mean(np.einsum("nc,nc->c", y, alpha)) / len(y))
-
-
-def class_probabilities(f, sd, nodes=64):
-    """P(output c is the largest), (m, c), for independent outputs with means f (m, c) and sd (m,).
-
-    The integral over z of phi(z) prod over j != c of Phi(z + (f_c - f_j) / sd), by Gauss-Hermite quadrature. Each row is
-    divided by its sum, which is 1 up to the error of the quadrature.
-    """
-    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    out, sd = np.empty(f.shape), np.maximum(sd, TINY)
-    for c in range(f.shape[1]):
-        others = np.delete(f, c, axis=1)
-        ahead = z[:, None, None] + ((f[:, c, None] - others) / sd[:, None])[None]
-        out[:, c] = weights @ ndtr(ahead).prod(axis=2)
-    return out / out.sum(axis=1, keepdims=True)
-
-
-def calibration(f, sd, labels, y, bins=15):
-    """How well the uncertainty fits the errors on test rows: {name: number}.
-
-    nll: -log P(label), mean.   ece: sum over bins of confidence, weighted by their share of the rows, of
-    |accuracy - mean confidence|, confidence the largest P (Guo et al. 2017).   gaussian_nll: -log density
-    of the targets y (m, c) under N(f, sd^2), mean over rows and outputs.
-    """
-    p, sd = class_probabilities(f, sd), np.maximum(sd, TINY)
-    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
-    where = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(where, right - confidence, bins)
-    gaussian = np.log(2 * np.pi * sd**2)[:, None] / 2 + (f - y) ** 2 / (2 * sd**2)[:, None]
-    return {"test_nll": float(-np.log(np.maximum(p[np.arange(len(f)), labels], 1e-300)).mean()),
-            "test_ece": float(np.abs(gaps).sum() / len(f)), "test_gaussian_nll": float(gaussian.mean())}

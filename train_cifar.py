@@ -104,9 +104,10 @@ def main(argv=None):
                 f = K_test.matvec(alpha)  # f(x) = k(x, X) alpha
             result = {**scores(args, f, test_labels), **found, **regression.evidence(solver, y[:rows], alpha, info)}
             if args.variance:
+                from own import uncertainty
                 with regression.phase("variance", spent):
-                    result.update(uncertainty(args, kernel_of(kind), solver, K_test, x_test, y[:rows], alpha, f, ridge,
-                                              test_labels))
+                    result.update(uncertainty.of_images(kernel_of(kind), solver, K_test, x_test, y[:rows], alpha, f, ridge,
+                                                        test_labels))
             result.update(compared=compared, one_pass=args.kind == "both", entries=sum(block.entries for block in blocks),
                           **computed(args, n, K_all, K_test_all, team, seconds["kernel"]),
                           seconds={name: round(s, 3) for name, s in {**seconds, **spent}.items()})
@@ -270,16 +271,6 @@ def scores(args, f, test_labels):
     if args.average:
         out["test_accuracy_averaged"] = float(np.mean(f.mean(axis=1).argmax(axis=1) == test_labels))
     return out
-
-
-def uncertainty(args, kernel_fn, solver, K_test, x_test, y, alpha, f, ridge, test_labels):
-    """The predictive variance of every test image, and how well it is calibrated."""
-    solver.keep = None  # hundreds of right-hand sides: too much to write after every step
-    k_test = tiles.diagonal(kernel_fn, x_test, 16, team=K_test.team)
-    likeliest = regression.prior_scale(y, alpha)
-    variance = likeliest * regression.variance(solver, K_test, k_test, ridge)
-    return {"prior_scale": likeliest, "mean_variance": float(variance.mean()),
-            **regression.calibration(f, np.sqrt(variance), test_labels, data.one_hot(test_labels, args.classes))}
 
 
 def checkpoint(args, team, kind, n, states, ridge, tol, y):

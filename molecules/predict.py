@@ -1,6 +1,6 @@
 """A fitted model of molecules in a file (--save FILE), and its predictions for new ones (--load FILE --predict NEW.csv).
 
-  f(x) = k(x, X) alpha + mean     sd(x)^2 = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)), with --variance (regression.py)
+  f(x) = k(x, X) alpha + mean     sd(x)^2 = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)), with --variance (uncertainty.py)
 
 The file (own/model.py) holds alpha (n, tasks), the mean of each task (tasks,), the SMILES of the training molecules X, and in
 JSON the network and what columns and classes are called. Graphs and fingerprints are made again from the SMILES, of X and of
@@ -21,10 +21,9 @@ import numpy as np
 from scipy.special import ndtr
 
 import experiment
-import regression
 import tiles
 from molecules import smiles, train
-from own import model, tables
+from own import model, tables, uncertainty
 
 NETWORK = ("kernel", "kind", "depth", "w_std", "b_std", "pool", "jump", "weights", "fingerprints", "tile")
 
@@ -39,7 +38,7 @@ def fitted(result, solver, targets, alpha, mean, K_val, y):
         error = left_out(K_val.matvec(alpha) + mean, y["val"])
     else:
         error = about["error"] and [about["error"]] * len(mean)
-    scales = [regression.prior_scale(*(z[:, [task]] for z in (targets, alpha))) for task in range(len(mean))]
+    scales = [uncertainty.prior_scale(*(z[:, [task]] for z in (targets, alpha))) for task in range(len(mean))]
     return {**about, "prior_scale": scales, "error": error, "missing": bool(np.isnan(y["train"]).any()), "alpha": alpha,
             "mean": mean}
 
@@ -127,7 +126,7 @@ def columns(about, f, sd):
         if sd is not None:
             added["sd" + name] = sd[:, t]
         if pair and (sd is not None or about["error"]):
-            p.append(ndtr((f[:, t] - 0.5) / np.maximum(about["error"][t] if sd is None else sd[:, t], regression.TINY)))
+            p.append(ndtr((f[:, t] - 0.5) / np.maximum(about["error"][t] if sd is None else sd[:, t], uncertainty.TINY)))
             added[f"p({f'{task} = ' * several}{pair[1]})"] = p[-1]
     return added, np.stack(p, axis=1) if p else None
 

@@ -1,6 +1,6 @@
 """A fitted model in a file (--save FILE), and its predictions for new rows (--load FILE --predict FILE).
 
-  f(x) = k(x, X) alpha     sd(x)^2 = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)), with --variance (regression.py)
+  f(x) = k(x, X) alpha     sd(x)^2 = s^2 (k(x, x) + lambda - k(x, X) A^-1 k(X, x)), with --variance (uncertainty.py)
 
 The file is an .npz without pickle: alpha, the training rows X as they were read, and in JSON whatever else f needs. Here is
 what every model has in common, and the predictions for images; proteins/predict.py and molecules/predict.py have theirs.
@@ -26,7 +26,7 @@ import data
 import experiment
 import regression
 import tiles
-from own import images, tables
+from own import images, tables, uncertainty
 
 PREDICTIONS = "predictions.csv"
 FORMAT = 3  # of the file
@@ -75,7 +75,7 @@ def start(args, what):
 def fitted(found, solver, y, alpha):
     """What `deviation` needs of a fit, as a dict.  found: a result of `regression.fit`."""
     mse = found.get("loo_mse") or min((mse for *_, mse in found["search"]), default=None)
-    return {"ridge": found["ridge"], "diagonal": float(solver.scale), "prior_scale": regression.prior_scale(y, alpha),
+    return {"ridge": found["ridge"], "diagonal": float(solver.scale), "prior_scale": uncertainty.prior_scale(y, alpha),
             "error": mse and mse**0.5}
 
 
@@ -94,14 +94,14 @@ def deviation(about, K, K_test, k_test, quiet=True):
     """
     covariance(about)
     solver = regression.Solver(K, ridges=[about["ridge"]], prior=np.full(K.shape[0], about["diagonal"]), quiet=quiet)
-    return np.sqrt(about["prior_scale"] * regression.variance(solver, K_test, k_test, about["ridge"]))
+    return np.sqrt(about["prior_scale"] * uncertainty.variance(solver, K_test, k_test, about["ridge"]))
 
 
 def probabilities(f, sd):
     """The probability of each class, (m, c), from scores f (m, c) and sd: (m,), or one number. Differences of two outputs
     have the variance that they would have if outputs were independent, with this larger sd."""
     sd = np.broadcast_to(sd, len(f)) * (f.shape[1] / (f.shape[1] - 1)) ** 0.5
-    return np.concatenate([regression.class_probabilities(f[i:i + ROWS], sd[i:i + ROWS]) for i in range(0, len(f), ROWS)])
+    return np.concatenate([uncertainty.class_probabilities(f[i:i + ROWS], sd[i:i + ROWS]) for i in range(0, len(f), ROWS)])
 
 
 def predict(args, network_kernel):

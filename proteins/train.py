@@ -34,7 +34,7 @@ import experiment
 import kernel
 import regression
 import tiles
-from own import tables
+from own import tables, uncertainty
 from proteins import sequences
 from proteins.layers import SEQUENCES
 
@@ -401,7 +401,7 @@ def one_size(args, kind, K, K_test, split, n, encoding):
         with regression.phase("variance", result["seconds"]):
             k_test = tiles.diagonal(network_kernel(args, kind, encoding), encoding(parts(args, split, n)[1]), 16,
                                     experiment.devices(args.devices))
-            variance = regression.prior_scale(z, alpha) * regression.variance(solver, K_test, k_test, result["ridge"])
+            variance = uncertainty.prior_scale(z, alpha) * uncertainty.variance(solver, K_test, k_test, result["ridge"])
         result.update(calibration(f[:, 0], np.sqrt(variance), forward(y_test)))
     return result, solver, z, alpha
 
