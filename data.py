@@ -180,9 +180,9 @@ def array(path, key=None, hint=HINT):
     """The array in an .npy file, or one array of an .npz.  ValueError: damaged, pickled, no such array."""
     kind = ".npz archive" if key else ".npy array"
     try:
-        file = np.load(existing(path, hint), allow_pickle=False)
+        file = np.load(existing(path, hint), None if key else "r", allow_pickle=False)  # an .npy is mapped, not read
         if key is None and isinstance(file, np.ndarray):
-            return file
+            return np.asarray(file)
         if key is None or isinstance(file, np.ndarray) or key not in file:
             found = "one array" if isinstance(file, np.ndarray) else "the arrays " + ", ".join(file)
             raise ValueError(f"it holds {found}" + (f", and not {key}" if key else ""))

@@ -197,8 +197,12 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
     x = inputs[first]
     if folder == "none":
         from large import on_the_fly
-        return [(on_the_fly.matrix(fn, x, None, tile, **where),
-                 *(on_the_fly.matrix(fn, inputs[name], x, tile, **where) for name in others)) for fn in map(kernel_fn, kinds)]
+        found = []
+        for kind in kinds:
+            network = (about["layers"], kind) if about.get("engine") == "fused" and "flips" not in about else None
+            pair = ((x, None), *((inputs[name], x) for name in others))
+            found.append(tuple(on_the_fly.matrix(kernel_fn(kind), *both, tile, network=network, **where) for both in pair))
+        return found
     kept = dict.fromkeys(inputs)
     if folder:
         from large import store

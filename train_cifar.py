@@ -152,7 +152,9 @@ def plan(args):
     test_rows = n_test * (args.average or 1) * (2 if args.average and not args.flips else 1)
     pixels, seen = math.prod(shape), (1, 1, args.components) if args.components else shape
     args.whiten = "channel" if args.by_default and pixels > LARGEST and not args.components else args.whiten
-    return planned.main(args, network_kernel(args.engine, layers(args), args.flips, kinds), seen, rows, test_rows, pixels)
+    network = (layers(args), args.kind) if args.engine == "fused" and args.flips != "symmetric" else None
+    kernel_fn = network_kernel(args.engine, layers(args), args.flips, kinds)
+    return planned.main(args, kernel_fn, network, seen, rows, test_rows, pixels)
 
 
 def source(args):
@@ -361,7 +363,7 @@ def parse(argv):
         parser.error("--plan and --load take one network: one value for each of its flags")
     if args.dataset not in data.DATASETS and not os.path.exists(args.dataset):
         parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or "
-                     "of a folder of images")
+                     "of a folder of .npy files or images")
     if not args.plan:
         experiment.refuse_idle(parser, argv, idle(args))
     if (args.load is None) != (args.predict is None):
@@ -406,8 +408,8 @@ def flags():
     parser = experiment.Parser(description="Exact kernel regression with infinitely wide networks on images.")
     images = parser.add_argument_group("images")
     images.add_argument("--dataset", default="digits", help=f"{', '.join(data.DATASETS)}; or your own: the path of an .npz "
-                        "file (x, y, or x_train, y_train, x_test, y_test) or of a folder with a folder of PNG or JPEG files "
-                        "for each class")
+                        "file (x, y, or x_train, y_train, x_test, y_test), of a folder with these arrays as .npy files, which "
+                        "are read as far as needed, or of a folder with a folder of PNG or JPEG files for each class")
     images.add_argument("--resize", type=int, metavar="H", help="bring the files of such a folder to H x H pixels")
     images.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
     images.add_argument("--n_train", type=int, help="training images; None is all")

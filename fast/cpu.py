@@ -1,4 +1,4 @@
-"""The convolutions of fused.py on a CPU, in C++: cpu.cpp is built here on first use, and called from JAX.
+"""The convolutions of fused.py on a CPU, in C++: cpu.cpp is built here on first use, and called from JAX. So is fc.cpp.
 
 The compiler is $CXX, or the first of c++, g++ and clang++ that is on PATH; CXX= (empty) turns this file off. The library is
 kept in ~/.cache/infinite-networks (or below $XDG_CACHE_HOME) under a name made of source, command and processor, so that
@@ -26,7 +26,7 @@ import numpy as np
 
 import kernel
 
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cpu.cpp")
+HERE = os.path.dirname(os.path.abspath(__file__))
 LANES = 16  # second images that are computed together, as in cpu.cpp
 FLAGS = "-std=c++17", "-O3", "-ffast-math", "-fPIC", "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
 
@@ -46,17 +46,18 @@ def processor():
         return platform.machine() + platform.processor()
 
 
-def build(cxx):
-    """Path of the library, built with the compiler `cxx` unless it is there.  Raises OSError or CalledProcessError."""
-    coefficients = ",".join(f"{value!r}f" for value in kernel.ANGLE["float32"])
-    compile_ = [cxx, *FLAGS, f"-DCOEFFICIENTS={coefficients}", "-isystem", jax.ffi.include_dir(), "-c", SOURCE]
+def build(cxx, name="cpu.cpp"):
+    """Path of the library of a C++ file, built with the compiler `cxx` unless it is there.  Raises OSError or
+    CalledProcessError."""
+    source, coefficients = os.path.join(HERE, name), ",".join(f"{value!r}f" for value in kernel.ANGLE["float32"])
+    compile_ = [cxx, *FLAGS, f"-DCOEFFICIENTS={coefficients}", "-isystem", jax.ffi.include_dir(), "-c", source]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    with open(SOURCE, "rb") as file:
+    with open(source, "rb") as file:
         about = file.read(), compile_, version, processor(), jaxlib.__version__
-    name = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.path.join(cache, "infinite-networks")
-    path = os.path.join(folder, f"cpu-{name}.so")
+    path = os.path.join(folder, f"{name[:-4]}-{digest}.so")
     if not os.path.exists(path):
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -66,30 +67,35 @@ def build(cxx):
             path = os.path.join(folder, os.path.basename(path))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder) as new:  # several processes may build at once: each renames its own
-            subprocess.run([*compile_, "-o", f"{new}/cpu.o"], capture_output=True, text=True, check=True)
+            subprocess.run([*compile_, "-o", f"{new}/a.o"], capture_output=True, text=True, check=True)
             # linked without -ffast-math, with which GCC would change how the whole process rounds tiny numbers
-            subprocess.run([cxx, "-shared", f"{new}/cpu.o", "-o", f"{new}/cpu.so"], capture_output=True, text=True, check=True)
-            os.replace(f"{new}/cpu.so", path)
+            subprocess.run([cxx, "-shared", f"{new}/a.o", "-o", f"{new}/a.so"], capture_output=True, text=True, check=True)
+            os.replace(f"{new}/a.so", path)
     return path
 
 
 @lru_cache(maxsize=1)
 def available():
-    """Builds and loads the library.  Returns the name under which JAX knows it; None if that failed, which one line says."""
-    cxx = compiler()
+    """Builds and loads cpu.cpp.  Returns the name under which JAX knows it; None if that failed."""
+    library = loaded("cpu.cpp")
+    if library:
+        jax.ffi.register_ffi_target(library._name, jax.ffi.pycapsule(library.network), platform="cpu")
+    return library and library._name
+
+
+def loaded(name):
+    """The library of a C++ file; None if it could not be built, which one line says."""
+    cxx, slow = compiler(), "it is computed by XLA, at about half the speed"
     if cxx is None:
         if os.environ.get("CXX") != "":
-            print("fast/cpu.py: no C++ compiler on PATH; convolutions are computed by XLA, at about half the speed",
-                  file=sys.stderr)
+            print(f"fast/cpu.py: no C++ compiler on PATH for {name}; {slow}", file=sys.stderr)
         return None
     try:
-        path = build(cxx)
-        jax.ffi.register_ffi_target(path, jax.ffi.pycapsule(ctypes.cdll.LoadLibrary(path).network), platform="cpu")
-        return path
+        return ctypes.cdll.LoadLibrary(build(cxx, name))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        print(f"fast/cpu.py: {cxx} could not build cpu.cpp ({next((line for line in reason if 'error' in line), reason[0])}); "
-              "convolutions are computed by XLA, at about half the speed", file=sys.stderr)
+        print(f"fast/cpu.py: {cxx} could not build {name} ({next((line for line in reason if 'error' in line), reason[0])}); "
+              f"{slow}", file=sys.stderr)
         return None
 
 

@@ -2,7 +2,8 @@
 
 For kernels that are cheaper to compute than to read, such as `fc`: a GPU computes a tile in less time than a disk takes to
 write and read it, two cores take about as long. Tiles, processes and results are the same as in tiles.py. A GPU also
-multiplies the tile that it has computed, in float64, so that only vectors leave it. On a CPU tiles.py multiplies it.
+multiplies the tile that it has computed, in float64, so that only vectors leave it. On a CPU tiles.py multiplies it, or for a
+fully connected network fast/fc.cpp, which also computes it, without a way through memory.
 
     K = on_the_fly.matrix(kernel_fn, x_train);  K.matvec(v)
 
@@ -23,15 +24,22 @@ from tqdm import tqdm
 import tiles
 from tiles import ALONE, TILE, TiledMatrix, check_vectors, empty
 
+try:
+    from fast import fc
+except ImportError:  # fast/ may be deleted
+    fc = None
 
-def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=ALONE):
+
+def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=ALONE, network=None):
     """kernel_fn(x1, x1), or with x2 kernel_fn(x1, x2), as a Lazy matrix.
 
-    Arguments as for `tiles.gram` and `tiles.cross`, but kernel_fn returns one matrix.
+    Arguments as for `tiles.gram` and `tiles.cross`, but kernel_fn returns one matrix.   network: (layers, kind) of kernel_fn,
+    if fast/fc.cpp may compute it where it can.
     """
     symmetric = x2 is None
     x2 = x1 if symmetric else x2
-    return Lazy(empty(len(x1), len(x2), tile, symmetric, team), kernel_fn, x1, x2, devices, quiet)
+    native = on_host() and network and fc and fc.network(*network)
+    return Lazy(empty(len(x1), len(x2), tile, symmetric, team), kernel_fn, x1, x2, devices, quiet, native or None)
 
 
 HALF = 1.25e9  # entries/s at which half of a matrix takes as long as K v with ten columns in float64 on two cores
@@ -51,6 +59,7 @@ class Lazy:
     x2: object
     devices: object
     quiet: bool
+    native: object = None  # fast/fc.py's Network
 
     shape = property(lambda self: self.form.shape)
     team = property(lambda self: self.form.team)
@@ -59,11 +68,14 @@ class Lazy:
 
     @property
     def slowness(self):
-        """As in TiledMatrix, from the time of a tile: 6 for fc with 64 components on a CPU, a million for myrtle10."""
+        """As in TiledMatrix, from the time of a tile: 4 for fc with 64 components on a CPU, a million for myrtle10."""
         keys, seconds = [(0, 0)] * len(self.devices or jax.local_devices()), []
         for _ in range(2):  # the first compiles
             start = time.perf_counter()
-            list(tiles.computed(self.kernel_fn, [(0, self.x1), (1, self.x2)], self.form.sides, keys, self.devices))
+            if self.native:
+                self._on_host(np.zeros((self.shape[1], 10)), keys)
+            else:
+                list(tiles.computed(self.kernel_fn, [(0, self.x1), (1, self.x2)], self.form.sides, keys, self.devices))
             seconds.append(time.perf_counter() - start)
         rate = len(keys) * self.form.sides[0] * self.form.sides[1] / seconds[1]
         rate = self.team.all_reduce(np.array([rate]))[0] / self.team.count  # all must choose the same rank
@@ -115,7 +127,7 @@ class Lazy:
         """y = K v: (m, c) float64 -> (n, c) float64, on every device."""
         check_vectors(v, self.shape)
         if on_host():
-            return self._finite(self.team.all_reduce(self._on_host(v)))
+            return self._finite(self.team.all_reduce(self._on_host(v, list(self.form.keys()))))
         v = np.pad(v, ((0, -len(v) % self.form.sides[1]), (0, 0)))  # zeros for the padded rows, so that they add nothing
         inputs = [(0, self.x1), (1, self.x2), (1, v)] + [(0, v)] * self.form.symmetric
         y = np.zeros((self.shape[0], v.shape[1]))
@@ -127,8 +139,8 @@ class Lazy:
                     y[rows] += part[:rows.stop - rows.start]
         return self._finite(self.team.all_reduce(y))
 
-    def _on_host(self, v):
-        """K v of this process's tiles. On a CPU each device has a thread, which computes a tile and then multiplies it: faster
+    def _on_host(self, v, keys):
+        """K v of these tiles. On a CPU each device has a thread, which computes a tile and then multiplies it: faster
         than pmap and XLA's product in float64, for which a whole tile in float64 has to go through memory."""
         y, vT, fn = np.zeros((self.shape[0], v.shape[1])), np.ascontiguousarray(v.T), _jitted(self.kernel_fn)
         free, mine, lock = [*(self.devices or jax.local_devices())], threading.local(), threading.Lock()
@@ -138,19 +150,24 @@ class Lazy:
             if mine.blocks.get(side, (None,))[0] != number:
                 rows = np.arange(number * self.form.sides[side], (number + 1) * self.form.sides[side])
                 with lock:
-                    mine.blocks[side] = number, tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
+                    block = tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
+                if self.native:
+                    block = np.asarray(block).reshape(len(block), -1)[:np.sum(rows < self.shape[side])]
+                    block = (self.native.columns if side else self.native.rows)(block)
+                mine.blocks[side] = number, block
             return mine.blocks[side][1]
 
         def product(key):
             if not hasattr(mine, "device"):
                 mine.device, mine.blocks = free.pop(), {}
             rows, cols = self.form.slices(key)
-            tile = np.asarray(fn(placed(0, self.x1, key[0]), placed(1, self.x2, key[1])))
-            tile, both = tile[:rows.stop - rows.start, :cols.stop - cols.start], self.form.symmetric and key[0] != key[1]
+            one, two, both = placed(0, self.x1, key[0]), placed(1, self.x2, key[1]), self.form.symmetric and key[0] != key[1]
+            if self.native:
+                return rows, cols, *self.native.product(one, two, vT[:, cols], v[rows] if both else None)
+            tile = np.asarray(fn(one, two))[:rows.stop - rows.start, :cols.stop - cols.start]
             if self.form.symmetric and not both:
                 tile = np.triu(tile) + np.triu(tile, 1).T  # as it is kept in tiles.py
             return rows, cols, *tiles.multiplied(tile, vT[:, cols], vT[:, rows] if both else None)
-        keys = list(self.form.keys())
         with tiles.one_thread(), ThreadPoolExecutor(len(free)) as pool, self._bar(pool.map(product, keys), len(keys)) as bar:
             for rows, cols, y_i, y_j in bar:
                 y[rows] += y_i

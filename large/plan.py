@@ -1,8 +1,8 @@
 """Predicts the entries, bytes and hours of a run before it starts, from speeds measured on this machine.
 
 Four things are measured: the kernel for about a second on random images of the data set's shape; a product of two float64
-matrices; products with tiles in memory; and with --store products with tiles on its disk, in a folder that is removed
-afterwards. The rest is arithmetic. Left out: reading the images.
+matrices; products with tiles in memory, or those of fast/fc.cpp, which keep none; and with --store products with tiles on its
+disk, in a folder that is removed afterwards. The rest is arithmetic. Left out: reading the images.
 
   n  rows of K, copies included   m  test rows   b  tile side   c  classes   r  rank
   P  hosts   D  devices of a host; all are assumed to be as fast as those of this machine
@@ -25,7 +25,7 @@ import data
 import experiment
 import pcg
 import tiles
-from large import store
+from large import on_the_fly, store
 
 STEPS = {"in memory": 25, "on disk": 15, "nowhere": 12}  # assumed, to 1e-6: a larger rank is chosen for dear products
 RANK = 1500  # of the preconditioner, assumed
@@ -53,6 +53,19 @@ def rate(kernel_fn, shape, tile, devices):
     once = seconds(1)
     times = max(1, int(1 / once))
     return len(keys) * times * tile**2 / (seconds(times) if times > 1 else once)
+
+
+def rate_on_the_fly(kernel_fn, network, shape, tile, devices):
+    """Entries/s of all `devices` together in a product K v with 10 columns that computes its tiles, by fast/fc.cpp; None where
+    that does not fit the network."""
+    x = np.random.default_rng(0).standard_normal((min(tile, 2048) * 2 * len(devices), *shape), np.float32)
+    K = on_the_fly.matrix(kernel_fn, x, None, min(tile, 2048), devices, True, network=network)
+    if not K.native:
+        return None
+    for _ in range(2):  # the second counts
+        start = time.perf_counter()
+        K.matvec(np.ones((len(x), data.CLASSES)))
+    return K.entries / (time.perf_counter() - start)
 
 
 def product_rate(kept, tile=1024, rows=11):
@@ -150,11 +163,11 @@ def memory(n, m, images, pixels, width, classes, rank, hosts, ridges, read, fits
             "solve": kernel + factor + vectors}
 
 
-def main(args, kernel_fn, shape, n, m, pixels):
+def main(args, kernel_fn, network, shape, n, m, pixels):
     """Prints the plan of a run with these flags and returns it as a dict; see `estimate`.
 
-    args: flags of train_cifar.py, with sizes and tile filled in.   shape: of what the kernel takes.   n, m: rows of K and
-    K_test.   pixels: numbers in an image.
+    args: flags of train_cifar.py, with sizes and tile filled in.   network: (layers, kind) of the kernel if fast/fc.cpp may
+    compute it, else None.   shape: of what the kernel takes.   n, m: rows of K and K_test.   pixels: numbers in an image.
     """
     devices, tile = jax.local_devices()[:args.devices], min(args.tile, n)
     per_host, ridges = args.devices or len(devices), len(args.ridge)
@@ -163,6 +176,8 @@ def main(args, kernel_fn, shape, n, m, pixels):
     base, fit_on = experiment.peak_memory(), args.fit_on if args.whiten in ("zca", "zca_unit") else 0
     flops, (product, write) = operations(), product_rate({})
     read, write = disk_rates(args.store) if kept == "on disk" else (None, write)
+    both = network and kept == "nowhere" and not args.rate and rate_on_the_fly(kernel_fn, network, shape, tile, devices)
+    measured, product = (both, np.inf) if both else (measured, product)
     out = estimate(n, m, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
                    product, read, write or np.inf, pixels, args.n_train, ridges,
                    2 if args.kind == "both" else 1, args.classes, kept, flops,
@@ -177,7 +192,8 @@ def main(args, kernel_fn, shape, n, m, pixels):
     for what, text in {
             "measured": (f"{args.rate:,.0f} entries/s a device assumed, " if args.rate else
                          f"{measured:,.0f} entries/s on {len(devices)} x {devices[0].device_kind}, ")
-                        + f"{product / 1e9:.1f} GB/s of tiles multiplied from memory{disk}",
+                        + (f"products of tiles included{disk}" if both else
+                           f"{product / 1e9:.1f} GB/s of tiles multiplied from memory{disk}"),
             "data": f"{hours(out['data_seconds'])} to fit the whitening",
             "kernel": f"{out['entries']:.4g} entries in {out['tiles']:,} tiles of {tile:,}: "
                       + hours(out["kernel_seconds"]),

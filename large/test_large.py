@@ -673,8 +673,8 @@ def test_train_flips_from_a_store(tmp_path):
 
 def test_train_evidence_on_the_fly(tmp_path):
     """With --store none, --variance gives calibration and --plot a figure too; neither changes the result."""
-    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1e-2"]
-    more = train(tmp_path, *flags, "--store", "none", "--variance", "--plot", str(tmp_path / "p.png"))
+    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1e-2", "--store", "none"]
+    more = train(tmp_path, *flags, "--variance", "--plot", str(tmp_path / "p.png"))
     assert abs(more["test_mse"] / train(tmp_path, *flags)["test_mse"] - 1) < 1e-6
     assert 0 < more["test_nll"] < np.log(10) and 0 < more["test_ece"] < 0.3
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,7 @@
 """Your own data, and fitted models. In reading order:
 
   model.py        a fitted model in a file, and its predictions for new images (--save, --load, --predict)
-  images.py       images of your own: an .npz file, or a folder with a folder for each class (--dataset PATH)
+  images.py       images of your own: arrays, or a folder with a folder of files for each class (--dataset PATH)
   uncertainty.py  how sure a prediction is: variance, probabilities, calibration (--variance)
   estimator.py    KernelRegressor and KernelClassifier for scikit-learn: fit, predict, grid search
   tables.py       CSV files, read and checked; proteins/ and molecules/ read theirs with it

@@ -1,8 +1,10 @@
-"""Images of your own: an .npz file, or a folder that holds a folder of PNG or JPEG files for each class.
+"""Images of your own: an .npz file, .npy files, or a folder that holds a folder of PNG or JPEG files for each class.
 
   an .npz   arrays x and y, or x_train, y_train, x_test and y_test. x: (n, h, w) or (n, h, w, channels), bytes or other
             numbers; or (n, d), which is one pixel with d channels. y: (n,), (n, 1) or one-hot (n, classes): whole numbers,
             words or yes and no.
+  .npy      a folder with these arrays as files, x_train.npy and so on. They are mapped into memory, so that of x only the
+            rows that a run takes are read: for images that fill much of the memory
   a folder  DIR/CLASS/*.png or *.jpg, or DIR/train/CLASS/... and DIR/test/CLASS/...; all grey, or all made RGB
 
 Classes are the different labels of the training images, sorted. Where there is no test set, a fifth of each class is one.
@@ -42,7 +44,7 @@ def read(path, seed=0, resize=None):
     seed: of the test set, where one is drawn.   resize: height and width to bring the files of a folder to.
     ValueError: nothing to read, arrays that do not fit, images of several sizes, one class.   FileNotFoundError.
     """
-    train, test = (folder if os.path.isdir(path) else archive)(path, resize)
+    train, test = (folder if os.path.isdir(path) and not {"x", "x_train"} & inside(path) else archive)(path, resize)
     names = tuple(np.unique(train[1]).tolist())
     if len(names) < 2:
         raise ValueError(f"{path}: all {len(train[1])} training images are of class {names[0]!r}; expected two or more")
@@ -74,7 +76,7 @@ def fifth(y, seed):
 
 
 def archive(path, resize=None):
-    """((x, y) to train, (x, y) to test or None) of an .npz."""
+    """((x, y) to train, (x, y) to test or None) of an .npz, or of a folder of .npy."""
     if resize:
         raise ValueError(f"--resize {resize} is for a folder of image files; {path} is an array")
     keys = inside(path)
@@ -82,7 +84,7 @@ def archive(path, resize=None):
     wanted = wanted[:2] if not {"x_test", "y_test"} & keys else wanted
     if set(wanted) - keys:
         raise ValueError(f"{path} holds {', '.join(sorted(keys)) or 'nothing'}; {HINT}")
-    parts = [data.array(path, key) for key in wanted]
+    parts = [data.array(*(path, key) if os.path.isfile(path) else [os.path.join(path, f"{key}.npy")]) for key in wanted]
     pairs = []
     for x, y, key in zip(parts[::2], parts[1::2], wanted[::2]):
         pairs.append((pictures(x, f"{path}, {key}"), classes(y, f"{path}, y{key[1:]}")))
@@ -92,7 +94,9 @@ def archive(path, resize=None):
 
 
 def inside(path, hint=HINT):
-    """The names of the arrays in an .npz file.  ValueError: it is none, or damaged."""
+    """The names of the arrays in an .npz file, or in the .npy files of a folder.  ValueError: it is no .npz, or damaged."""
+    if os.path.isdir(path):
+        return {name[:-4] for name in os.listdir(path) if name.endswith(".npy")}
     try:
         with np.load(data.existing(path, hint), allow_pickle=False) as file:
             return set(file)
@@ -105,6 +109,8 @@ def pictures(x, where):
     if x.dtype.kind not in "biuf" or x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise ValueError(f"{where} is {x.dtype} {x.shape}; expected numbers (n, h, w), (n, h, w, channels) or (n, d)")
     x = x[:, None, None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
+    if x.dtype == np.uint8:
+        return x
     if x.dtype.kind != "f" and x.min() >= 0 and x.max() <= 255:
         return x.astype(np.uint8)
     bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))

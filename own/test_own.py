@@ -5,6 +5,7 @@ Each test states its claim in its first line. JAX is set up by test_all.py, whic
 
 import csv
 import shutil
+import tracemalloc
 
 from test_all import flip, train  # isort: skip
 import numpy as np
@@ -239,3 +240,24 @@ def test_own_archive_damaged(tmp_path):
     for name in ("x.npz", "y.npy"):
         with pytest.raises(ValueError, match=f"{name} is not a complete .npz archive without pickle"):
             train(tmp_path, "--dataset", str(tmp_path / name))
+
+
+def test_own_npy_files_are_mapped(tmp_path):
+    """Arrays in a folder of .npy files are those of an .npz, and of the images only the rows that are wanted take memory."""
+    rng, names = np.random.default_rng(0), ("x_train", "y_train", "x_test", "y_test")
+    x, y = rng.integers(0, 256, (4000, 16, 16, 3), np.uint8), rng.integers(0, 5, 4000)
+    arrays = dict(zip(names, (x, y, x[:50], y[:50])))
+    np.savez(tmp_path / "all.npz", **arrays)
+    (tmp_path / "separate").mkdir()
+    for name, array in arrays.items():
+        np.save(tmp_path / "separate" / f"{name}.npy", array)
+    for mine, theirs in zip(images.read(tmp_path / "separate"), images.read(tmp_path / "all.npz")[:5]):
+        assert np.array_equal(mine, theirs)
+    tracemalloc.start()
+    x_train, *_ = data.load(images.read(str(tmp_path / "separate")), n_train=40)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert x_train.shape == (40, 16, 16, 3) and peak < x.nbytes / 4
+    (tmp_path / "separate" / "y_test.npy").unlink()
+    with pytest.raises(ValueError, match="separate holds x_test, x_train, y_train; expected x and y"):
+        images.read(str(tmp_path / "separate"))
