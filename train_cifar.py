@@ -341,7 +341,7 @@ def derive(args, shape, n_test, rows):
             args.tile = known["tile"]
     if args.tile is None:
         if args.kernel in ("fc", "cnn_vec"):
-            side = {"fc": 1024, "cnn_vec": 256}[args.kernel]
+            side = {"fc": 2048 if args.store == "none" else 1024, "cnn_vec": 256}[args.kernel]
         else:
             side = 32 * 1024 // (shape[1] * shape[2]) if args.engine == "fused" else 16
         args.tile = experiment.tile_side(side, (8 if args.kernel == "fc" else 16) * side, rows)

@@ -1,6 +1,6 @@
 // K v of a fully connected network on a CPU: a tile is computed, multiplied from both sides, and never leaves the cache.
 //
-//   S_ij = <x_i, x'_j> / d                   24 x 256 elements at a time
+//   S_ij = <x_i, x'_j> / d                   12 x 256 elements at a time
 //   dense and relu, layer by layer           in place, formulas as in kernel.py
 //   y_i += K_ij v'_j,   y'_j += K_ij v_i     in float64
 //
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -22,9 +23,8 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));          // a vec in an array of NumPy
 typedef int bits __attribute__((vector_size(4 * LANES)));
 typedef double wide __attribute__((vector_size(4 * LANES)));                      // LANES / 2 doubles
-typedef float half __attribute__((vector_size(2 * LANES), aligned(2 * LANES)));   // the floats of a wide
-typedef double unaligned __attribute__((vector_size(4 * LANES), aligned(8)));
-constexpr int ROWS = 24, COLS = 256, PANEL = 2 * LANES;
+typedef double loose_wide __attribute__((vector_size(4 * LANES), aligned(8)));
+constexpr int ROWS = 12, COLS = 256, PANEL = 2 * LANES;
 constexpr float ANGLE[] = {COEFFICIENTS};        // kernel.ANGLE, low power first
 constexpr int DEGREE = sizeof ANGLE / sizeof *ANGLE - 1;
 constexpr float NEAR_ONE = 16 * 1.1920929e-7f;  // as in kernel.kappas
@@ -74,47 +74,55 @@ static inline void dense_relu(vec* K, vec* T, int vectors, float w2, float b2, f
   }
 }
 
-// y1 += K v2 and, where v1 is given, y2 += K^T v1 of `rows` rows and C columns of v, from column `c` on
+static inline double total(wide x) {
+  typedef double part __attribute__((vector_size(2 * LANES)));
+  part parts[2];
+  std::memcpy(parts, &x, sizeof x);
+  parts[0] += parts[1];
+  double sum = 0;
+  for (int lane = 0; lane < LANES / 4; ++lane) sum += parts[0][lane];
+  return sum;
+}
+
+// y1 += K v2 and, where v1 is given, y2 += K^T v1 of `rows` rows and C columns of v.  v1, y1: (rows, columns); v2, y2: (C, COLS)
 template <int C>
-static void multiply(const float* K, int rows, int cols, const double* v1, double* y1, const double* v2, double* y2, long columns) {
-  constexpr int HALF = LANES / 2;
-  for (int r = 0; r < rows; r += 2) {
-    const half *first = (const half*)(K + r * COLS), *second = (const half*)(K + std::min(r + 1, rows - 1) * COLS);
+static void multiply(const wide* K, int rows, int cols, const double* v1, double* y1, const double* v2, double* y2, long columns) {
+  constexpr int HALF = LANES / 2, ROW = COLS / HALF;
+  for (int r = 0; r < rows; r += 2) {  // the row after the last is not used
     wide sum[2][C] = {};
     for (int s = 0; s < cols / HALF; ++s) {
-      const wide a = __builtin_convertvector(first[s], wide), b = __builtin_convertvector(second[s], wide);
+      const wide first = K[r * ROW + s], second = K[(r + 1) * ROW + s];
 #pragma GCC unroll 10
       for (int k = 0; k < C; ++k) {
-        const wide v = *(const unaligned*)(v2 + k * COLS + s * HALF);
-        sum[0][k] += a * v, sum[1][k] += b * v;
+        const wide v = ((const loose_wide*)v2)[k * ROW + s];
+        sum[0][k] += first * v, sum[1][k] += second * v;
       }
     }
-    for (int k = 0; k < C; ++k)
-      for (int u = 0; u < std::min(2, rows - r); ++u) {
-        double total = 0;
-        for (int lane = 0; lane < HALF; ++lane) total += sum[u][k][lane];
-        y1[(r + u) * columns + k] += total;
-      }
+#pragma GCC unroll 10
+    for (int k = 0; k < C; ++k) {
+      y1[r * columns + k] += total(sum[0][k]);
+      if (r + 1 < rows) y1[(r + 1) * columns + k] += total(sum[1][k]);
+    }
   }
   if (!v1) return;
   for (int s = 0; s < cols / HALF; s += 2) {
     wide sum[2][C];
-    for (int k = 0; k < C; ++k)
-      for (int u = 0; u < 2; ++u) sum[u][k] = *(const unaligned*)(y2 + k * COLS + (s + u) * HALF);
-    for (int r = 0; r < rows; ++r) {
-      const half* row = (const half*)(K + r * COLS) + s;
-      const wide a = __builtin_convertvector(row[0], wide), b = __builtin_convertvector(row[1], wide);
-      const double* v = v1 + r * columns;
 #pragma GCC unroll 10
-      for (int k = 0; k < C; ++k) sum[0][k] += a * v[k], sum[1][k] += b * v[k];
-    }
     for (int k = 0; k < C; ++k)
-      for (int u = 0; u < 2; ++u) *(unaligned*)(y2 + k * COLS + (s + u) * HALF) = sum[u][k];
+      sum[0][k] = ((loose_wide*)y2)[k * ROW + s], sum[1][k] = ((loose_wide*)y2)[k * ROW + s + 1];
+    for (int r = 0; r < rows; ++r) {
+      const wide left = K[r * ROW + s], right = K[r * ROW + s + 1];
+#pragma GCC unroll 10
+      for (int k = 0; k < C; ++k) sum[0][k] += left * v1[r * columns + k], sum[1][k] += right * v1[r * columns + k];
+    }
+#pragma GCC unroll 10
+    for (int k = 0; k < C; ++k)
+      ((loose_wide*)y2)[k * ROW + s] = sum[0][k], ((loose_wide*)y2)[k * ROW + s + 1] = sum[1][k];
   }
 }
 
 template <int... C>
-static void multiply_by(int count, std::integer_sequence<int, C...>, const float* K, int rows, int cols, const double* v1, double* y1,
+static void multiply_by(int count, std::integer_sequence<int, C...>, const wide* K, int rows, int cols, const double* v1, double* y1,
                         const double* v2, double* y2, long columns) {
   ((count == C + 1 ? multiply<C + 1>(K, rows, cols, v1, y1, v2, y2, columns) : void()), ...);
 }
@@ -122,6 +130,7 @@ static void multiply_by(int count, std::integer_sequence<int, C...>, const float
 template <int states>
 static void run(long d, long layers, const float* w2, const float* b2, long columns, const Block& one, const Block& two) {
   alignas(64) static thread_local float K[ROWS * COLS], T[ROWS * COLS];
+  alignas(64) static thread_local double exact[ROWS * COLS];
   std::vector<double> v2(columns * COLS), y2(columns * COLS);  // of 256 columns of K: they stay in cache
   for (long j = 0; j < two.n; j += COLS) {
     const int cols = std::min<long>(COLS, two.n - j);
@@ -143,9 +152,11 @@ static void run(long d, long layers, const float* w2, const float* b2, long colu
           if (states == 2) t[s] = k[s] + w2[layers] * t[s];
         }
       }
+      for (int r = 0; r < rows; ++r)
+        for (int k = 0; k < cols; ++k) exact[r * COLS + k] = (states == 2 ? T : K)[r * COLS + k];
       for (long c = 0; c < columns; c += COLUMNS)
-        multiply_by(std::min<long>(COLUMNS, columns - c), std::make_integer_sequence<int, COLUMNS>(), states == 2 ? T : K, rows,
-                    cols, one.v ? one.v + i * columns + c : nullptr, one.y + i * columns + c, &v2[c * COLS], &y2[c * COLS],
+        multiply_by(std::min<long>(COLUMNS, columns - c), std::make_integer_sequence<int, COLUMNS>(), (const wide*)exact,
+                    rows, cols, one.v ? one.v + i * columns + c : nullptr, one.y + i * columns + c, &v2[c * COLS], &y2[c * COLS],
                     columns);
     }
     for (long c = 0; one.v && c < columns; ++c)

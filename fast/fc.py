@@ -17,7 +17,7 @@ import numpy as np
 import kernel
 from fast import cpu
 
-MORE = 24  # rows that fc.cpp may read beyond the last
+MORE = 12  # rows that fc.cpp may read beyond the last
 
 
 class Block(NamedTuple):
