@@ -79,10 +79,25 @@ def dense_graphs(layers, x1, x2):
     return K["12"], T
 
 
+def sum_of_nodes(layers, kind):
+    """A kernel that compiles at once, in place of graphs.kernel_fn: <u, u'>, u the sum over the nodes p of (A x)_p, and as NTK
+    the same plus its square."""
+    degree = layers[0][1]
+
+    def total(graph):
+        features, numbers, weights = jnp.split(graph, graph.shape[1] - np.array([2, 1]) * degree, axis=1)
+        return jnp.einsum("pq,pqf->f", weights, features[numbers.astype(jnp.int32)], precision="highest")
+
+    def fn(x1, x2):
+        K = linear(jax.vmap(total)(x1), jax.vmap(total)(x2))
+        return kernel.chosen(kind, K, K + K**2)
+    return fn
+
+
 @pytest.mark.parametrize("options", [{"hidden": 2}, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}], ids=str)
 def test_graphs_are_neural_tangents(options):
     """K and T equal neural_tangents' on the graphs without padding to 1e-10 in float64, for graphs of different sizes, one
-    of a single node, and directed edges with any weight."""
+    of a single node, and directed edges with any weight. For every other pair of sizes they equal the dense formula."""
     rng, layers = np.random.default_rng(0), graph_layers.gcn(7, 2, **options)
     sizes = (1, 6), (4, 9)
     x1, x2 = (np.stack([random_graph(rng, n, 11) for n in of for _ in range(2)]) for of in sizes)
@@ -90,16 +105,20 @@ def test_graphs_are_neural_tangents(options):
     for i, p in enumerate(sizes[0]):
         for j, q in enumerate(sizes[1]):
             block = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
-            expected = reference(layers, kernel.KINDS, x1[block[0], :p], x2[block[1], :q])
+            some = x1[block[0], :p], x2[block[1], :q]
+            expected = [[[dense_graphs(layers, a, b)[k] for b in some[1]] for a in some[0]] for k in range(2)]
+            if i == j:  # neural_tangents compiles anew for each pair of sizes
+                by_stax = reference(layers, kernel.KINDS, *some)
+                assert relative_error(expected, by_stax) < 1e-10
+                expected = by_stax
             assert all(relative_error(K[block], want) < 1e-10 for K, want in zip(exact, expected))
 
 
 @pytest.mark.parametrize("side, options", [
-    (32, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}), (16, {"jump": True})], ids=str)
+    (32, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3, "jump": True})], ids=str)
 def test_graphs_are_the_formula(side, options, monkeypatch):
-    """graphs.py, with bins of 32 nodes and 3 graphs, equals the dense formula in NumPy to 1e-10 in float64, the default
-    network to 1e-5 in float32, and so does kernel.py with jump. side: a bin is computed in blocks, as on a CPU, or whole, as
-    on a GPU."""
+    """graphs.py, with bins of 32 nodes and 3 graphs, equals the dense formula in NumPy to 1e-10 in float64, and so does
+    kernel.py with jump. side: a bin is computed in blocks, as on a CPU, or whole, as on a GPU."""
     for what, number in (("SMALL", 32), ("SIDE", side), ("STRIPE", side)):
         monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     monkeypatch.setattr(graphs, "NODES", 32)
@@ -108,10 +127,9 @@ def test_graphs_are_the_formula(side, options, monkeypatch):
     x = np.stack([random_graph(rng, n, 20) for n in sizes])
     expected = np.moveaxis([[dense_graphs(layers, a[:n], b[:m]) for m, b in zip(sizes[4:], x[4:])]
                             for n, a in zip(sizes, x[:4])], -1, 0)
-    runs = [(graphs.kernel_fn, float, 1e-10)] + [(graphs.kernel_fn, np.float32, 1e-5)] * (not options)
-    for fn, dtype, tolerance in runs + [(kernel.kernel_fn, float, 1e-10)] * ("jump" in options):
-        for K, want in zip(fn(layers, kernel.KINDS)(x[:4].astype(dtype), x[4:].astype(dtype)), expected):
-            assert K.dtype == dtype and relative_error(K, want) < tolerance
+    for fn in [graphs.kernel_fn] + [kernel.kernel_fn] * ("jump" in options):
+        for K, want in zip(fn(layers, kernel.KINDS)(x[:4], x[4:]), expected):
+            assert K.dtype == float and relative_error(K, want) < 1e-10
 
 
 def ring_of_trees(rng, n, nodes, kinds=2, degree=4):
@@ -137,28 +155,33 @@ def surroundings(x, kinds, degree, steps):
     return seen
 
 
-@pytest.mark.parametrize("collide", [False, True])
-def test_graphs_nodes_that_look_alike(collide, monkeypatch):
+def test_graphs_nodes_that_look_alike(monkeypatch):
     """A bin has one class for each distinct surrounding of its nodes after one, two and three rounds, whatever the order of
     the neighbours; these are far fewer than nodes. If all hashes collide there are more classes, and K still equals
     kernel.py's to 1e-6."""
-    if collide:
-        monkeypatch.setattr(graphs, "hashed", lambda rows: jnp.zeros(len(rows), jnp.uint32))
     rng, layers = np.random.default_rng(0), graph_layers.gcn(4)
     x = np.stack([ring_of_trees(rng, n, 30) for n in rng.integers(12, 21, size=16)])
-    degree, rounds, pool, _ = graphs.parse(layers)
-    N = 30 * 16
-    every, _, _, count = jax.jit(lambda x: graphs.bins(x, 8, rounds, degree, pool, N, N))(jnp.asarray(x))
-    assert count == 2
-    for i, half in enumerate((x[:8], x[8:])):
-        found = np.asarray(every.counts[i]) - 1  # one class is that of the rows without a node
-        nodes = [graph[graph.any(axis=1)] for graph in half]
-        want = [len({one for graph in nodes for one in surroundings(graph, 2, 4, k)}) for k in (1, 2, 3)]
-        assert (found >= want).all() and (collide and found[2] > want[2] or (found == want).all())
-        assert want[2] < 0.8 * np.count_nonzero(half.any(axis=2))
-    for K, want in zip(graphs.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:]),
-                       kernel.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:])):
-        assert relative_error(K, np.asarray(want, np.float64)) < 1e-6
+    hashed, bins, made = graphs.hashed, graphs.bins, []
+    monkeypatch.setattr(graphs, "bins", lambda *args: made.append(bins(*args)) or made[-1])
+
+    @jax.jit
+    def computed(x1, x2, factor):
+        """K and T, and the bins from which they were computed; all hashes are multiplied by `factor`."""
+        monkeypatch.setattr(graphs, "hashed", lambda rows: factor * hashed(rows))
+        return graphs.kernel_fn(layers, kernel.KINDS).__wrapped__(x1, x2), made[-1][0].counts, made[-1][3]
+
+    exact = [np.asarray(K, np.float64) for K in kernel.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:])]
+    for collide in (False, True):
+        found_by_us, counts, count = computed(x[:8], x[8:], np.uint32(not collide))
+        assert count == 2 and len(made) == 1  # one program for both
+        for i, half in enumerate((x[:8], x[8:])):
+            found = np.asarray(counts[i]) - 1  # one class is that of the rows without a node
+            nodes = [graph[graph.any(axis=1)] for graph in half]
+            want = [len({one for graph in nodes for one in surroundings(graph, 2, 4, k)}) for k in (1, 2, 3)]
+            assert (found >= want).all() and (collide and found[2] > want[2] or (found == want).all())
+            assert want[2] < 0.8 * np.count_nonzero(half.any(axis=2))
+        for K, want in zip(found_by_us, exact):
+            assert relative_error(K, want) < 1e-6
 
 
 def test_graphs_symmetry_and_tiles():
@@ -168,13 +191,13 @@ def test_graphs_symmetry_and_tiles():
     x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
     fn = graphs.kernel_fn(graph_layers.gcn(7, 1), "nngp")
     K = np.asarray(fn(x))
-    assert (K == K.T).all() and relative_error(K, np.asarray(fn(x, x), np.float64)) < 1e-6
+    assert (K == K.T).all()
     lengths = (x != 0).any(axis=2).sum(axis=1)
     kept = files.Graphs(np.concatenate([one[:n] for one, n in zip(x, lengths)]),
                             np.concatenate([[0], np.cumsum(lengths)]), 7, 9)
     assert (kept[np.arange(13)] == x).all() and (kept.take([4, 4, 2])[np.arange(3)] == x[[4, 4, 2]]).all()
-    tiled = tiles.gram(fn, kept, 5, quiet=True)
-    assert relative_error(tiled.dense(), K.astype(np.float64)) < 1e-6
+    for tiled in (tiles.gram(fn, kept, 5, quiet=True), tiles.cross(fn, kept, kept, 5, quiet=True)):  # the latter is fn(x, x)
+        assert relative_error(tiled.dense(), K.astype(np.float64)) < 1e-6
 
 
 @pytest.mark.parametrize("call, words", [
@@ -200,24 +223,27 @@ ODD = ("C", "[Na+].[Cl-]", "CCO", "c1ccccc1C(=O)O", "FS(F)(F)(F)(F)F", "C[C@H](N
        "[CH]12[CH]3[CH]4[CH]5[CH]1[Fe]23451678[CH]2[CH]1[CH]6[CH]7[CH]28")  # a single atom; 6 and 10 neighbours
 
 @needs_rdkit
-def test_molecules_are_neural_tangents():
-    """On padded real molecules of 1 to 14 atoms (an isolated atom, a salt, a metal with ten neighbours), K in float32 equals
-    the dense formula to 1e-5 on every pair, however the atoms are numbered, and neural_tangents in float64 on two pairs."""
+def test_molecules_are_neural_tangents(monkeypatch):
+    """On padded real molecules of 1 to 14 atoms (an isolated atom, a salt, a metal with ten neighbours), in several bins, K in
+    float32 equals the dense formula to 1e-5 on every pair, however the atoms are numbered, and neural_tangents in float64 on
+    two pairs. fn(x) is symmetric to the last bit."""
     from rdkit import Chem
+    monkeypatch.setattr(graphs, "GRAPHS", 6)
     mols, rng = [files.read(one) for one in ODD], np.random.default_rng(0)
     mols += [Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist()) for mol in mols]
     x = files.graphs(mols, least=23)
     layers, packed, sizes = graph_layers.gcn(x.degree, 2), x[np.arange(len(mols))], np.diff(x.starts)
     assert x.degree == 11 and sizes.min() == 1 and sizes.max() >= 11 and packed.shape[1] == 23
-    fast = [np.asarray(K) for K in graphs.kernel_fn(layers, kernel.KINDS)(packed, packed)]
+    fast = [np.asarray(K) for K in graphs.kernel_fn(layers, kernel.KINDS)(packed)]
+    assert all(K.dtype == np.float32 and (K == K.T).all() for K in fast)
     exact, n = [one[:size].astype(np.float64) for one, size in zip(packed, sizes)], len(ODD)
     for pair in np.ndindex(n, n):
         for K, want in zip(fast, dense_graphs(layers, *(exact[i] for i in pair))):
             copies = K.reshape(2, n, 2, n)[:, pair[0], :, pair[1]]
             assert relative_error(copies, want) < 1e-5, (pair, copies, want)
-    for pair in ((0, 3), (7, 2)):
-        for K, want in zip(fast, reference(layers, kernel.KINDS, *(exact[i][None] for i in pair))):
-            assert relative_error(K[pair], want[0, 0]) < 1e-5
+    metals = np.stack([one[:sizes[7]].astype(np.float64) for one in packed[[7, 7 + n]]])  # the same, with other numbers
+    for K, want in zip(fast, reference(layers, kernel.KINDS, metals, exact[0][None])):
+        assert relative_error(K[[7, 7 + n], 0], want[:, 0]) < 1e-5
 
 
 @needs_rdkit
@@ -261,10 +287,11 @@ def test_molecules_fingerprints(name):
 
 def refined(names, A, steps=4):
     """Hashes of the surroundings of all nodes up to so many steps, sorted: the same for every numbering of the nodes."""
-    names = [hash(name) for name in names]
+    names, lists = [hash(name) for name in names], [[] for _ in names]
+    for i, j in zip(*(of.tolist() for of in np.nonzero(A))):
+        lists[i].append((round(float(A[i, j]), 4), j))
     for _ in range(steps):
-        names = [hash((name, *sorted((round(float(row[j]), 4), names[j]) for j in np.flatnonzero(row))))
-                 for name, row in zip(names, A)]
+        names = [hash((name, *sorted((weight, names[j]) for weight, j in near))) for name, near in zip(names, lists)]
     return sorted(names)
 
 
