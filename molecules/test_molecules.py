@@ -687,32 +687,46 @@ def train_molecules(tmp_path, *flags):
     return train_molecule.main([*flags, "--out", str(tmp_path), "--quiet"])
 
 
+def dense_vectors(x, depth, w_std=2**0.5, b_std=0.0):
+    """NNGP and NTK (n, n) of a fully connected network on x (n, d), by `dense_graphs`: n nodes, each its only neighbour."""
+    x = np.column_stack([x, np.arange(len(x)), np.ones(len(x))])
+    return dense_graphs([("aggregate", 1), *[("dense", w_std, b_std), ("relu",)] * depth, ("dense", w_std, b_std)], x, x)
+
+
 @needs_rdkit
-@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "1", "--pool", "mean", "--b_std",
-                                    "0.5", "--fingerprints", "morgan,pairs"],
-                                   ["--depth", "1", "--jump", "--weights", "order", "--w_std", "1.2", "--b_std", "0.5"]],
-                         ids=str)
-def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
-    """On the molecules that come with RDKit, predictions equal those of a dense float64 solve with kernel.py, at the ridge
-    that is best on the validation rows. runs.jsonl gets one line with the whole result."""
+@pytest.mark.parametrize("engine, ridges, flags", [
+    (graphs.kernel_fn, (0.1, 1e-3, 1e-5), ["--kernel", "sum", "--kind", "ntk", "--depth", "1", "--pool", "mean", "--b_std",
+                                           "0.5", "--fingerprints", "morgan,pairs"]),
+    (kernel.kernel_fn, (0.1, 1e-2, 1e-3), ["--depth", "2", "--jump", "--weights", "order", "--w_std", "1.2",
+                                           "--b_std", "0.5"])],
+    ids=["graphs.py", "kernel.py with jump"])
+def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, engine, ridges, flags):
+    """On the molecules that come with RDKit, predictions equal those of a dense float64 solve with the formulas in NumPy, at
+    the ridge that is best on the validation rows. runs.jsonl gets one line with the whole result. engine: of the graphs;
+    kernel.py's compiles faster."""
     monkeypatch.setattr(train_molecule, "FEW", 60)
-    result = train_molecules(tmp_path, *flags, "--ridge", "0.1,1e-3,1e-5")
+    monkeypatch.setattr(graphs, "kernel_fn", engine)
+    result = train_molecules(tmp_path, *flags, "--ridge", ",".join(map(str, ridges)), "--tile", "6")
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result and result["cg_converged"]
     rows = files.load("nci", limit=60)
     parts = files.split(rows)
     mols, y = [rows.mols[i] for i in np.concatenate(parts)], [rows.y[part] for part in parts]
     config, n, m, scores = result["config"], len(parts[0]), len(parts[1]), {}
     x, prints = files.graphs(mols, config["weights"]), files.fingerprints(mols, config["fingerprints"])
-    network = {"depth": config["depth"], "w_std": config["w_std"], "b_std": config["b_std"]}
-    fns = [(graph_layers.gcn(x.degree, pool=config["pool"], jump=config["jump"], **network), x[np.arange(60)])]
-    fns += [(kernel.network("fc", **network), prints)] * (config["kernel"] == "sum")
-    K = 0
-    for layers, inputs in fns:
-        one = np.asarray(kernel.kernel_fn(layers, config["kind"])(inputs.astype(np.float64)))
-        K = K + one / np.diag(one)[:n].mean()
-    for ridge in (0.1, 1e-3, 1e-5):
-        A = K[:n, :n] + ridge * np.diag(K)[:n].mean() * np.eye(n)
-        f = y[0].mean() + K[n:, :n] @ np.linalg.solve(A, y[0] - y[0].mean())
+    network, kind = [config[key] for key in ("depth", "w_std", "b_std")], kernel.KINDS.index(config["kind"])
+    depth, w_std, b_std = network
+    layers = graph_layers.gcn(x.degree, depth, pool=config["pool"], jump=config["jump"], w_std=w_std, b_std=b_std)
+    assert ("jump",) in layers or config["kernel"] == "sum"
+    exact, one = [x.atoms[start:end].astype(float) for start, end in zip(x.starts, x.starts[1:])], np.zeros((60, n))
+    for i, j in np.ndindex(60, n):
+        one[i, j] = one[j, i] if j < i < n else dense_graphs(layers, exact[i], exact[j])[kind]
+    K = one / np.diag(one).mean()
+    if config["kernel"] == "sum":
+        one = dense_vectors(prints.astype(float), *network)[kind][:, :n]
+        K = K + one / np.diag(one).mean()
+    for ridge in ridges:
+        A = K[:n] + ridge * np.diag(K).mean() * np.eye(n)
+        f = y[0].mean() + K[n:] @ np.linalg.solve(A, y[0] - y[0].mean())
         scores[ridge] = [np.sqrt(np.mean((part - label) ** 2)) for part, label in ((f[:m], y[1]), (f[m:], y[2]))]
     best = min(scores, key=lambda one: scores[one][0])
     assert result["ridge"] == best
@@ -732,7 +746,7 @@ def test_molecules_train_tasks(tmp_path, molecule_folder):
     rows = files.load("molpcba", str(molecule_folder / "pcba"))
     parts = files.split(rows, "official")
     x, (y, _, y_test) = files.fingerprints(rows.mols).astype(np.float64), (rows.y[part] for part in parts)
-    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(x))
+    K = dense_vectors(x, 1)[0]
     found = []
     for t in range(2):
         known, seen = ~np.isnan(y[:, t]), ~np.isnan(y_test[:, t])
@@ -750,13 +764,13 @@ def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
     squared error for numbers, by area under the ROC curve for classes."""
     from sklearn.metrics import roc_auc_score
     result = train_molecules(tmp_path, "--dataset", dataset, "--data", str(molecule_folder), "--kernel", "fingerprint",
-                             "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01")
+                             "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01", "--tile", "3")
     rows = files.load(dataset, str(molecule_folder))
     train = files.split(rows, "random" if dataset == "esol" else "official")[0]
     x, y = files.fingerprints([rows.mols[i] for i in train]).astype(np.float64), rows.y[train]
     table = []
     for depth, b_std in ((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)):
-        K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=depth, b_std=b_std)(x))
+        K = dense_vectors(x, depth, b_std=b_std)[0]
         for ridge in (1.0, 0.1, 0.01):
             f = y.mean() + refitted(K, y - y.mean(), ridge)
             error = np.mean((f - y) ** 2)
@@ -776,7 +790,7 @@ def test_molecules_networks_are_compared(tmp_path, monkeypatch, select):
     """With several values of depth and b_std, the result is that of a run with the best pair alone. Each pair has its row
     in the table, equal to the best row of a run with that pair."""
     monkeypatch.setattr(train_molecule, "FEW", 100)
-    flags = ["--kernel", "fingerprint", "--select", select, "--ridge", "1,0.01,1e-4", "--w_std", "1.2"]
+    flags = ["--kernel", "fingerprint", "--select", select, "--ridge", "1,0.01,1e-4", "--w_std", "1.2", "--tile", "10"]
     several = train_molecules(tmp_path, *flags, "--depth", "1,2", "--b_std", "0,0.5")
     alone = [train_molecules(tmp_path, *flags, *(f"--{flag}={value}" for flag, value in row[0].items()))
              for row in several["compared"]]
@@ -830,7 +844,8 @@ def test_molecules_sizes_are_runs_alone(tmp_path, monkeypatch, flags):
     """With --sizes, every size has the result of a run with that size alone, for every kernel and for the ridge and network
     that are chosen; also if the sizes choose different networks."""
     monkeypatch.setattr(train_molecule, "FEW", 100)
-    flags = [*flags, "--ridge", "1,0.01,1e-4", "--tile", "20"]
+    monkeypatch.setattr(graphs, "kernel_fn", sum_of_nodes)
+    flags = [*flags, "--ridge", "1,0.01,1e-4", "--tile", "10"]
     row = train_molecules(tmp_path, *flags, "--sizes", "20,80")
     for n in (20, 80):
         alone = train_molecules(tmp_path, *flags, "--n_train", str(n))
@@ -854,19 +869,20 @@ def flat(numbers):
 def test_molecules_stores_grow(tmp_path, molecule_folder, monkeypatch):
     """A larger n_train with the same store computes only the new entries and has the result of a fresh run, even if its
     molecules have more atoms and more neighbours."""
-    order, padding, make = np.random.default_rng(0).permutation(80), [], files.graphs
-    smiles = {row: "C" * (1 + row % 9) + "NOCF"[row % 4] for row in range(80)}
+    order, padding, make = np.random.default_rng(0).permutation(100), [], files.graphs
+    smiles = {row: "C" * (1 + row % 9) + "NOCF"[row % 4] for row in range(100)}
     smiles[order[40]] = "CC(C)(C)CCCCCCCCCCCCCCCCCC"
     write_csv(molecule_folder / "delaney-processed.csv", "measured log solubility in mols per litre,smiles",
-              [f"{np.sin(row):.3f},{smiles[row]}" for row in range(80)])
+              [f"{np.sin(row):.3f},{smiles[row]}" for row in range(100)])
+    monkeypatch.setattr(graphs, "kernel_fn", sum_of_nodes)
     monkeypatch.setattr(files, "graphs", lambda *args: padding.append(make(*args)) or padding[-1])
     flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "sum", "--depth", "1", "--ridge", "0.01,1e-3"]
     small, large = (train_molecules(tmp_path, *flags, "--store", str(tmp_path / "K"), "--n_train", n, *tile)
                     for n, tile in (("30", ["--tile", "10"]), ("50", [])))
     fresh = train_molecules(tmp_path, *flags, "--n_train", "50", "--tile", "10")
     assert [(x.degree, x.nodes) for x in padding[:2]] == [(3, 10), (5, 22)]
-    assert small["entries_computed"] == 2 * ((30 * 30 + 30 * 10) // 2 + 2 * 8 * 30)
-    assert large["entries_computed"] == 2 * ((50 * 50 + 50 * 10) // 2 + 2 * 8 * 50) - small["entries_computed"]
+    assert small["entries_computed"] == 2 * ((30 * 30 + 30 * 10) // 2 + 2 * 10 * 30)
+    assert large["entries_computed"] == 2 * ((50 * 50 + 50 * 10) // 2 + 2 * 10 * 50) - small["entries_computed"]
     assert large["config"]["tile"] == 10 and large["ridge"] == fresh["ridge"]
     assert np.allclose([large[key] for key in ("test_rmse", "loo_mse")], [fresh[key] for key in ("test_rmse", "loo_mse")],
                        rtol=1e-4)
@@ -908,7 +924,7 @@ def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
                              "--depth", "1", "--ridge", "0.1")
     rows = files.load("muv", str(molecule_folder))
     train, _, test = files.split(rows)
-    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(files.fingerprints(rows.mols).astype(np.float64)))
+    K = dense_vectors(files.fingerprints(rows.mols).astype(np.float64), 1)[0]
     A = K[np.ix_(train, train)] + 0.1 * np.diag(K)[train].mean() * np.eye(len(train))
     f = K[np.ix_(test, train)] @ np.linalg.solve(A, y[train] - y[train].mean())
     assert len(np.unique(f.round(5))) < len(test)  # some molecules have one fingerprint: ties, whatever rounding does
