@@ -79,10 +79,25 @@ def dense_graphs(layers, x1, x2):
     return K["12"], T
 
 
+def sum_of_nodes(layers, kind):
+    """A kernel that compiles at once, in place of graphs.kernel_fn: <u, u'>, u the sum over the nodes p of (A x)_p, and as NTK
+    the same plus its square."""
+    degree = layers[0][1]
+
+    def total(graph):
+        features, numbers, weights = jnp.split(graph, graph.shape[1] - np.array([2, 1]) * degree, axis=1)
+        return jnp.einsum("pq,pqf->f", weights, features[numbers.astype(jnp.int32)], precision="highest")
+
+    def fn(x1, x2):
+        K = linear(jax.vmap(total)(x1), jax.vmap(total)(x2))
+        return kernel.chosen(kind, K, K + K**2)
+    return fn
+
+
 @pytest.mark.parametrize("options", [{"hidden": 2}, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}], ids=str)
 def test_graphs_are_neural_tangents(options):
     """K and T equal neural_tangents' on the graphs without padding to 1e-10 in float64, for graphs of different sizes, one
-    of a single node, and directed edges with any weight."""
+    of a single node, and directed edges with any weight. For every other pair of sizes they equal the dense formula."""
     rng, layers = np.random.default_rng(0), graph_layers.gcn(7, 2, **options)
     sizes = (1, 6), (4, 9)
     x1, x2 = (np.stack([random_graph(rng, n, 11) for n in of for _ in range(2)]) for of in sizes)
@@ -90,16 +105,20 @@ def test_graphs_are_neural_tangents(options):
     for i, p in enumerate(sizes[0]):
         for j, q in enumerate(sizes[1]):
             block = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
-            expected = reference(layers, kernel.KINDS, x1[block[0], :p], x2[block[1], :q])
+            some = x1[block[0], :p], x2[block[1], :q]
+            expected = [[[dense_graphs(layers, a, b)[k] for b in some[1]] for a in some[0]] for k in range(2)]
+            if i == j:  # neural_tangents compiles anew for each pair of sizes
+                by_stax = reference(layers, kernel.KINDS, *some)
+                assert relative_error(expected, by_stax) < 1e-10
+                expected = by_stax
             assert all(relative_error(K[block], want) < 1e-10 for K, want in zip(exact, expected))
 
 
 @pytest.mark.parametrize("side, options", [
-    (32, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3}), (16, {"jump": True})], ids=str)
+    (32, {}), (16, {"pool": "mean", "w_std": 1.2, "b_std": 0.3, "jump": True})], ids=str)
 def test_graphs_are_the_formula(side, options, monkeypatch):
-    """graphs.py, with bins of 32 nodes and 3 graphs, equals the dense formula in NumPy to 1e-10 in float64, the default
-    network to 1e-5 in float32, and so does kernel.py with jump. side: a bin is computed in blocks, as on a CPU, or whole, as
-    on a GPU."""
+    """graphs.py, with bins of 32 nodes and 3 graphs, equals the dense formula in NumPy to 1e-10 in float64, and so does
+    kernel.py with jump. side: a bin is computed in blocks, as on a CPU, or whole, as on a GPU."""
     for what, number in (("SMALL", 32), ("SIDE", side), ("STRIPE", side)):
         monkeypatch.setitem(getattr(graphs, what), "cpu", number)
     monkeypatch.setattr(graphs, "NODES", 32)
@@ -108,10 +127,9 @@ def test_graphs_are_the_formula(side, options, monkeypatch):
     x = np.stack([random_graph(rng, n, 20) for n in sizes])
     expected = np.moveaxis([[dense_graphs(layers, a[:n], b[:m]) for m, b in zip(sizes[4:], x[4:])]
                             for n, a in zip(sizes, x[:4])], -1, 0)
-    runs = [(graphs.kernel_fn, float, 1e-10)] + [(graphs.kernel_fn, np.float32, 1e-5)] * (not options)
-    for fn, dtype, tolerance in runs + [(kernel.kernel_fn, float, 1e-10)] * ("jump" in options):
-        for K, want in zip(fn(layers, kernel.KINDS)(x[:4].astype(dtype), x[4:].astype(dtype)), expected):
-            assert K.dtype == dtype and relative_error(K, want) < tolerance
+    for fn in [graphs.kernel_fn] + [kernel.kernel_fn] * ("jump" in options):
+        for K, want in zip(fn(layers, kernel.KINDS)(x[:4], x[4:]), expected):
+            assert K.dtype == float and relative_error(K, want) < 1e-10
 
 
 def ring_of_trees(rng, n, nodes, kinds=2, degree=4):
@@ -137,28 +155,33 @@ def surroundings(x, kinds, degree, steps):
     return seen
 
 
-@pytest.mark.parametrize("collide", [False, True])
-def test_graphs_nodes_that_look_alike(collide, monkeypatch):
+def test_graphs_nodes_that_look_alike(monkeypatch):
     """A bin has one class for each distinct surrounding of its nodes after one, two and three rounds, whatever the order of
     the neighbours; these are far fewer than nodes. If all hashes collide there are more classes, and K still equals
     kernel.py's to 1e-6."""
-    if collide:
-        monkeypatch.setattr(graphs, "hashed", lambda rows: jnp.zeros(len(rows), jnp.uint32))
     rng, layers = np.random.default_rng(0), graph_layers.gcn(4)
     x = np.stack([ring_of_trees(rng, n, 30) for n in rng.integers(12, 21, size=16)])
-    degree, rounds, pool, _ = graphs.parse(layers)
-    N = 30 * 16
-    every, _, _, count = jax.jit(lambda x: graphs.bins(x, 8, rounds, degree, pool, N, N))(jnp.asarray(x))
-    assert count == 2
-    for i, half in enumerate((x[:8], x[8:])):
-        found = np.asarray(every.counts[i]) - 1  # one class is that of the rows without a node
-        nodes = [graph[graph.any(axis=1)] for graph in half]
-        want = [len({one for graph in nodes for one in surroundings(graph, 2, 4, k)}) for k in (1, 2, 3)]
-        assert (found >= want).all() and (collide and found[2] > want[2] or (found == want).all())
-        assert want[2] < 0.8 * np.count_nonzero(half.any(axis=2))
-    for K, want in zip(graphs.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:]),
-                       kernel.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:])):
-        assert relative_error(K, np.asarray(want, np.float64)) < 1e-6
+    hashed, bins, made = graphs.hashed, graphs.bins, []
+    monkeypatch.setattr(graphs, "bins", lambda *args: made.append(bins(*args)) or made[-1])
+
+    @jax.jit
+    def computed(x1, x2, factor):
+        """K and T, and the bins from which they were computed; all hashes are multiplied by `factor`."""
+        monkeypatch.setattr(graphs, "hashed", lambda rows: factor * hashed(rows))
+        return graphs.kernel_fn(layers, kernel.KINDS).__wrapped__(x1, x2), made[-1][0].counts, made[-1][3]
+
+    exact = [np.asarray(K, np.float64) for K in kernel.kernel_fn(layers, kernel.KINDS)(x[:8], x[8:])]
+    for collide in (False, True):
+        found_by_us, counts, count = computed(x[:8], x[8:], np.uint32(not collide))
+        assert count == 2 and len(made) == 1  # one program for both
+        for i, half in enumerate((x[:8], x[8:])):
+            found = np.asarray(counts[i]) - 1  # one class is that of the rows without a node
+            nodes = [graph[graph.any(axis=1)] for graph in half]
+            want = [len({one for graph in nodes for one in surroundings(graph, 2, 4, k)}) for k in (1, 2, 3)]
+            assert (found >= want).all() and (collide and found[2] > want[2] or (found == want).all())
+            assert want[2] < 0.8 * np.count_nonzero(half.any(axis=2))
+        for K, want in zip(found_by_us, exact):
+            assert relative_error(K, want) < 1e-6
 
 
 def test_graphs_symmetry_and_tiles():
@@ -168,13 +191,13 @@ def test_graphs_symmetry_and_tiles():
     x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
     fn = graphs.kernel_fn(graph_layers.gcn(7, 1), "nngp")
     K = np.asarray(fn(x))
-    assert (K == K.T).all() and relative_error(K, np.asarray(fn(x, x), np.float64)) < 1e-6
+    assert (K == K.T).all()
     lengths = (x != 0).any(axis=2).sum(axis=1)
     kept = files.Graphs(np.concatenate([one[:n] for one, n in zip(x, lengths)]),
                             np.concatenate([[0], np.cumsum(lengths)]), 7, 9)
     assert (kept[np.arange(13)] == x).all() and (kept.take([4, 4, 2])[np.arange(3)] == x[[4, 4, 2]]).all()
-    tiled = tiles.gram(fn, kept, 5, quiet=True)
-    assert relative_error(tiled.dense(), K.astype(np.float64)) < 1e-6
+    for tiled in (tiles.gram(fn, kept, 5, quiet=True), tiles.cross(fn, kept, kept, 5, quiet=True)):  # the latter is fn(x, x)
+        assert relative_error(tiled.dense(), K.astype(np.float64)) < 1e-6
 
 
 @pytest.mark.parametrize("call, words", [
@@ -200,24 +223,27 @@ ODD = ("C", "[Na+].[Cl-]", "CCO", "c1ccccc1C(=O)O", "FS(F)(F)(F)(F)F", "C[C@H](N
        "[CH]12[CH]3[CH]4[CH]5[CH]1[Fe]23451678[CH]2[CH]1[CH]6[CH]7[CH]28")  # a single atom; 6 and 10 neighbours
 
 @needs_rdkit
-def test_molecules_are_neural_tangents():
-    """On padded real molecules of 1 to 14 atoms (an isolated atom, a salt, a metal with ten neighbours), K in float32 equals
-    the dense formula to 1e-5 on every pair, however the atoms are numbered, and neural_tangents in float64 on two pairs."""
+def test_molecules_are_neural_tangents(monkeypatch):
+    """On padded real molecules of 1 to 14 atoms (an isolated atom, a salt, a metal with ten neighbours), in several bins, K in
+    float32 equals the dense formula to 1e-5 on every pair, however the atoms are numbered, and neural_tangents in float64 on
+    two pairs. fn(x) is symmetric to the last bit."""
     from rdkit import Chem
+    monkeypatch.setattr(graphs, "GRAPHS", 6)
     mols, rng = [files.read(one) for one in ODD], np.random.default_rng(0)
     mols += [Chem.RenumberAtoms(mol, rng.permutation(mol.GetNumAtoms()).tolist()) for mol in mols]
     x = files.graphs(mols, least=23)
     layers, packed, sizes = graph_layers.gcn(x.degree, 2), x[np.arange(len(mols))], np.diff(x.starts)
     assert x.degree == 11 and sizes.min() == 1 and sizes.max() >= 11 and packed.shape[1] == 23
-    fast = [np.asarray(K) for K in graphs.kernel_fn(layers, kernel.KINDS)(packed, packed)]
+    fast = [np.asarray(K) for K in graphs.kernel_fn(layers, kernel.KINDS)(packed)]
+    assert all(K.dtype == np.float32 and (K == K.T).all() for K in fast)
     exact, n = [one[:size].astype(np.float64) for one, size in zip(packed, sizes)], len(ODD)
     for pair in np.ndindex(n, n):
         for K, want in zip(fast, dense_graphs(layers, *(exact[i] for i in pair))):
             copies = K.reshape(2, n, 2, n)[:, pair[0], :, pair[1]]
             assert relative_error(copies, want) < 1e-5, (pair, copies, want)
-    for pair in ((0, 3), (7, 2)):
-        for K, want in zip(fast, reference(layers, kernel.KINDS, *(exact[i][None] for i in pair))):
-            assert relative_error(K[pair], want[0, 0]) < 1e-5
+    metals = np.stack([one[:sizes[7]].astype(np.float64) for one in packed[[7, 7 + n]]])  # the same, with other numbers
+    for K, want in zip(fast, reference(layers, kernel.KINDS, metals, exact[0][None])):
+        assert relative_error(K[[7, 7 + n], 0], want[:, 0]) < 1e-5
 
 
 @needs_rdkit
@@ -261,10 +287,11 @@ def test_molecules_fingerprints(name):
 
 def refined(names, A, steps=4):
     """Hashes of the surroundings of all nodes up to so many steps, sorted: the same for every numbering of the nodes."""
-    names = [hash(name) for name in names]
+    names, lists = [hash(name) for name in names], [[] for _ in names]
+    for i, j in zip(*(of.tolist() for of in np.nonzero(A))):
+        lists[i].append((round(float(A[i, j]), 4), j))
     for _ in range(steps):
-        names = [hash((name, *sorted((round(float(row[j]), 4), names[j]) for j in np.flatnonzero(row))))
-                 for name, row in zip(names, A)]
+        names = [hash((name, *sorted((weight, names[j]) for weight, j in near))) for name, near in zip(names, lists)]
     return sorted(names)
 
 
@@ -660,32 +687,53 @@ def train_molecules(tmp_path, *flags):
     return train_molecule.main([*flags, "--out", str(tmp_path), "--quiet"])
 
 
+def dense_molecules(layers, x, m):
+    """NNGP and NTK (n, m) of n Graphs and the first m of them, by `dense_graphs`."""
+    exact = [x.atoms[start:end].astype(np.float64) for start, end in zip(x.starts, x.starts[1:])]
+    out = np.zeros((2, len(exact), m))
+    for i, j in np.ndindex(out.shape[1:]):
+        out[:, i, j] = out[:, j, i] if j < i < m else dense_graphs(layers, exact[i], exact[j])
+    return out
+
+
+def dense_vectors(x, depth, w_std=2**0.5, b_std=0.0):
+    """NNGP and NTK (n, n) of a fully connected network on x (n, d), by `dense_graphs`: n nodes, each its only neighbour."""
+    x = np.column_stack([x, np.arange(len(x)), np.ones(len(x))])
+    return dense_graphs([("aggregate", 1), *[("dense", w_std, b_std), ("relu",)] * depth, ("dense", w_std, b_std)], x, x)
+
+
 @needs_rdkit
-@pytest.mark.parametrize("flags", [["--kernel", "sum", "--kind", "ntk", "--depth", "1", "--pool", "mean", "--b_std",
-                                    "0.5", "--fingerprints", "morgan,pairs"],
-                                   ["--depth", "1", "--jump", "--weights", "order", "--w_std", "1.2", "--b_std", "0.5"]],
-                         ids=str)
-def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, flags):
-    """On the molecules that come with RDKit, predictions equal those of a dense float64 solve with kernel.py, at the ridge
-    that is best on the validation rows. runs.jsonl gets one line with the whole result."""
+@pytest.mark.parametrize("engine, ridges, flags", [
+    (graphs.kernel_fn, (0.1, 1e-3, 1e-5), ["--kernel", "sum", "--kind", "ntk", "--depth", "1", "--pool", "mean", "--b_std",
+                                           "0.5", "--fingerprints", "morgan,pairs"]),
+    (kernel.kernel_fn, (0.1, 1e-2, 1e-3), ["--depth", "2", "--jump", "--weights", "order", "--w_std", "1.2",
+                                           "--b_std", "0.5"])],
+    ids=["graphs.py", "kernel.py with jump"])
+def test_molecules_train_is_a_dense_solve(tmp_path, monkeypatch, engine, ridges, flags):
+    """On the molecules that come with RDKit, predictions equal those of a dense float64 solve with the formulas in NumPy, at
+    the ridge that is best on the validation rows. runs.jsonl gets one line with the whole result. engine: of the graphs;
+    kernel.py's compiles faster."""
     monkeypatch.setattr(train_molecule, "FEW", 60)
-    result = train_molecules(tmp_path, *flags, "--ridge", "0.1,1e-3,1e-5")
+    monkeypatch.setattr(graphs, "kernel_fn", engine)
+    result = train_molecules(tmp_path, *flags, "--ridge", ",".join(map(str, ridges)), "--tile", "6")
     assert json.loads((tmp_path / "runs.jsonl").read_text()) == result and result["cg_converged"]
     rows = files.load("nci", limit=60)
     parts = files.split(rows)
     mols, y = [rows.mols[i] for i in np.concatenate(parts)], [rows.y[part] for part in parts]
     config, n, m, scores = result["config"], len(parts[0]), len(parts[1]), {}
     x, prints = files.graphs(mols, config["weights"]), files.fingerprints(mols, config["fingerprints"])
-    network = {"depth": config["depth"], "w_std": config["w_std"], "b_std": config["b_std"]}
-    fns = [(graph_layers.gcn(x.degree, pool=config["pool"], jump=config["jump"], **network), x[np.arange(60)])]
-    fns += [(kernel.network("fc", **network), prints)] * (config["kernel"] == "sum")
-    K = 0
-    for layers, inputs in fns:
-        one = np.asarray(kernel.kernel_fn(layers, config["kind"])(inputs.astype(np.float64)))
-        K = K + one / np.diag(one)[:n].mean()
-    for ridge in (0.1, 1e-3, 1e-5):
-        A = K[:n, :n] + ridge * np.diag(K)[:n].mean() * np.eye(n)
-        f = y[0].mean() + K[n:, :n] @ np.linalg.solve(A, y[0] - y[0].mean())
+    network, kind = [config[key] for key in ("depth", "w_std", "b_std")], kernel.KINDS.index(config["kind"])
+    depth, w_std, b_std = network
+    layers = graph_layers.gcn(x.degree, depth, pool=config["pool"], jump=config["jump"], w_std=w_std, b_std=b_std)
+    assert ("jump",) in layers or config["kernel"] == "sum"
+    one = dense_molecules(layers, x, n)[kind]
+    K = one / np.diag(one).mean()
+    if config["kernel"] == "sum":
+        one = dense_vectors(prints.astype(float), *network)[kind][:, :n]
+        K = K + one / np.diag(one).mean()
+    for ridge in ridges:
+        A = K[:n] + ridge * np.diag(K).mean() * np.eye(n)
+        f = y[0].mean() + K[n:] @ np.linalg.solve(A, y[0] - y[0].mean())
         scores[ridge] = [np.sqrt(np.mean((part - label) ** 2)) for part, label in ((f[:m], y[1]), (f[m:], y[2]))]
     best = min(scores, key=lambda one: scores[one][0])
     assert result["ridge"] == best
@@ -705,7 +753,7 @@ def test_molecules_train_tasks(tmp_path, molecule_folder):
     rows = files.load("molpcba", str(molecule_folder / "pcba"))
     parts = files.split(rows, "official")
     x, (y, _, y_test) = files.fingerprints(rows.mols).astype(np.float64), (rows.y[part] for part in parts)
-    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(x))
+    K = dense_vectors(x, 1)[0]
     found = []
     for t in range(2):
         known, seen = ~np.isnan(y[:, t]), ~np.isnan(y_test[:, t])
@@ -723,13 +771,13 @@ def test_molecules_leave_one_out_is_refits(tmp_path, molecule_folder, dataset):
     squared error for numbers, by area under the ROC curve for classes."""
     from sklearn.metrics import roc_auc_score
     result = train_molecules(tmp_path, "--dataset", dataset, "--data", str(molecule_folder), "--kernel", "fingerprint",
-                             "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01")
+                             "--select", "loo", "--depth", "1,2", "--b_std", "0,1", "--ridge", "1,0.1,0.01", "--tile", "3")
     rows = files.load(dataset, str(molecule_folder))
     train = files.split(rows, "random" if dataset == "esol" else "official")[0]
     x, y = files.fingerprints([rows.mols[i] for i in train]).astype(np.float64), rows.y[train]
     table = []
     for depth, b_std in ((1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0)):
-        K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=depth, b_std=b_std)(x))
+        K = dense_vectors(x, depth, b_std=b_std)[0]
         for ridge in (1.0, 0.1, 0.01):
             f = y.mean() + refitted(K, y - y.mean(), ridge)
             error = np.mean((f - y) ** 2)
@@ -749,7 +797,7 @@ def test_molecules_networks_are_compared(tmp_path, monkeypatch, select):
     """With several values of depth and b_std, the result is that of a run with the best pair alone. Each pair has its row
     in the table, equal to the best row of a run with that pair."""
     monkeypatch.setattr(train_molecule, "FEW", 100)
-    flags = ["--kernel", "fingerprint", "--select", select, "--ridge", "1,0.01,1e-4", "--w_std", "1.2"]
+    flags = ["--kernel", "fingerprint", "--select", select, "--ridge", "1,0.01,1e-4", "--w_std", "1.2", "--tile", "10"]
     several = train_molecules(tmp_path, *flags, "--depth", "1,2", "--b_std", "0,0.5")
     alone = [train_molecules(tmp_path, *flags, *(f"--{flag}={value}" for flag, value in row[0].items()))
              for row in several["compared"]]
@@ -798,12 +846,13 @@ def test_molecules_stores_know_their_network(tmp_path, molecule_folder):
 @pytest.mark.parametrize("flags", [
     ["--kernel", "sum", "--depth", "1", "--kind", "both"],
     ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1"],
-    ["--kernel", "fingerprint", "--depth", "1,3", "--b_std", "0,1", "--select", "loo"]], ids=" ".join)
+    ["--kernel", "fingerprint", "--depth", "1,3", "--select", "loo"]], ids=" ".join)
 def test_molecules_sizes_are_runs_alone(tmp_path, monkeypatch, flags):
     """With --sizes, every size has the result of a run with that size alone, for every kernel and for the ridge and network
     that are chosen; also if the sizes choose different networks."""
     monkeypatch.setattr(train_molecule, "FEW", 100)
-    flags = [*flags, "--ridge", "1,0.01,1e-4", "--tile", "20"]
+    monkeypatch.setattr(graphs, "kernel_fn", sum_of_nodes)
+    flags = [*flags, "--ridge", "1,0.01,1e-4", "--tile", "10"]
     row = train_molecules(tmp_path, *flags, "--sizes", "20,80")
     for n in (20, 80):
         alone = train_molecules(tmp_path, *flags, "--n_train", str(n))
@@ -827,19 +876,20 @@ def flat(numbers):
 def test_molecules_stores_grow(tmp_path, molecule_folder, monkeypatch):
     """A larger n_train with the same store computes only the new entries and has the result of a fresh run, even if its
     molecules have more atoms and more neighbours."""
-    order, padding, make = np.random.default_rng(0).permutation(80), [], files.graphs
-    smiles = {row: "C" * (1 + row % 9) + "NOCF"[row % 4] for row in range(80)}
+    order, padding, make = np.random.default_rng(0).permutation(100), [], files.graphs
+    smiles = {row: "C" * (1 + row % 9) + "NOCF"[row % 4] for row in range(100)}
     smiles[order[40]] = "CC(C)(C)CCCCCCCCCCCCCCCCCC"
     write_csv(molecule_folder / "delaney-processed.csv", "measured log solubility in mols per litre,smiles",
-              [f"{np.sin(row):.3f},{smiles[row]}" for row in range(80)])
+              [f"{np.sin(row):.3f},{smiles[row]}" for row in range(100)])
+    monkeypatch.setattr(graphs, "kernel_fn", sum_of_nodes)
     monkeypatch.setattr(files, "graphs", lambda *args: padding.append(make(*args)) or padding[-1])
     flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "sum", "--depth", "1", "--ridge", "0.01,1e-3"]
     small, large = (train_molecules(tmp_path, *flags, "--store", str(tmp_path / "K"), "--n_train", n, *tile)
                     for n, tile in (("30", ["--tile", "10"]), ("50", [])))
     fresh = train_molecules(tmp_path, *flags, "--n_train", "50", "--tile", "10")
     assert [(x.degree, x.nodes) for x in padding[:2]] == [(3, 10), (5, 22)]
-    assert small["entries_computed"] == 2 * ((30 * 30 + 30 * 10) // 2 + 2 * 8 * 30)
-    assert large["entries_computed"] == 2 * ((50 * 50 + 50 * 10) // 2 + 2 * 8 * 50) - small["entries_computed"]
+    assert small["entries_computed"] == 2 * ((30 * 30 + 30 * 10) // 2 + 2 * 10 * 30)
+    assert large["entries_computed"] == 2 * ((50 * 50 + 50 * 10) // 2 + 2 * 10 * 50) - small["entries_computed"]
     assert large["config"]["tile"] == 10 and large["ridge"] == fresh["ridge"]
     assert np.allclose([large[key] for key in ("test_rmse", "loo_mse")], [fresh[key] for key in ("test_rmse", "loo_mse")],
                        rtol=1e-4)
@@ -881,7 +931,7 @@ def test_molecules_labels_of_any_name(tmp_path, molecule_folder, values):
                              "--depth", "1", "--ridge", "0.1")
     rows = files.load("muv", str(molecule_folder))
     train, _, test = files.split(rows)
-    K = np.asarray(kernel.kernel_fn("fc", "nngp", depth=1)(files.fingerprints(rows.mols).astype(np.float64)))
+    K = dense_vectors(files.fingerprints(rows.mols).astype(np.float64), 1)[0]
     A = K[np.ix_(train, train)] + 0.1 * np.diag(K)[train].mean() * np.eye(len(train))
     f = K[np.ix_(test, train)] @ np.linalg.solve(A, y[train] - y[train].mean())
     assert len(np.unique(f.round(5))) < len(test)  # some molecules have one fingerprint: ties, whatever rounding does
@@ -995,8 +1045,10 @@ def test_molecules_official_split_is_ogbs():
     (["--depth", "0"], r"--depth \[?0\]?: expected at least 1"),
     (["--w_std", "-1"], "ValueError: .*w_std=-1.0, b_std=0.0: expected .*w_std > 0"),
 ])
-def test_molecules_train_errors(flags, words, tmp_path, capsys):
+def test_molecules_train_errors(flags, words, tmp_path, monkeypatch, capsys):
     """A wrong flag is refused with one line that says what was expected."""
+    if "--n_train" not in flags:
+        monkeypatch.setattr(train_molecule, "FEW", 30)
     with pytest.raises((ValueError, OSError, SystemExit)) as error:
         train_molecules(tmp_path, *flags)
     said = capsys.readouterr().err if error.type is SystemExit else f"{error.type.__name__}: {error.value}"
