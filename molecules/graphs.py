@@ -268,7 +268,7 @@ def stack(make, count, most):
     return loop(count, lambda i, out: jax.tree.map(lambda o, z: o.at[i].set(z), out, make(i)), out)
 
 
-def bins(x, b1, rounds, degree, pool, N, side):
+def bins(x, b1, rounds, degree, pool, N):
     """Packs graphs x (b, nodes, width): (their `Bin`s, stacked; the first graph of each bin; how many bins the first b1
     graphs take, how many all take)."""
     b, nodes, width = x.shape
@@ -314,7 +314,7 @@ def pairs(x, b1, rounds, degree, pool, tangent):
     b, nodes, _ = x.shape
     side = min(kernel.on(SIDE), -(-b * nodes // 16) * 16)
     N = -(-max(nodes, min(NODES, b * nodes)) // side) * side
-    stacked, starts, count1, count = bins(x, b1, rounds, degree, pool, N, side)
+    stacked, starts, count1, count = bins(x, b1, rounds, degree, pool, N)
 
     def row(i, carry):
         def column(j, carry):

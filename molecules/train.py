@@ -150,7 +150,8 @@ def idle(args):
     no_graphs = "gcn" not in PARTS[args.kernel] and f"--kernel {args.kernel} uses no graphs"
     return {"data": args.dataset == "nci" and "the molecules of --dataset nci come with RDKit"
             or not named and "--dataset is a path",
-            "smiles": named, "target": named, "pool": no_graphs, "jump": no_graphs, "weights": no_graphs,
+            "smiles": named, "target": named, "pool": no_graphs, "weights": no_graphs,
+            "jump": no_graphs or args.depth == [1] and "--depth 1 has one round, which is pooled without it",
             "fingerprints": args.kernel == "gcn" and "--kernel gcn uses none", "variance": "it belongs to --load"}
 
 
