@@ -65,7 +65,6 @@ import train_cifar  # noqa: E402
 
 CIFAR = os.path.join(HERE, "..", "shared", "data", "cifar10", "cifar-10-batches-bin")
 needs_cifar = pytest.mark.skipif(not os.path.exists(CIFAR), reason="CIFAR-10 is not beside the project")
-both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
 quick = pytest.mark.quick  # under a minute in all, for the loop of editing and testing
 every_network = pytest.mark.parametrize("name", kernel.IMAGES)
 # a Myrtle network with one convolution at each of two resolutions, which compiles four times as fast
