@@ -3,7 +3,7 @@
 Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
 """
 
-from test_all import both_kinds, inputs, reference, train  # isort: skip
+from test_all import inputs, reference, train  # isort: skip
 import jax
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import tiles
 from fast import cpu, fc, fused
 from large import on_the_fly
 
+both_kinds = pytest.mark.parametrize("kind", kernel.KINDS)
 pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="there is no C++ compiler")
 
 

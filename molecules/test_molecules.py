@@ -1068,6 +1068,7 @@ def test_molecules_train_error_without_traceback(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--data", "x"], "--data changes nothing here: the molecules of --dataset nci come with RDKit"),
     (["--kernel", "fingerprint", "--jump"], "--jump changes nothing here: --kernel fingerprint uses no graphs"),
+    (["--depth", "1", "--jump"], "--jump changes nothing here: --depth 1 has one round, which is pooled without it"),
     (["--fingerprints", "morgan"], "--fingerprints changes nothing here: --kernel gcn uses none")])
 def test_molecules_flags_without_effect(flags, words, capsys):
     """A flag without effect is refused with one line that says why."""
