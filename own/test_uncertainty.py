@@ -15,7 +15,7 @@ from own import uncertainty
 
 def problem(n=150, m=40, outputs=3):
     """x, K, K_test as matrices in tiles, y, and dense float64 k(X, X), k(x, X), k(x, x)."""
-    x, fn = inputs(n + m), kernel.kernel_fn("fc", "nngp")
+    x, fn = inputs(n + m), kernel.kernel_fn("fc", "nngp", depth=1)
     x, x_test = x[:n].reshape(n, -1), x[n:].reshape(m, -1)
     where = dict(tile=64, quiet=True)
     y = np.random.default_rng(5).normal(size=(n, outputs))
