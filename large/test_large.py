@@ -750,7 +750,7 @@ LAUNCHERS = {  # the variables that each sets for process i of n; mpirun's inclu
     "mpirun": lambda port, n, i: dict(LAUNCHERS["srun"](port, 1, 0), OMPI_COMM_WORLD_SIZE=n, OMPI_COMM_WORLD_RANK=i,
                                       OMPI_COMM_WORLD_LOCAL_RANK=i, OMPI_COMM_WORLD_LOCAL_SIZE=n,
                                       OMPI_MCA_orte_hnp_uri=f"{port << 12}.0;tcp://127.0.0.1:1")}
-SMALL = ["--n_train", "203", "--n_test", "101", "--tile", "32", "--depth", "1", "--ridge", "1e-3,1e-2"]
+SMALL = ["--n_train", "203", "--n_test", "101", "--tile", "32", "--depth", "1", "--whiten", "channel", "--ridge", "1e-3,1e-2"]
 
 
 def team(count, *flags, launcher="flags", last=(), **proxies):
@@ -775,7 +775,7 @@ def test_processes_one_answer(tmp_path, pictures, count, devices, launcher, wher
     """2 and 3 processes, started without flags with the variables of Slurm or Open MPI, with tiles on disk or on the fly, give
     the result of one process to 1e-7 and record one line; each process has written its share of the tiles, and a log of its
     phases. One process that goes on with this store computes none."""
-    same = ["--dataset", pictures, "--tol", "1e-9"]
+    same = ["--dataset", pictures, "--tol", "1e-9", "--tile", "32" if where == "K" else "64"]
     flags = [*same, "--store", tmp_path / "K" if where == "K" else where, "--out", tmp_path, "--devices", devices]
     done = [(process.communicate(timeout=300), process.returncode)
             for process in team(count, *flags, launcher=launcher)]

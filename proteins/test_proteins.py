@@ -96,8 +96,8 @@ def test_kernel_of_sequences_in_plain_loops(name, options):
     if options == {"depth": 1} and name != "seq_cnn":  # without a bias, of flatten all lengths
         return
     means = x.shape[1] / np.sqrt(np.outer(lengths, lengths)) * (name != "seq_cnn_gap") + (name == "seq_cnn_gap")
-    same, K32 = (means == 1) | (options == {"depth": 1}), fn(x.astype(np.float32))
-    for K, K32, nt in zip(padded, K32, reference(name, kernel.KINDS, x, x[::-1].copy(), **options)):
+    same = (means == 1) | (options == {"depth": 1})
+    for K, K32, nt in zip(padded, fn(x.astype(np.float32)), reference(name, kernel.KINDS, x, x[::-1].copy(), **options)):
         for found, tolerance in ((K, 1e-10), (K32, 1e-5)):
             off = np.abs(np.asarray(found, np.float64) / (nt[:, ::-1] * means) - 1)
             assert off[same & different].max() < tolerance
@@ -137,7 +137,8 @@ def test_fused_sequences_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRET", True)
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
     monkeypatch.setattr(fused, "conv_relu", in_prepare_only)
-    for dtype, kinds, tolerance in ((np.float32, "nngp", 1e-5), (np.float32, kernel.KINDS, 1e-5), (float, kernel.KINDS, 1e-12)):
+    for dtype, kinds, tolerance in ((np.float32, "nngp", 1e-5), (np.float32, kernel.KINDS, 1e-5),
+                                    (float, kernel.KINDS, 1e-12)):
         fast = fused.kernel_fn(layers, kinds)(x.astype(dtype), x[2:].astype(dtype))
         for K, K_exact in zip(fast if kinds == kernel.KINDS else [fast], exact):
             assert K.dtype == dtype and relative_error(K, np.asarray(K_exact)) < tolerance
@@ -364,8 +365,8 @@ SIZES = ["--transform", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "
 
 
 @pytest.mark.parametrize("name, encoding", [
-    ("seq_fc", "blosum"), ("seq_cnn", "onehot"), ("seq_cnn_gap", "centred"),  # a network does not know the encoding of its rows
-    *(("linear", encoding) for encoding in seqs.ENCODINGS)])  # linear does: centred rows have an intercept
+    ("seq_fc", "blosum"), ("seq_cnn", "onehot"), ("seq_cnn_gap", "centred"),  # a network knows no encoding, and linear does:
+    *(("linear", encoding) for encoding in seqs.ENCODINGS)])  # centred rows have an intercept, and positions count
 def test_proteins_sizes_equal_runs_alone(tmp_path, monkeypatch, name, encoding):
     """With --sizes, every size has the result of a run with that size alone and the recorded configuration, for every kernel
     and encoding, although 4 rows vary at fewer positions than 40; and both continue from one store."""
