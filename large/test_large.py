@@ -537,7 +537,8 @@ def test_on_device_is_kept(room, monkeypatch):
 def test_on_device_run(tmp_path, monkeypatch):
     """Where the backend is no CPU, a run keeps K on its devices, and its answer is that of a run in the host's memory. Without
     the room large/ it runs in the host's memory."""
-    flags = ["--n_train", "100", "--n_test", "50", "--tile", "32", "--ridge", "0.1", "--kind", "both"]
+    flags = ["--n_train", "100", "--n_test", "50", "--tile", "32", "--ridge", "0.1", "--kind", "both", "--depth", "1",
+             "--whiten", "none", "--devices", "2"]
     alone, used, gram = train(tmp_path, *flags), [], on_device.gram
     monkeypatch.setattr(on_device, "gram", lambda *args, **options: used.append(1) or gram(*args, **options, room=9000))
     monkeypatch.setattr(experiment, "on_gpu", lambda: True)
@@ -613,7 +614,7 @@ def test_precondition_rank_is_worth_it(source, ridge):
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_train_store_refuses_before_it_computes(tmp_path, part):
     """If the store of K or of K_test holds another matrix, the run is refused before it computes a tile of either."""
-    flags = ["--n_train", "60", "--ridge", "1", "--store", str(tmp_path / "K")]
+    flags = ["--n_train", "60", "--ridge", "1", "--devices", "1", "--store", str(tmp_path / "K")]
     train(tmp_path, *flags, "--n_test", "30")
     for name in os.listdir(tmp_path / "K"):
         if not name.startswith(part):
@@ -626,8 +627,8 @@ def test_train_store_refuses_before_it_computes(tmp_path, part):
 def test_train_store(tmp_path):
     """A store does not change the results; a second run computes no entry; a larger n_train uses the tiles of the smaller one;
     --kind both uses the tiles of a run with one kind; another network or whitening is refused."""
-    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "1000", "--rank",
-             "9"]  # given, because the chosen rank depends on the cost of a product, which differs on a disk
+    flags = ["--n_test", "50", "--ridge", "1e-2,1e-3", "--tile", "20", "--depth", "1", "--fit_on", "1000", "--devices",
+             "2", "--rank", "9"]  # given, because the chosen rank depends on the cost of a product, which differs on a disk
     keep = ["--store", str(tmp_path / "K")]
     for n, computed in ((60, 60 * 80 // 2 + 60 * 50), (60, 0), (100, 100 * 120 // 2 - 2400 + 2000)):
         result = train(tmp_path, "--n_train", str(n), *flags, *keep)
@@ -653,7 +654,8 @@ def test_train_store(tmp_path):
 def test_train_sizes(tmp_path):
     """--sizes gives, from leading blocks of one kernel, the same ridge, result and configuration for each size as a run of
     that size alone."""
-    flags = ["--n_test", "50", "--ridge", "1,0.1", "--flips", "--tile", "30", "--tol", "1e-9"]
+    flags = ["--n_test", "50", "--ridge", "1,0.1", "--flips", "--tile", "20", "--depth", "1", "--tol", "1e-9",
+             "--devices", "2"]  # whitening compiles for each device and shape
     whole = train(tmp_path, *flags, "--sizes", "80,20,50")
     assert list(whole) == [20, 50, 80] and [whole[n]["rows"] for n in whole] == [20, 50, 80]
     for n in (20, 50, 80):
@@ -673,7 +675,8 @@ def test_train_sizes(tmp_path):
 
 def test_train_flips_from_a_store(tmp_path):
     """With a store, --flips symmetric gives the results of --flips explicit to 1e-5, with fewer than half of the entries."""
-    flags = ["--n_train", "60", "--n_test", "50", "--kernel", "cnn_vec", "--depth", "2", "--ridge", "0.1", "--tol", "1e-9"]
+    flags = ["--n_train", "60", "--n_test", "50", "--kernel", "cnn_vec", "--depth", "2", "--ridge", "0.1", "--tol", "1e-9",
+             "--devices", "2"]
     half, whole = (train(tmp_path, *flags, "--store", str(tmp_path / flips), "--flips", flips)
                    for flips in ("symmetric", "explicit"))
     assert half["ridge"] == whole["ridge"] and abs(half["test_mse"] / whole["test_mse"] - 1) < 1e-5
@@ -683,7 +686,7 @@ def test_train_flips_from_a_store(tmp_path):
 
 def test_train_evidence_on_the_fly(tmp_path):
     """With --store none, --variance gives calibration and --plot a figure too; neither changes the result."""
-    flags = ["--n_train", "150", "--n_test", "60", "--ridge", "1e-2"]
+    flags = ["--n_train", "128", "--n_test", "64", "--tile", "64", "--ridge", "1e-2", "--depth", "1", "--devices", "1"]
     more = train(tmp_path, *flags, "--store", "none", "--variance", "--plot", str(tmp_path / "p.png"))
     assert abs(more["test_mse"] / train(tmp_path, *flags)["test_mse"] - 1) < 1e-6
     assert 0 < more["test_nll"] < np.log(10) and 0 < more["test_ece"] < 0.3
