@@ -20,7 +20,6 @@ from proteins import sequences as seqs
 from proteins import train as train_protein
 
 FAST = ["--kernel", "seq_fc", "--depth", "1"]
-KERNELS = [*train_protein.SEQUENCES, "linear"]
 
 
 def protein(tmp_path, *flags):
@@ -187,14 +186,15 @@ def predicted(tmp_path, path, *flags):
     return protein(tmp_path, "--load", tmp_path / "m.npz", "--predict", path, *flags)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_own_model_predicts_as_the_run(tmp_path, name):
-    """With all defaults on peptides of several lengths, the saved model predicts the test rows as the run did, also beside a
-    sequence that is longer than all of them; and that has the same prediction alone."""
+@pytest.mark.parametrize("flags", [[], *(["--kernel", name, *one] for name, *one in (
+    ("seq_fc", "--depth", 1), ("seq_cnn_gap", "--depth", 1, "--encoding", "onehot"), ("linear",)))], ids=str)
+def test_own_model_predicts_as_the_run(tmp_path, flags):
+    """On peptides of several lengths, with all defaults where the kernel is the default one, the saved model predicts the test
+    rows as the run did, also beside a sequence that is longer than all of them; and that has the same prediction alone."""
     path = written(tmp_path / "a.csv", ("peptide", "activity", "set"), *(
         (s, y, "test" if i < 15 else "train") for i, (s, y) in enumerate(peptides())))
-    result = protein(tmp_path, "--dataset", path, "--sequence", "peptide", "--target", "activity", "--set", "set", "--kernel",
-                     name, "--save", tmp_path / "m.npz")
+    result = protein(tmp_path, "--dataset", path, "--sequence", "peptide", "--target", "activity", "--set", "set", *flags,
+                     "--save", tmp_path / "m.npz")
     new, y = peptides()[:15], np.array([y for _, y in peptides()[:15]])
     longer = "MKTAYIAKQRQIS"
     f = predicted(tmp_path, written(tmp_path / "new.csv", ("peptide",), *([s] for s, _ in new), [longer]))["predictions"]

@@ -3,7 +3,6 @@
 Each test states its claim in its first line. JAX is set up by test_all.py, which is imported first.
 """
 
-import functools
 import json
 import os
 import zipfile
@@ -35,7 +34,18 @@ def encode(sequences, encoding, n_train):
     return seqs.fit(sequences[:n_train or None], encoding, max(map(len, sequences)))(sequences)
 
 
-every_sequence_network = pytest.mark.parametrize("name", sequence_layers.SEQUENCES)
+def fully_connected(x, depth, b_std=0.0):
+    """NNGP and NTK (n, n) of seq_fc with w_std^2 = 2 on sequences (n, length, channels) of one length, by NumPy: the
+    arc-cosine kernels (Cho and Saul 2009), once for each hidden layer."""
+    x = x.reshape(len(x), -1)
+    K = T = 2 * x @ x.T / x.shape[1] + b_std**2
+    for _ in range(depth):
+        size = np.sqrt(np.multiply.outer(np.diag(K), np.diag(K)))
+        c = np.clip(K / size, -1, 1)
+        K, slopes = size * (np.sqrt(1 - c**2) + (np.pi - np.arccos(c)) * c) / np.pi + b_std**2, (np.pi - np.arccos(c)) / np.pi
+        T = K + slopes * T
+    return K, T
+
 
 def recursion(layers, x, y):
     """NNGP and NTK of two sequences without padding, (l, channels) and (l', channels), in plain loops."""
@@ -66,76 +76,53 @@ def recursion(layers, x, y):
     return K[0, 1], T
 
 
-@every_sequence_network
-def test_kernel_of_sequences_is_neural_tangents(name):
-    """K of sequences of one length equals neural_tangents' to 1e-10 in float64 and 1e-5 in float32."""
-    x1, x2 = np.random.default_rng(0).normal(size=(2, 3, 6, 4))
-    options = {"depth": 1, "w_std": 1.3, "b_std": 0.4}
-    fn = kernel.kernel_fn(name, kernel.KINDS, **options)
-    for K, K32, expected in zip(fn(x1, x2), fn(x1.astype(np.float32), x2.astype(np.float32)),
-                                reference(name, kernel.KINDS, x1, x2, **options)):
-        assert relative_error(K, expected) < 1e-10 and relative_error(K32, expected) < 1e-5
-
-
-@pytest.mark.parametrize("name, options", [("seq_cnn", {"depth": 1}), ("seq_cnn_gap", {"depth": 2, "b_std": 0.4})],
-                         ids=str)
-def test_kernel_of_peptides_is_neural_tangents(name, options):
-    """K of real sequences of different lengths, one of a single residue, equals neural_tangents' with masks, except that its
-    flatten divides by the length of the array and ours by the geometric mean of the two lengths."""
-    x, lengths = encode(PEPTIDES, "blosum", 0).astype(np.float64), np.array([len(s) for s in PEPTIDES])
-    means = x.shape[1] / np.sqrt(lengths[:, None] * lengths[None]) if name == "seq_cnn" else np.ones((1, 1))
-    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
-        for K, expected in zip(kernel.kernel_fn(name, kernel.KINDS, **options)(x.astype(dtype)),
-                               reference(name, kernel.KINDS, x, x[::-1].copy(), **options)):
-            off = np.abs(np.asarray(K, np.float64) / (expected[:, ::-1] * means) - 1)
-            assert off[~np.eye(3, dtype=bool)].max() < tolerance
-            assert np.diag(off).max() < max(tolerance, 3e-8)  # neural_tangents' rounding of c = 1
-
-
 @pytest.mark.parametrize("name, options", [(name, options) for name in sequence_layers.SEQUENCES for options in (
-    {"depth": 1}, {"depth": 3, "w_std": 1.2, "b_std": 0.5})], ids=str)
+    {"depth": 1}, {"depth": 2, "w_std": 1.3, "b_std": 0.5})], ids=str)
 def test_kernel_of_sequences_in_plain_loops(name, options):
-    """For every pair of peptides K equals the recursion in loops over their own positions to 1e-10, with and without bias,
-    so padding changes nothing; and K is positive definite."""
-    x = encode(PEPTIDES, "blosum", 0).astype(np.float64)
-    own, layers = [z[:len(s)] for z, s in zip(x, PEPTIDES)], kernel.network(name, **options)
+    """For every pair of peptides of several lengths, one of a single residue, K equals the recursion in loops over their own
+    positions to 1e-10, with and without bias, so padding, before or behind, changes nothing; K is positive definite. And it is
+    neural_tangents' with masks, to 1e-10 in float64 and 1e-5 in float32, except that its flatten divides by the length of the
+    array and ours by the geometric mean of the two lengths: with a bias only those of the array's length are compared."""
+    peptides = [*PEPTIDES, PEPTIDES[1][::-1], PEPTIDES[1][7:] + PEPTIDES[1][:7]]
+    x, lengths = encode(peptides, "blosum", 0).astype(np.float64), np.array([len(s) for s in peptides])
+    own, layers, different = [z[:len(s)] for z, s in zip(x, peptides)], kernel.network(name, **options), ~np.eye(5, dtype=bool)
     fn = kernel.kernel_fn(name, kernel.KINDS, **options)
-    padded = fn(np.pad(x, ((0, 0), (0, 7), (0, 0))))
-    for k, (K, K_padded) in enumerate(zip(fn(x), padded)):
-        expected = np.array([[recursion(layers, a, b)[k] for b in own] for a in own])
-        assert relative_error(K, expected) < 3e-8 and relative_error(K_padded, np.asarray(K)) < 1e-12
-        assert relative_error(np.triu(K, 1)[0, 1:], expected[0, 1:]) < 1e-10
-        assert np.linalg.eigvalsh(K)[0] > 1e-3 * np.trace(K) / 3
+    padded, moved = (fn(np.pad(x, ((0, 0), pad, (0, 0)))) for pad in ((0, 7), (3, 4)))
+    expected = np.moveaxis([[recursion(layers, a, b) for b in own] for a in own], 2, 0)
+    for K, K_moved, by_hand in zip(padded, moved, expected):
+        assert relative_error(K, by_hand) < 3e-8 and relative_error(K_moved, np.asarray(K)) < 1e-12
+        assert relative_error(K[different], by_hand[different]) < 1e-10
+        assert np.linalg.eigvalsh(K[:3, :3])[0] > 1e-3 * np.trace(K[:3, :3]) / 3
+    if options == {"depth": 1} and name != "seq_cnn":  # without a bias, of flatten all lengths
+        return
+    means = x.shape[1] / np.sqrt(np.outer(lengths, lengths)) * (name != "seq_cnn_gap") + (name == "seq_cnn_gap")
+    same = (means == 1) | (options == {"depth": 1})
+    for K, K32, nt in zip(padded, fn(x.astype(np.float32)), reference(name, kernel.KINDS, x, x[::-1].copy(), **options)):
+        for found, tolerance in ((K, 1e-10), (K32, 1e-5)):
+            off = np.abs(np.asarray(found, np.float64) / (nt[:, ::-1] * means) - 1)
+            assert off[same & different].max() < tolerance
+            assert np.diag(off)[np.diag(same)].max() < max(tolerance, 3e-8)  # neural_tangents' rounding of c = 1
 
 
-@pytest.mark.parametrize("name, tail", [("seq_fc", 0), ("seq_cnn", 0), ("seq_cnn_gap", 2)])
-def test_fused_sequences(name, tail, monkeypatch):
+@pytest.mark.parametrize("name, depth, tail", [("seq_fc", 2, 0), ("seq_cnn", 3, 0), ("seq_cnn_gap", 2, 2)])
+def test_fused_sequences(name, depth, tail, monkeypatch):
     """fused.py equals kernel.py to 1e-5 on sequences of 1 to 21 residues, with bias and several blocks of columns, also
-    with a relu after the readout, which reads k(x, x)."""
+    with a relu after the readout, which reads k(x, x). fn(x) is symmetric to the last bit and equals it too, diagonal
+    included, for any number of rows."""
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
-    x = encode(PEPTIDES * 4, "blosum", 0)
+    x = encode(PEPTIDES * 6, "blosum", 0)
     x[3:] *= np.random.default_rng(0).uniform(0.5, 1, size=x[3:].shape).astype(np.float32)
-    layers = [*kernel.network(name, depth=2, b_std=0.5), ("relu",), ("dense", 1.1, 0.3)]
+    layers = [*kernel.network(name, depth=depth, b_std=0.5), ("relu",), ("dense", 1.1, 0.3)]
     layers = layers[:len(layers) - 2 + tail]
-    for fast, exact in zip(fused.kernel_fn(layers, kernel.KINDS)(x, x[1:]),
-                           kernel.kernel_fn(layers, kernel.KINDS)(x.astype(float), x[1:].astype(float))):
-        assert fast.dtype == np.float32 and relative_error(fast, np.asarray(exact)) < 1e-5
+    fn, exact = fused.kernel_fn(layers, kernel.KINDS), kernel.kernel_fn(layers, kernel.KINDS)(x.astype(float))
+    calls = {"seq_fc": [(x, x[1:])], "seq_cnn": [(x,), (x[:1],)], "seq_cnn_gap": [(x,), (x, x[1:])]}  # each call compiles
+    for call in calls[name]:
+        for fast, K in zip(fn(*call), exact):
+            K = np.asarray(K)[:len(call[0]), len(call) - 1:][:, :len(call[0])]
+            assert fast.dtype == np.float32 and fast.shape == K.shape and relative_error(fast, K) < 1e-5
+            assert len(call) == 2 or np.array_equal(fast, fast.T)
     with pytest.raises(ValueError, match="only images have mirror images"):
         fused.kernel_fn(name, "ntk", flips=True)
-
-
-@pytest.mark.parametrize("name", ["seq_cnn", "seq_cnn_gap"])
-def test_fused_sequences_symmetry_and_blocks(name, monkeypatch):
-    """fused.py's fn(x) of sequences is symmetric to the last bit and equals fn(x, x) up to rounding, diagonal included, for
-    any block of columns and number of rows."""
-    monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
-    fn = fused.kernel_fn(name, "ntk")
-    for n in (1, 19):
-        x = np.random.default_rng(n).normal(size=(n, 8, 4)).astype(np.float32)
-        K = np.asarray(fn(x))
-        assert K.shape == (n, n) and K.dtype == np.float32 and np.array_equal(K, K.T)
-    assert relative_error(K, np.asarray(fn(x, x))) < 1e-5
-    assert relative_error(K, np.asarray(kernel.kernel_fn(name, "ntk")(x))) < 1e-5
 
 
 def test_fused_sequences_on_a_gpu(monkeypatch):
@@ -150,11 +137,11 @@ def test_fused_sequences_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "INTERPRET", True)
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns
     monkeypatch.setattr(fused, "conv_relu", in_prepare_only)
-    for dtype, tolerance in ((np.float32, 1e-5), (float, 1e-12)):
-        for kinds in (kernel.KINDS, "nngp"):
-            fast = fused.kernel_fn(layers, kinds)(x.astype(dtype), x[2:].astype(dtype))
-            for K, K_exact in zip(fast if kinds == kernel.KINDS else [fast], exact):
-                assert K.dtype == dtype and relative_error(K, np.asarray(K_exact)) < tolerance
+    for dtype, kinds, tolerance in ((np.float32, "nngp", 1e-5), (np.float32, kernel.KINDS, 1e-5),
+                                    (float, kernel.KINDS, 1e-12)):
+        fast = fused.kernel_fn(layers, kinds)(x.astype(dtype), x[2:].astype(dtype))
+        for K, K_exact in zip(fast if kinds == kernel.KINDS else [fast], exact):
+            assert K.dtype == dtype and relative_error(K, np.asarray(K_exact)) < tolerance
 
 
 @pytest.mark.parametrize("call, words", [
@@ -182,21 +169,19 @@ def protein(tmp_path, *flags):
 
 @needs_gb1
 def test_proteins_gb1(capsys):
-    """FLIP's files give the numbers of rows in FLIP's README, 4 of 265 residues vary, and the wild type has fitness 1. The
-    landscape has the same test rows for every seed, and its training rows in another order."""
+    """FLIP's files give the numbers of rows in FLIP's README, 4 of 265 residues vary, and the wild type has fitness 1. So
+    does the landscape."""
     for split, counts in zip(seqs.FLIP, ((25, 28), (381, 424), (2691, 2990), (4580, 5089), (6289, 6988))):
         loaded = seqs.load(split, GB1, quiet=False)
         assert loaded[2:] == counts and len(loaded.sequences) == len(loaded.targets) == 8733
         vary = 3 if split == "one_vs_rest" else 4  # its 28 training rows vary at three of the four positions
-        assert encode(loaded.sequences, "onehot", loaded.n_train).shape == (8733, vary, 20)
+        assert len(seqs.fit(loaded.sequences[:loaded.n_train], "onehot").positions) == vary
     wild = "MQYKLILNGKTLKGETTTEAVDAATAEKVFKQYANDNGVDGEWTYDDATKTFTVTE"
     assert [y for s, y in zip(*loaded[:2]) if s.startswith(wild)] == [1.0]
-    first, second = (seqs.load("landscape", GB1, seed, quiet=False) for seed in (0, 1))
+    landscape = seqs.load("landscape", GB1, quiet=False)
     assert capsys.readouterr().out == ""  # no note that these were other files than those of SHA256
-    n = first.n_train
-    assert (len(first.targets), n, first.n_fit) == (149361, 119489, 119489 - 119489 // 5)
-    assert first.sequences[n:] == second.sequences[n:] and first.sequences[:9] != second.sequences[:9]
-    assert sorted(first.sequences[:n]) == sorted(second.sequences[:n])
+    assert (len(landscape.targets), *landscape[2:]) == (149361, 119489 - 119489 // 5, 119489)
+    assert [y for s, y in zip(*landscape[:2]) if s.startswith(wild)] == [1.0]
 
 
 def test_proteins_made():
@@ -317,7 +302,7 @@ def test_proteins_truth_in_any_words(tmp_path, words, held_out):
 
 def test_proteins_landscape_tables(tmp_path, capsys):
     """A landscape that is too small to hold out a fifth is refused. A note counts the test rows whose variant, measured
-    twice, is among the training rows too."""
+    twice, is among the training rows too. Every seed has the same test rows, and the training rows in another order."""
     path = tmp_path / "four_mutations_full_data.csv"
     path.write_text("sequence,Fitness\nMA,1\nML,2\n")
     with pytest.raises(ValueError, match="four_mutations_full_data.csv in .* has 2 rows to fit, 0 to validate and 0 to test"):
@@ -325,6 +310,12 @@ def test_proteins_landscape_tables(tmp_path, capsys):
     path.write_text("sequence,Fitness\n" + "".join(f"M{'AL'[i % 2]},{i}\n" for i in range(10)))
     assert len(seqs.load("landscape", str(tmp_path), quiet=False).sequences) == 10
     assert "note: 2 of 2 test rows of four_mutations_full_data.csv in" in capsys.readouterr().out
+    path.write_text("sequence,Fitness\n" + "".join(f"M{a}{b},{i}\n" for i, a in enumerate(seqs.RESIDUES) for b in "ACDEF"))
+    first, second = (seqs.load("landscape", str(tmp_path), seed) for seed in (0, 1))
+    n = first.n_train
+    assert (len(first.targets), n, first.n_fit) == (100, 80, 64) == (len(second.targets), second.n_train, second.n_fit)
+    assert first.sequences[n:] == second.sequences[n:] and first.sequences[:9] != second.sequences[:9]
+    assert sorted(zip(*first[:2])) == sorted(zip(*second[:2])) and sorted(first.sequences[:n]) == sorted(second.sequences[:n])
 
 
 @pytest.mark.parametrize("encoding", seqs.ENCODINGS)
@@ -347,8 +338,8 @@ def test_proteins_encoding_is_fitted_on_training_rows(encoding):
         with pytest.raises(ValueError, match=f"sequence 2 of 2, {words}"):
             fitted(["MAGIW", bad])
     if encoding != "centred":
-        K = [np.asarray(kernel.kernel_fn("seq_cnn", "ntk")(seqs.fit(PEPTIDES, encoding, longest)(PEPTIDES).astype(float)))
-             for longest in (0, 30)]
+        fn = kernel.kernel_fn("seq_cnn", "ntk", depth=2)
+        K = [np.asarray(fn(seqs.fit(PEPTIDES, encoding, longest)(PEPTIDES).astype(float))) for longest in (0, 30)]
         assert relative_error(*K) < 1e-10
         with pytest.raises(ValueError, match=r"sequence 1 of 1, 'A{30}'\.\.\., has 40 residues; expected 1 to 21"):
             seqs.fit(PEPTIDES, encoding)(["A" * 40])
@@ -373,8 +364,9 @@ def test_proteins_several_lengths(tmp_path, monkeypatch):
 SIZES = ["--transform", "log", "--n_test", "60", "--ridge", "0.1,1", "--tile", "16"]
 
 
-@pytest.mark.parametrize("encoding", seqs.ENCODINGS)
-@pytest.mark.parametrize("name", [*sequence_layers.SEQUENCES, "linear"])
+@pytest.mark.parametrize("name, encoding", [
+    ("seq_fc", "blosum"), ("seq_cnn", "onehot"), ("seq_cnn_gap", "centred"),  # a network knows no encoding, and linear does:
+    *(("linear", encoding) for encoding in seqs.ENCODINGS)])  # centred rows have an intercept, and positions count
 def test_proteins_sizes_equal_runs_alone(tmp_path, monkeypatch, name, encoding):
     """With --sizes, every size has the result of a run with that size alone and the recorded configuration, for every kernel
     and encoding, although 4 rows vary at fewer positions than 40; and both continue from one store."""
@@ -417,11 +409,7 @@ def test_proteins_sizes_are_dense_solves(tmp_path, encoding):
     split = seqs.load("made")
     x = np.array([[letter == residue for letter in s for residue in seqs.RESIDUES] for s in split.sequences], float)
     for n in (10, 200):
-        own = x - x[:n].mean(axis=0) * (encoding == "centred")
-        K = 2 * own @ own.T / 80 + 0.09  # w_std^2 = 2, four positions of 20 channels
-        size = np.sqrt(np.diag(K))
-        c = np.clip(K / np.outer(size, size), -1, 1)
-        K = np.outer(size, size) * (np.sqrt(1 - c**2) + (np.pi - np.arccos(c)) * c) / np.pi + 0.09
+        K, _ = fully_connected(x - x[:n].mean(axis=0) * (encoding == "centred"), 1, 0.3)  # four positions of 20 channels
         y, n_train = split.targets, split.n_train
         z = (y[:n] - y[:n].mean()) / y[:n].std()
         f = K[n_train:, :n] @ np.linalg.solve(K[:n, :n] + 0.1 * np.diag(K)[:n].mean() * np.eye(n), z)
@@ -500,10 +488,10 @@ def test_proteins_is_a_dense_solve(tmp_path):
     """Choices and predictions equal those of dense float64 formulas: with --select validation, validation rows are the last
     fifth of the training rows, functions of the target are fitted on the others, and in the end all rows are fitted."""
     result = protein(tmp_path, "--n_train", "100", "--encoding", "onehot", "--ridge", "0.1,0.001", "--depth", "1",
-                     "--kind", "ntk", "--tol", "1e-9", "--select", "validation")
+                     "--kernel", "seq_fc", "--kind", "ntk", "--tol", "1e-9", "--select", "validation")
     sequences, y, *_ = seqs.load("made")
     x, n_train = encode(sequences, "onehot", 100).astype(np.float64), seqs.load("made").n_train
-    K = np.asarray(kernel.kernel_fn("seq_cnn", "ntk", depth=1)(x, x[:100]))
+    K = fully_connected(x, 1)[1][:, :100]
 
     def solve(n, target, ridge):
         forward, _ = seqs.transform(target, y[:n])
@@ -534,11 +522,9 @@ def test_proteins_leave_one_out_is_refits(tmp_path, monkeypatch, most):
                      "0.1,0.01")
     sequences, y, *_ = seqs.load("made")
 
-    fn = functools.cache(lambda **network: kernel.kernel_fn("seq_fc", "nngp", **network))
-
     def best(depth, b_std, encoding, target, rows):
         x, y_rows = encode(sequences, encoding, 40)[rows].astype(np.float64), y[rows]
-        K, z = np.asarray(fn(depth=depth, b_std=b_std)(x)), seqs.transform(target, y_rows)[0](y_rows)
+        K, z = fully_connected(x, depth, b_std)[0], seqs.transform(target, y_rows)[0](y_rows)
         found = [(ridge, refitted(K, z, ridge)) for ridge in (0.1, 0.01)]
         return min(([ridge, spearmanr(f, y_rows).statistic, np.mean((f - z) ** 2)] for ridge, f in found),
                    key=lambda row: row[2])
@@ -748,7 +734,7 @@ def test_proteins_variance(tmp_path):
     sequences, y, _, n_train = seqs.load("made")
     x = encode(sequences, "blosum", 60).astype(np.float64)
     rows = np.r_[:60, n_train:n_train + 30]
-    K, z = np.asarray(kernel.kernel_fn("seq_fc", "nngp")(x[rows])), seqs.transform("raw", y[:60])[0](y[rows])
+    K, z = fully_connected(x[rows], 3)[0], seqs.transform("raw", y[:60])[0](y[rows])
     noise = 0.1 * np.diag(K)[:60].mean()
     solved = np.linalg.solve(K[:60, :60] + noise * np.eye(60), K[:60])
     f, scale = solved[:, 60:].T @ z[:60], z[:60] @ np.linalg.solve(K[:60, :60] + noise * np.eye(60), z[:60]) / 60

@@ -6,62 +6,57 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from test_all import Dense, data, digits, kernel, spectrum, tiles, train  # isort: skip  (sets JAX up)
+from test_all import Dense, data, digits, kernel, linear, spectrum, tiles, train  # isort: skip  (sets JAX up)
 
 import choose
 import pcg
 from results import pictures, plot, report, tables
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    return folder, {draw.__name__: draw(folder) for draw in (
-        pictures.draw_kernel, pictures.draw_sheets, pictures.draw_solve, pictures.draw_curves, pictures.draw_lesson)}
-
-
-@pytest.mark.parametrize("name, words", [
-    ("kernel", ["K of 300 digits", "the device that"]), ("sheets", ["a=4", "r′=3", "3 × 3 window"]),
-    ("solve", ["no preconditioner", "Jacobi", "low rank"]), ("curves", ["cnn_vec", "myrtle10", "test accuracy"]),
-    ("lesson", ["width 1000", "kernel_fn", "2,000 networks"])])
-def test_pictures_are_small_and_have_text(drawn, name, words):
-    """Each picture is an SVG under 60 KB whose words are text."""
-    text = (drawn[0] / f"{name}.svg").read_text()
+def has_text(path, *words):
+    """An SVG under 60 KB whose words are text."""
+    text = path.read_text()
     assert text.startswith("<?xml") and len(text.encode()) < 60 * 1024
     assert all(re.search(rf"<text[^>]*>[^<]*{re.escape(word)}|<tspan[^>]*>[^<]*{re.escape(word)}", text) for word in words)
 
 
-def test_pictures_owners_are_those_of_tiles(drawn):
-    """The device written in a tile is the one to which tiles.computed gives the tile."""
-    x = data.load("digits", n_train=300)[0].astype("float32")
-    seen, fn = {}, kernel.kernel_fn("fc", "nngp")
+def test_pictures_kernel(tmp_path):
+    """The picture of the kernel is small and has text; the device written in a tile is the one to which tiles.computed gives
+    the tile."""
+    owners = pictures.draw_kernel(tmp_path)
+    has_text(tmp_path / "kernel.svg", "K of 300 digits", "the device that")
+    x, seen = np.zeros((300, 1), np.float32), {}
     K = tiles.empty(300, 300, 60, True)
-    for step, (key, _) in enumerate(tiles.computed(fn, [(0, x), (1, x)], K.sides, list(K.keys()))):
+    for step, (key, _) in enumerate(tiles.computed(linear, [(0, x), (1, x)], K.sides, list(K.keys()))):
         seen.setdefault(step % 4 if step < 12 else step - 12, []).append(key)
-    owners = drawn[1]["draw_kernel"]
     assert set(owners) == set(K.keys()) and sorted(set(owners.values())) == [0, 1, 2, 3]
     for keys in seen.values():
         assert len({owners[key] for key in keys}) == 1
 
 
-def test_pictures_solve_says_that_rank_helps(drawn):
-    """In the picture of the solver, low rank needs fewer than half of the steps, and a higher rank fewer still."""
-    steps = [info.iterations for info in drawn[1]["draw_solve"].values()]
+def test_pictures_sheets(tmp_path):
+    """The picture of the sheets is small and has text."""
+    pictures.draw_sheets(tmp_path)
+    has_text(tmp_path / "sheets.svg", "a=4", "r′=3", "3 × 3 window")
+
+
+def test_pictures_solve(tmp_path):
+    """The picture of the solver is small and has text; there low rank needs fewer than half of the steps, and a higher rank
+    fewer still."""
+    steps = [info.iterations for info in pictures.draw_solve(tmp_path).values()]
+    has_text(tmp_path / "solve.svg", "no preconditioner", "Jacobi", "low rank")
     assert 2 * steps[2] < min(steps[:2]) and steps[3] < steps[2]
 
 
-def test_pictures_curves_are_at_most_eight(drawn):
-    """There are four to eight curves, each with at least three sizes."""
-    points = drawn[1]["draw_curves"]
+def test_pictures_curves(tmp_path, monkeypatch):
+    """The picture of the curves is small and has text: four to eight curves, each with at least three sizes. There, and in the
+    figure of results/README.md, a law is solid up to a quarter of the largest n, or below, and dashed from there to it."""
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure) or (
+        savefig(figure, *args, **options) if len(drawn) == 1 else None))
+    points = pictures.draw_curves(tmp_path)
+    has_text(tmp_path / "curves.svg", "cnn_vec", "myrtle10", "test accuracy")
     assert 4 <= len(points) <= 8 and all(len(of) >= 3 for of in points.values())
-
-
-def test_pictures_curves_dash_what_is_predicted(tmp_path, monkeypatch):
-    """In both figures of the curves a law is solid up to a quarter of the largest n, or below, and dashed from there to the
-    largest n."""
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    pictures.draw_curves(tmp_path)
     report.figure(tables.load(pictures.RUNS), "cifar10", "")
     for figure, number in zip(drawn, (8, 16), strict=True):
         solid, dashed = ([line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == style and
@@ -70,9 +65,11 @@ def test_pictures_curves_dash_what_is_predicted(tmp_path, monkeypatch):
         assert all(before[-1] == after[0] and 4 * after[0] <= after[-1] * (1 + 1e-9) for before, after in zip(solid, dashed))
 
 
-def test_pictures_lesson_is_the_chapter(drawn):
-    """The picture of the lesson shows what chapter 2 computes: its errors are those that its text states."""
-    found = drawn[1]["draw_lesson"]
+def test_pictures_lesson(tmp_path):
+    """The picture of the lesson is small and has text. It shows what chapter 2 computes: its errors are those that its text
+    states."""
+    found = pictures.draw_lesson(tmp_path)
+    has_text(tmp_path / "lesson.svg", "width 1000", "kernel_fn", "2,000 networks")
     assert found["error_10"] > 3 * found["error_1000"] > 0 and f"{found['error_1000']:.2f}" == "0.09"
 
 
@@ -104,7 +101,7 @@ def test_plot_of_errors(tmp_path):
 @pytest.mark.parametrize("more, names", [(["--kind", "both", "--crops", "2"], ["p-nngp.png", "p-ntk.png"]), ([], ["p.png"])])
 def test_plot_of_a_run(tmp_path, more, names):
     """--plot draws a picture for each kind and does not change the result of the run."""
-    flags = ["--n_train", "40", "--n_test", "20", "--ridge", "0.1", *more]
+    flags = ["--n_train", "40", "--n_test", "20", "--ridge", "0.1", "--depth", "1", "--devices", "1", *more]
     run, plain = train(tmp_path, *flags, "--plot", str(tmp_path / "p.png")), train(tmp_path, *flags)
     assert [(tmp_path / name).stat().st_size > 10_000 for name in names] == [True] * len(names)
     run, plain = (result.get("ntk", result) for result in (run, plain))
