@@ -70,8 +70,9 @@ def test_estimator_is_the_dense_formula():
         A = K + ridge * scale * np.eye(len(K))
         return np.mean([(z[i] - K[i, rest] @ np.linalg.solve(A[np.ix_(rest, rest)], z[rest])) ** 2 for i, rest in (
             (i, np.delete(np.arange(len(K)), i)) for i in range(len(K)))])
-    assert fitted.ridge_ == min(ridges, key=left_out)
-    assert np.allclose([row.mse for row in fitted.compared_], [left_out(ridge) for ridge in ridges], rtol=1e-3)
+    errors = [left_out(ridge) for ridge in ridges]
+    assert fitted.ridge_ == ridges[np.argmin(errors)]
+    assert np.allclose([row.mse for row in fitted.compared_], errors, rtol=1e-3)
     A = K + fitted.ridge_ * scale * np.eye(len(K))
     alpha = np.linalg.solve(A, z)
     f, sd = fitted.predict(X_new, return_std=True)
