@@ -577,8 +577,9 @@ def test_proteins_networks_are_compared(tmp_path):
     assert alone["test_spearman"] == several["test_spearman"] and alone["loo_score"] == best[2]
 
 
-@pytest.mark.parametrize("select, changes", [("loo", (np.negative, np.random.default_rng(0).permutation)),
-                                             ("validation", (np.random.default_rng(0).permutation,))], ids=["loo", "validation"])
+@pytest.mark.parametrize("select, changes", [
+    ("loo", (np.negative, np.random.default_rng(0).permutation)), ("validation", (np.random.default_rng(0).permutation,))],
+    ids=["loo", "validation"])
 def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select, changes):
     """Negating or permuting the targets of the test rows changes only the test results: encoding, target, depth, w_std and
     ridge stay the same."""
