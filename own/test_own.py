@@ -42,25 +42,28 @@ def test_model_predicts(tmp_path, capsys):
     assert abs(np.mean((scores - data.one_hot(labels)) ** 2) / result["test_mse"] - 1) < 1e-6
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda m, x: flip(m), "m.npz is not a model that --save has written, or damaged"),
-    (lambda m, x: m.write_bytes(m.read_bytes()[:900]), "m.npz is not a model"),
-    (lambda m, x: np.savez(m, alpha=np.ones(3)), "m.npz is not a model .*format"),
-    (lambda m, x: model.save(m, "proteins", {}, alpha=np.ones(3)), "m.npz is a model of proteins, and this program"),
-    (lambda m, x: np.save(x, np.zeros((2, 8, 8, 1))), r"holds float64 \(2, 8, 8, 1\); .* uint8 \(m, 8, 8, 1\)"),
-    (lambda m, x: np.save(x, np.zeros((2, 9, 8, 1), np.uint8)), r"holds uint8 \(2, 9, 8, 1\)"),
-    (lambda m, x: x.unlink(), "x.npy is not there; --predict takes images"),
-    (lambda m, x: np.save(x, np.array([{}])), "x.npy is not a complete .npy array without pickle"),
-    (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "it holds the arrays a"),
-    (lambda m, x: (x.unlink(), x.mkdir()), "x.npy has no .png, .jpg, .jpeg files in it"),
-])
-def test_model_damaged(tmp_path, spoil, words):
+def test_model_damaged(tmp_path):
     """A model or a file of images that is damaged, pickled or of another shape: one sentence."""
-    train(tmp_path, "--n_train", "30", "--n_test", "5", "--ridge", "1", "--save", str(tmp_path / "m.npz"))
-    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8, 1), np.uint8))
-    spoil(tmp_path / "m.npz", tmp_path / "x.npy")
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        train(tmp_path, "--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "x.npy"))
+    train(tmp_path, "--n_train", "30", "--n_test", "5", "--ridge", "1", "--save", str(tmp_path / "saved.npz"))
+    for number, (spoil, words) in enumerate([
+        (lambda m, x: flip(m), "m.npz is not a model that --save has written, or damaged"),
+        (lambda m, x: m.write_bytes(m.read_bytes()[:900]), "m.npz is not a model"),
+        (lambda m, x: np.savez(m, alpha=np.ones(3)), "m.npz is not a model .*format"),
+        (lambda m, x: model.save(m, "proteins", {}, alpha=np.ones(3)), "m.npz is a model of proteins, and this program"),
+        (lambda m, x: np.save(x, np.zeros((2, 8, 8, 1))), r"holds float64 \(2, 8, 8, 1\); .* uint8 \(m, 8, 8, 1\)"),
+        (lambda m, x: np.save(x, np.zeros((2, 9, 8, 1), np.uint8)), r"holds uint8 \(2, 9, 8, 1\)"),
+        (lambda m, x: x.unlink(), "x.npy is not there; --predict takes images"),
+        (lambda m, x: np.save(x, np.array([{}])), "x.npy is not a complete .npy array without pickle"),
+        (lambda m, x: np.savez(open(x, "wb"), a=np.ones(2)), "it holds the arrays a"),
+        (lambda m, x: (x.unlink(), x.mkdir()), "x.npy has no .png, .jpg, .jpeg files in it"),
+    ]):
+        (tmp_path / str(number)).mkdir()
+        path, x = tmp_path / str(number) / "m.npz", tmp_path / str(number) / "x.npy"
+        shutil.copy(tmp_path / "saved.npz", path)
+        np.save(x, np.zeros((2, 8, 8, 1), np.uint8))
+        spoil(path, x)
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            train(tmp_path, "--load", str(path), "--predict", str(x))
 
 
 def test_model_probabilities_of_two_classes():
