@@ -786,7 +786,7 @@ def test_processes_one_answer(tmp_path, pictures, count, devices, launcher, wher
     assert [code for _, code in done] == [0] * count, done
     assert [out.count("test accuracy") for (out, _), _ in done] == [1] + [0] * (count - 1)
     together, = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
-    alone = train(tmp_path, *SMALL, *same)
+    alone = train(tmp_path, *SMALL, *same, *(["--store", "none"] if where == "none" else []))
     assert together["processes"] == count and together["devices"] == devices
     assert together["test_accuracy"] == alone["test_accuracy"] and together["ridge"] == alone["ridge"]
     assert abs(together["test_mse"] / alone["test_mse"] - 1) < 1e-7
