@@ -772,11 +772,11 @@ def team(count, *flags, launcher="flags", last=(), **proxies):
     return running
 
 
-@pytest.mark.parametrize("devices, launcher, where", [(2, "srun", "K"), (1, "mpirun", "none")])  # three go on in the next test, four sum in test_on_the_fly_is_kept
+@pytest.mark.parametrize("devices, launcher, where", [(2, "srun", "K"), (1, "mpirun", "none")])
 def test_processes_one_answer(tmp_path, pictures, devices, launcher, where):
     """Two processes, started without flags with the variables of Slurm or Open MPI, with tiles on disk or on the fly, give
     the result of one process to 1e-7 and record one line; each process has written its share of the tiles, and a log of its
-    phases. One process that goes on with this store computes none."""
+    phases. One process that goes on with this store computes none. (More: the next test, and four on the fly above.)"""
     same = ["--dataset", pictures, "--tol", "1e-9", "--tile", "32" if where == "K" else "64"]
     flags = [*same, "--store", tmp_path / "K" if where == "K" else where, "--out", tmp_path, "--devices", devices]
     done = [(process.communicate(timeout=300), process.returncode)
