@@ -338,7 +338,7 @@ def test_proteins_encoding_is_fitted_on_training_rows(encoding):
         with pytest.raises(ValueError, match=f"sequence 2 of 2, {words}"):
             fitted(["MAGIW", bad])
     if encoding != "centred":
-        fn = kernel.kernel_fn("seq_cnn", "ntk", depth=2)
+        fn = kernel.compiled(kernel.kernel_fn, tuple(kernel.network("seq_cnn", depth=2)), "ntk")
         K = [np.asarray(fn(seqs.fit(PEPTIDES, encoding, longest)(PEPTIDES).astype(float))) for longest in (0, 30)]
         assert relative_error(*K) < 1e-10
         with pytest.raises(ValueError, match=r"sequence 1 of 1, 'A{30}'\.\.\., has 40 residues; expected 1 to 21"):
@@ -565,7 +565,7 @@ def test_proteins_leave_one_out_has_an_intercept(tmp_path):
 def test_proteins_networks_are_compared(tmp_path):
     """With several values for flags of the network, the result is that of a run with the chosen values alone, which are
     recorded; every combination has its row in the table."""
-    flags = ["--n_train", "60", "--encoding", "onehot", "--transform", "raw", "--kernel", "seq_fc"]
+    flags = ["--n_train", "60", "--encoding", "onehot", "--transform", "raw", "--kernel", "seq_fc", "--depth", "1"]
     several = protein(tmp_path, *flags, "--w_std", "1,2", "--b_std", "0.5", "--head", "linear,exp", "--gamma", "1,2")
     assert [row[0] for row in several["compared"]] == [{"w_std": w_std, "head": head, "gamma": gamma} for w_std in (
         1.0, 2.0) for head, gamma in (("linear", None), ("exp", 1.0), ("exp", 2.0))]
@@ -577,14 +577,14 @@ def test_proteins_networks_are_compared(tmp_path):
     assert alone["test_spearman"] == several["test_spearman"] and alone["loo_score"] == best[2]
 
 
-@pytest.mark.parametrize("select, changes", [
-    ("loo", (np.negative, np.random.default_rng(0).permutation)), ("validation", (np.random.default_rng(0).permutation,))],
-    ids=["loo", "validation"])
-def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select, changes):
+@pytest.mark.parametrize("select, network, changes", [
+    ("loo", ["--depth", "1,2"], (np.negative, np.random.default_rng(0).permutation)),
+    ("validation", ["--depth", "1", "--w_std", "1,2"], (np.random.default_rng(0).permutation,))], ids=["loo", "validation"])
+def test_proteins_never_looks_at_test_rows(tmp_path, monkeypatch, select, network, changes):
     """Negating or permuting the targets of the test rows changes only the test results: encoding, target, depth, w_std and
     ridge stay the same."""
-    flags = ["--n_train", "60", "--n_test", "100", "--kernel", "seq_fc", "--depth", "1,2", "--w_std", "1,2", "--b_std", "1",
-             "--select", select, "--ridge", "1,0.1,0.01"]
+    flags = ["--n_train", "60", "--n_test", "100", "--kernel", "seq_fc", *network, "--b_std", "1", "--select", select,
+             "--ridge", "1,0.1,0.01"]
     first, load = protein(tmp_path, *flags), seqs.load
     for change in changes:
         def other(*args):
@@ -715,7 +715,8 @@ def test_proteins_stores_know_their_network(tmp_path, monkeypatch):
 def test_proteins_sizes_store_and_kinds(tmp_path):
     """With --sizes, --kind both and --store, every result equals that of a run alone, in memory, from the store or with
     --store none; and the sizes form a curve that results/report.py fits and draws."""
-    flags = ["--encoding", "onehot", "--transform", "raw", "--kernel", "seq_fc", "--tile", "32", "--n_test", "120"]
+    flags = ["--encoding", "onehot", "--transform", "raw", "--kernel", "seq_fc", "--depth", "1", "--tile", "25", "--n_test",
+             "100"]
     sizes = protein(tmp_path, *flags, "--sizes", "25,50,100", "--kind", "both", "--store", str(tmp_path / "K"))
     for kind, n, kept in (("nngp", 100, []), ("ntk", 100, ["--store", str(tmp_path / "K")]),
                           ("ntk", 50, ["--store", "none"])):
