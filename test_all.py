@@ -1001,8 +1001,11 @@ def test_augment_errors():
 
 @quick
 def test_data_digits():
-    """1,437 + 360 real images, uint8; the same test images for every seed."""
+    """1,437 + 360 real images, uint8, those of scikit-learn's own loader; the same test images for every seed."""
+    from sklearn.datasets import load_digits
     x, y, x_test, y_test = data.load("digits")
+    ours = np.column_stack([np.concatenate([x, x_test]).reshape(-1, 64), np.concatenate([y, y_test])])
+    assert np.array_equal(np.unique(ours, axis=0), np.unique(np.column_stack(load_digits(return_X_y=True)), axis=0))
     assert x.shape == (1437, 8, 8, 1) and x_test.shape == (360, 8, 8, 1) and x.dtype == np.uint8
     assert y.dtype == np.int64 and set(y) == set(range(10)) and x.max() == 16
     assert (data.load("digits", seed=5)[2] == x_test).all() and (data.load("digits", seed=5)[0] != x).any()
