@@ -42,6 +42,7 @@ def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=AL
     return Lazy(empty(len(x1), len(x2), tile, symmetric, team), kernel_fn, x1, x2, devices, quiet, native or None)
 
 
+ROOM = 2**28  # bytes of rows that a thread keeps as fc.cpp reads them
 HALF = 1.25e9  # entries/s at which half of a matrix takes as long as K v with ten columns in float64 on two cores
 
 
@@ -146,20 +147,23 @@ class Lazy:
         free, mine, lock = [*(self.devices or jax.local_devices())], threading.local(), threading.Lock()
 
         def placed(side, x, number):
-            """Block `number` of x on this thread's device, which keeps the last one."""
-            if mine.blocks.get(side, (None,))[0] != number:
+            """Block `number` of x on this thread's device, which keeps the last one; or for fc.cpp, with rows up to ROOM."""
+            kept = mine.blocks[side]
+            if number not in kept:
                 rows = np.arange(number * self.form.sides[side], (number + 1) * self.form.sides[side])
                 with lock:
                     block = tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
                 if self.native:
                     block = np.asarray(block).reshape(len(block), -1)[:np.sum(rows < self.shape[side])]
                     block = (self.native.columns if side else self.native.rows)(block)
-                mine.blocks[side] = number, block
-            return mine.blocks[side][1]
+                if side or not self.native or len(kept) * block.x.nbytes > ROOM:
+                    kept.clear()
+                kept[number] = block
+            return kept[number]
 
         def product(key):
             if not hasattr(mine, "device"):
-                mine.device, mine.blocks = free.pop(), {}
+                mine.device, mine.blocks = free.pop(), ({}, {})
             rows, cols = self.form.slices(key)
             one, two, both = placed(0, self.x1, key[0]), placed(1, self.x2, key[1]), self.form.symmetric and key[0] != key[1]
             if self.native:
