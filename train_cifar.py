@@ -297,7 +297,7 @@ def computed(args, n, K, K_test, team, seconds):
     product computes them, 0 where they were found, or counted with the largest n."""
     compiler = fused.compiler(layers(args)) if args.engine == "fused" else "XLA"
     if args.store == "none":
-        return {"entries_computed": None, "entries_per_second": None, "compiler": compiler}
+        return {"entries_computed": None, "entries_per_second": None, "compiler": "C++" if K.native else compiler}
     found = int(team.all_reduce(np.array([K.found + K_test.found]))[0])
     count = K.entries + K_test.entries - found if n == args.n_train else 0
     return {"entries_computed": count, "entries_per_second": count / seconds, "compiler": compiler}
@@ -307,7 +307,7 @@ def describe(result):
     """The result as a block of a few aligned lines."""
     config, seconds = result["config"], result["seconds"]
     copies, percent = result["rows"] // config["n_train"], "{:.2f} %".format
-    rate = {0: "none computed", None: "computed in every product"}.get(
+    rate = {0: "none computed", None: f"computed in every product, compiled by {result['compiler']}"}.get(
         result["entries_computed"], f"{result['entries_per_second'] or 0:.3g} entries/s, compiled by {result['compiler']}")
     lines = {
         "fitted": f"{config['dataset']} {config['kernel']} {config['kind']} n_train={config['n_train']}"

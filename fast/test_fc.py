@@ -71,6 +71,7 @@ def test_fc_of_a_run(tmp_path, monkeypatch):
     assert not calls
     nowhere = train(tmp_path, *flags, "--store", "none")
     assert calls and abs(nowhere["test_mse"] / kept["test_mse"] - 1) < 1e-5
+    assert (kept["compiler"], nowhere["compiler"]) == ("XLA", "C++")
     x = inputs(20).copy()
     x[7] = np.nan
     bad = on_the_fly.matrix(kernel.kernel_fn("fc", "nngp"), x, quiet=True, network=(kernel.network("fc"), "nngp"))
