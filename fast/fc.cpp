@@ -4,8 +4,8 @@
 //   dense and relu, layer by layer           in place, formulas as in kernel.py
 //   y_i += K_ij v'_j,   y'_j += K_ij v_i     in float64
 //
-// Cost of an element on AVX-512: 4 d / 64 instructions of a vector unit and d / 16 loads for S, about 20 / 16 a layer for K and
-// 33 / 16 for T with a square root, and 2 c / 8 for the products with c columns.
+// Cost of an element on AVX-512, in vector instructions: d / 16 for S, about 20 / 16 for each layer of K and 33 / 16 of K and T,
+// c / 4 for both products with c columns.
 // cpu.py builds this file; fc.py calls it for large/on_the_fly.py.                       Proved by: fast/test_fc.py
 
 #include <algorithm>
@@ -74,6 +74,7 @@ static inline void dense_relu(vec* K, vec* T, int vectors, float w2, float b2, f
   }
 }
 
+// the sum of the lanes
 static inline double total(wide x) {
   typedef double part __attribute__((vector_size(2 * LANES)));
   part parts[2];
@@ -84,9 +85,10 @@ static inline double total(wide x) {
   return sum;
 }
 
-// y1 += K v2 and, where v1 is given, y2 += K^T v1 of `rows` rows and C columns of v.  v1, y1: (rows, columns); v2, y2: (C, COLS)
+// y1 += K v2 and, where v1 is given, y2 += K^T v1, for C columns of v.   v1, y1: (rows, columns).   v2, y2: (C, COLS).
 template <int C>
-static void multiply(const wide* K, int rows, int cols, const double* v1, double* y1, const double* v2, double* y2, long columns) {
+static void multiply(const wide* K, int rows, int cols, const double* v1, double* y1, const double* v2, double* y2,
+                     long columns) {
   constexpr int HALF = LANES / 2, ROW = COLS / HALF;
   for (int r = 0; r < rows; r += 2) {  // the row after the last is not used
     wide sum[2][C] = {};
@@ -122,8 +124,8 @@ static void multiply(const wide* K, int rows, int cols, const double* v1, double
 }
 
 template <int... C>
-static void multiply_by(int count, std::integer_sequence<int, C...>, const wide* K, int rows, int cols, const double* v1, double* y1,
-                        const double* v2, double* y2, long columns) {
+static void multiply_by(int count, std::integer_sequence<int, C...>, const wide* K, int rows, int cols, const double* v1,
+                        double* y1, const double* v2, double* y2, long columns) {
   ((count == C + 1 ? multiply<C + 1>(K, rows, cols, v1, y1, v2, y2, columns) : void()), ...);
 }
 
@@ -156,8 +158,8 @@ static void run(long d, long layers, const float* w2, const float* b2, long colu
         for (int k = 0; k < cols; ++k) exact[r * COLS + k] = (states == 2 ? T : K)[r * COLS + k];
       for (long c = 0; c < columns; c += COLUMNS)
         multiply_by(std::min<long>(COLUMNS, columns - c), std::make_integer_sequence<int, COLUMNS>(), (const wide*)exact,
-                    rows, cols, one.v ? one.v + i * columns + c : nullptr, one.y + i * columns + c, &v2[c * COLS], &y2[c * COLS],
-                    columns);
+                    rows, cols, one.v ? one.v + i * columns + c : nullptr, one.y + i * columns + c, &v2[c * COLS],
+                    &y2[c * COLS], columns);
     }
     for (long c = 0; one.v && c < columns; ++c)
       for (int k = 0; k < cols; ++k) two.y[c * two.n + j + k] += y2[c * COLS + k];
@@ -165,13 +167,14 @@ static void run(long d, long layers, const float* w2, const float* b2, long colu
 }
 
 extern "C" int panel_columns() { return PANEL; }
+extern "C" int rows_at_once() { return ROWS; }
 
 // y1 (n1, c) += K v2, and unless v1 is null y2 (c, n2) += (K^T v1)^T.   w2, b2: of the layers and of the last dense layer.
 // x1: (n1, d), and ROWS more rows that are not used.   x2, std2, inverse2, v2, y2: n2 is a multiple of PANEL; v2 is 0 where
 // there is no input.
-extern "C" void product(int states, long d, long layers, const float* w2, const float* b2, long columns, long n1, const float* x1,
-                        const float* std1, const float* inverse1, const double* v1, double* y1, long n2, const float* x2,
-                        const float* std2, const float* inverse2, const double* v2, double* y2) {
+extern "C" void product(int states, long d, long layers, const float* w2, const float* b2, long columns, long n1,
+                        const float* x1, const float* std1, const float* inverse1, const double* v1, double* y1, long n2,
+                        const float* x2, const float* std2, const float* inverse2, const double* v2, double* y2) {
   const Block one{n1, x1, std1, inverse1, v1, y1}, two{n2, x2, std2, inverse2, v2, y2};
   (states == 2 ? run<2> : run<1>)(d, layers, w2, b2, columns, one, two);
 }

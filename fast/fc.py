@@ -17,8 +17,6 @@ import numpy as np
 import kernel
 from fast import cpu
 
-MORE = 12  # rows that fc.cpp may read beyond the last
-
 
 class Block(NamedTuple):
     """Inputs as fc.cpp reads them: x, and sqrt(k(x, x) / 2) and 1 / sqrt(k(x, x)) before each relu, (layers, n)."""
@@ -62,7 +60,7 @@ class Network(NamedTuple):
 
     def rows(self, x):
         """The Block of inputs x (n, d) for the rows of K."""
-        return self._block(x, 0, lambda x: np.ascontiguousarray(np.pad(x, ((0, MORE), (0, 0)))))
+        return self._block(x, 0, lambda x: np.ascontiguousarray(np.pad(x, ((0, library().rows_at_once()), (0, 0)))))
 
     def columns(self, x):
         """The Block of inputs x (n, d) for the columns of K: padded with zeros, in panels of a few columns."""

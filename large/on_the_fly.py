@@ -42,7 +42,7 @@ def matrix(kernel_fn, x1, x2=None, tile=TILE, devices=None, quiet=False, team=AL
     return Lazy(empty(len(x1), len(x2), tile, symmetric, team), kernel_fn, x1, x2, devices, quiet, native or None)
 
 
-ROOM = 2**28  # bytes of rows that a thread keeps as fc.cpp reads them
+ROOM = 2**28  # bytes of inputs that are kept as fc.cpp reads them
 HALF = 1.25e9  # entries/s at which half of a matrix takes as long as K v with ten columns in float64 on two cores
 
 
@@ -144,31 +144,37 @@ class Lazy:
         """K v of these tiles. On a CPU each device has a thread, which computes a tile and then multiplies it: faster
         than pmap and XLA's product in float64, for which a whole tile in float64 has to go through memory."""
         y, vT, fn = np.zeros((self.shape[0], v.shape[1])), np.ascontiguousarray(v.T), _jitted(self.kernel_fn)
-        free, mine, lock = [*(self.devices or jax.local_devices())], threading.local(), threading.Lock()
+        free, mine, lock, ready = [*(self.devices or jax.local_devices())], threading.local(), threading.Lock(), {}
 
         def placed(side, x, number):
-            """Block `number` of x on this thread's device, which keeps the last one; or for fc.cpp, with rows up to ROOM."""
-            kept = mine.blocks[side]
-            if number not in kept:
+            """Block `number` of x on this thread's device, which keeps the last one."""
+            if mine.blocks.get(side, (None,))[0] != number:
                 rows = np.arange(number * self.form.sides[side], (number + 1) * self.form.sides[side])
                 with lock:
-                    block = tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
-                if self.native:
-                    block = np.asarray(block).reshape(len(block), -1)[:np.sum(rows < self.shape[side])]
-                    block = (self.native.columns if side else self.native.rows)(block)
-                if side or not self.native or len(kept) * block.x.nbytes > ROOM:
-                    kept.clear()
-                kept[number] = block
-            return kept[number]
+                    mine.blocks[side] = number, tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
+            return mine.blocks[side][1]
+
+        def arranged(side, x, number):
+            """Block `number` of x as fc.cpp reads it; all threads share these."""
+            with lock:
+                if (side, number) not in ready:
+                    start, stop = number * self.form.sides[side], min((number + 1) * self.form.sides[side], self.shape[side])
+                    block = np.asarray(tiles.block(x, np.arange(start, stop), mine.device)).reshape(stop - start, -1)
+                    if len(ready) * block.nbytes > ROOM:
+                        ready.clear()
+                    ready[side, number] = (self.native.columns if side else self.native.rows)(block)
+                return ready[side, number]
 
         def product(key):
             if not hasattr(mine, "device"):
-                mine.device, mine.blocks = free.pop(), ({}, {})
+                mine.device, mine.blocks = free.pop(), {}
             rows, cols = self.form.slices(key)
-            one, two, both = placed(0, self.x1, key[0]), placed(1, self.x2, key[1]), self.form.symmetric and key[0] != key[1]
+            both = self.form.symmetric and key[0] != key[1]
             if self.native:
+                one, two = arranged(0, self.x1, key[0]), arranged(1, self.x2, key[1])
                 return rows, cols, *self.native.product(one, two, vT[:, cols], v[rows] if both else None)
-            tile = np.asarray(fn(one, two))[:rows.stop - rows.start, :cols.stop - cols.start]
+            tile = np.asarray(fn(placed(0, self.x1, key[0]), placed(1, self.x2, key[1])))
+            tile = tile[:rows.stop - rows.start, :cols.stop - cols.start]
             if self.form.symmetric and not both:
                 tile = np.triu(tile) + np.triu(tile, 1).T  # as it is kept in tiles.py
             return rows, cols, *tiles.multiplied(tile, vT[:, cols], vT[:, rows] if both else None)
