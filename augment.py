@@ -120,22 +120,24 @@ class Images:
         return x
 
     def on(self, device):
-        """The images, whitened, as an array on a device: float32 (len, h, w, channels), or (len, 1, 1, components).
+        """The images, whitened: float32 (len, h, w, channels), or (len, 1, 1, components). A JAX array on the device, or for a
+        CPU a NumPy array, which needs no compiler.
 
         The blocks made last are kept, up to KEPT bytes: whitening costs 2 d^2 operations an image.
         """
-        key = self.rows.tobytes()
+        key, host = self.rows.tobytes(), jax.default_backend() == "cpu"
         if key not in self.made:
-            x = jax.device_put(self.pixels(), device)
-            if self.whiten is not None:
+            x, whiten = self.pixels(), self.whiten
+            if not host:
+                x = jax.device_put(x, device)
                 if device not in self.placed:
-                    self.placed[device] = jax.device_put(self.whiten, device)
-                x = self.placed[device](x)
-            self.made[key] = x
+                    self.placed[device] = jax.device_put(whiten, device)
+                whiten = self.placed[device]
+            self.made[key] = x if whiten is None else whiten(x)
             while len(self.made) > 1 and sum(map(len, self.made.values())) > self.kept:
                 self.made.popitem(last=False)
         self.made.move_to_end(key)
-        return jax.device_put(self.made[key], device)
+        return self.made[key] if host else jax.device_put(self.made[key], device)
 
 
 def expand(n, flips=False, crops=1, seed=0, pad=4):

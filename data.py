@@ -25,10 +25,10 @@ import tarfile
 import urllib.request
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import blas
 from tqdm import tqdm
@@ -258,8 +258,8 @@ def one_hot(y, classes=CLASSES):
 class Whitening(NamedTuple):
     """x -> W (x - mean) / sd, image by image; if `unit`, each image first loses its own mean and is divided by its norm.
 
-    Call it on images (n, h, w, channels), uint8 or float: a JAX array, float32, of the same shape, or (n, 1, 1, k) where W
-    leaves k components.
+    Call it on images (n, h, w, channels), uint8 or float: float32, of the same shape, or (n, 1, 1, k) where W leaves k
+    components. A NumPy array is whitened by NumPy, a JAX array on its device.
     It is a pytree: jax.device_put(whitening, device) gives the same function for images on that device.
     """
     mean: np.ndarray  # (channels,) or (h, w, channels), as sd
@@ -269,20 +269,26 @@ class Whitening(NamedTuple):
     colour: np.ndarray  # (channels,) of the images' dtype, the mean colour of what it was fitted on, for the padding of crops
 
     def __call__(self, x):
-        return _whitened(self, x)
+        return (_whitened if isinstance(x, np.ndarray) else _on_device)(self, x, bool(self.unit))
 
 
-@jax.jit
-def _whitened(whitening, x):
-    mean, sd, W, unit, _ = whitening
-    x = x.astype(jnp.float32)
-    own = x - x.mean(axis=(1, 2, 3), keepdims=True)
-    norm = jnp.sqrt((own * own).sum(axis=(1, 2, 3), keepdims=True))
-    x = jnp.where(unit, own / jnp.where(norm > 0, norm, jnp.ones_like(norm)), x)  # an image of one colour becomes 0
+def _whitened(whitening, x, unit):
+    mean, sd, W, _, _ = whitening
+    x = x.astype(np.float32)
+    if unit:
+        x = x - x.mean(axis=(1, 2, 3), keepdims=True)
+        norm = (x * x).sum(axis=(1, 2, 3), keepdims=True) ** 0.5
+        x = x / (norm + (norm == 0).astype(np.float32))  # an image of one colour becomes 0
     mean, sd = (y.reshape((1,) * (4 - y.ndim) + y.shape) for y in (mean, sd))
     x = (x - mean) / sd
     shape = x.shape if W.shape[0] == W.shape[1] else (len(x), 1, 1, W.shape[1])
-    return jnp.matmul(x.reshape(len(x), -1), W, precision="highest").reshape(shape) if W.size else x
+    return (x.reshape(len(x), -1) @ W).reshape(shape) if W.size else x
+
+
+@partial(jax.jit, static_argnums=2)
+def _on_device(whitening, x, unit):
+    with jax.default_matmul_precision("highest"):
+        return _whitened(whitening, x, unit)
 
 
 def whitening(protocol, x, flips=False, quiet=True, components=None):

@@ -68,7 +68,7 @@ def gram(kernel_fn, x, tile=TILE, devices=None, quiet=False, store=None, team=AL
     kernel_fn: (b, ...), (b, ...) -> (b, b), traceable by JAX; the dtype it returns is stored. Where it returns a tuple of
     these, as with NNGP and NTK in one pass, so does this function.
     x: n inputs, an array or an object with len(x) and x[row numbers]. These rows are an array, or have on(device), which
-    makes it there (augment.Images).
+    makes one for that device (augment.Images).
     tile: side b of a tile.   devices: JAX devices to use, by default every local one.
     store: a mapping for the tiles, or a tuple of them; None is a dict in memory. Tiles that it has are not computed.
     team: the processes that share the work.
@@ -194,7 +194,8 @@ def computed(fn, inputs, sides, keys, devices=None):
             index = run[min(step, len(run) - 1)][side] if len(run) else 0
             if placed.get((which, device), (None,))[0] != index:
                 rows = np.arange(index * sides[side], (index + 1) * sides[side])
-                placed[which, device] = index, block(x, np.where(rows < len(x), rows, 0), device)[None]
+                part = block(x, np.where(rows < len(x), rows, 0), device)[None]
+                placed[which, device] = index, jax.device_put(part, device)
         shards = [placed[which, device][1] for device in devices]
         return jax.make_array_from_single_device_arrays((len(devices), *shards[0].shape[1:]), sharding, shards)
 
@@ -223,9 +224,9 @@ def _pmap(fn, devices):
 
 
 def block(x, rows, device):
-    """x[rows] as an array on a device."""
+    """x[rows] as an array for a device: a NumPy array, or a JAX array that is there."""
     part = x[rows]
-    return part.on(device) if hasattr(part, "on") else jax.device_put(np.asarray(part), device)
+    return part.on(device) if hasattr(part, "on") else np.asarray(part)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ class Lazy:
             if mine.blocks.get(side, (None,))[0] != number:
                 rows = np.arange(number * self.form.sides[side], (number + 1) * self.form.sides[side])
                 with lock:
-                    mine.blocks[side] = number, tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
+                    block = tiles.block(x, np.where(rows < self.shape[side], rows, 0), mine.device)
+                mine.blocks[side] = number, jax.device_put(block, mine.device)
             return mine.blocks[side][1]
 
         def arranged(side, x, number):
