@@ -16,8 +16,7 @@ dimension Tr K A^-1 = sum over k of S_k / (S_k + lambda), the number of directio
 
   n  rows of K   c  outputs   N  images (rows that are not copies)   ridge is relative: one number for every kernel
 
-Of a large K (regression.LARGE rows) not every ridge is tried: leave-one-out on the first rows says where to begin, and `walk`
-goes on until the best ridge has been compared with both its neighbours.
+With the room large/, all ridges are solved in one pass over K, and of a large K only a few are tried (large/one_pass.py).
 
 Errors are compared by their mean square. Accuracy would be noise on a few hundred images: on subsets of CIFAR-10 it
 chose ridges from 0.01 to 1 where the squared error chose 0.3 or 1.
@@ -37,7 +36,6 @@ import pcg
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 SEARCH = 1e-3  # residual to which ridges are compared
 DENSE = 4096  # rows, at most, for eigenvectors: 10 s and 0.4 GB on two cores
-PASS = 3 * 2**26  # bytes, at most, of the vectors of the solves that run at once
 PROBES = 8  # random signs for the trace of A^-1
 CRITERIA = ("loo", "gcv", "validation")
 
@@ -138,7 +136,8 @@ def generalised(solver, y, ridges, seed=0):
         trace = np.einsum("np,np->p", probes, z).mean()
         return Row(ridge, None, float(n * np.sum(alpha**2) / c / trace**2),
                    n - ridge * solver.scale * trace)
-    return [row(*one) for run in _solved(solver, np.concatenate([y, probes], axis=1), ridges) for one in run]
+    return [row(*one) for some in solver.solutions(np.concatenate([y, probes], axis=1), ridges, SEARCH)
+            for one in some]
 
 
 def validation(solver, y, ridges, n_fit, held_out, score=None):
@@ -149,68 +148,16 @@ def validation(solver, y, ridges, n_fit, held_out, score=None):
     score: (predictions (m, c), their rows) -> number; rows are None for rows that are not of K.
     """
     table = []
-    for run in _solved(solver.leading(n_fit), y[:n_fit], ridges):
-        alpha = np.concatenate([alpha for _, alpha in run], axis=1)
+    for some in solver.leading(n_fit).solutions(y[:n_fit], ridges, SEARCH):
+        alpha = np.concatenate([alpha for _, alpha in some], axis=1)
         if isinstance(held_out, tuple):
             rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
         else:  # the rows held out are K times alpha padded with zeros
             alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, alpha.shape[1]))])
             rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
         table += [Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
-                  for (ridge, _), f in zip(run, np.split(f, len(run), axis=1))]
+                  for (ridge, _), f in zip(some, np.split(f, len(some), axis=1))]
     return table
-
-
-def walk(compare, some, ridges, by="mse"):
-    """[Row, ...] of `some` of the ridges, and of more until the best has been compared with both its neighbours.
-
-    compare: ridges -> [Row, ...].   Indefinite: even the largest ridge is within the rounding of K.
-    """
-    table, seen = [], []
-    while some:
-        try:
-            table += compare(some)
-        except pcg.Indefinite:
-            if not table and max(some) == max(ridges):
-                raise
-        seen += some
-        best_yet = best(table, by).ridge if table else max(seen)
-        some = [ridge for ridge in around(best_yet, ridges) if ridge not in seen]
-        table.sort(key=lambda row: -row.ridge)
-    return table
-
-
-def around(ridge, ridges):
-    """The ridge and its neighbours, from the largest down."""
-    ridges = sorted(set(ridges), reverse=True)
-    i = ridges.index(ridge)
-    return ridges[max(0, i - 1):i + 2]
-
-
-def at_once(y):
-    """How many solves with right-hand sides y may run at once: each takes ten arrays like y."""
-    return max(1, PASS // (10 * 8 * y.size))
-
-
-def _solved(solver, y, ridges):
-    """Yields [(ridge, alpha), ...] from the largest ridge, the easiest, down, to residual SEARCH: all ridges at once, or as
-    many as memory allows. It does not stop at the first rise of the error: with pooling it rises before it falls. It ends
-    where A is not positive definite."""
-    ridges, most = sorted(ridges, reverse=True), at_once(y)
-    for start in range(0, len(ridges), most):
-        some, run = ridges[start:start + most], []
-        for ridge, one in zip(some, solver.each(y, some, SEARCH)):
-            if isinstance(one, pcg.Indefinite):
-                if not run and not start:
-                    raise one
-                if solver.verbose:
-                    print(f"ridge {ridge:.2g}: {one}")
-                break
-            run.append((ridge, one[0]))
-        if run:
-            yield run
-        if len(run) < len(some):
-            return
 
 
 def describe(row):

@@ -47,7 +47,7 @@ contrast, and with it what F leaves of each row. NTKs then need a third fewer st
 
     X, info = pcg.solve(K.matvec, Y, ridge, pcg.low_rank(K)(ridge))
 
-Several solves run side by side (`together`): one product with K, and one look at F, serves the columns of all.
+`steps` asks for its products with K and M^-1, so that several solves can share them (large/one_pass.py).
 
 Cost: a step is one product with K and one with M^-1, 4 n k c operations. low_rank: n k entries of K, 2 n k^2 + k^3
 operations and n k^2 more for each ridge, 4 n k bytes over all processes (F is float32: any F makes a valid M).
@@ -125,89 +125,24 @@ class Indefinite(ArithmeticError):
 
 
 def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True,
-          checkpoint=None):
+          checkpoint=None, drop=False):
     """X with |Y - (K + ridge I) X| <= tol |Y| in every column.
 
     matvec: (n, c) -> (n, c), the product with K, symmetric positive semidefinite.
     y: (n, c) or (n,).   ridge: >= 0, absolute.   precondition: (n, c) -> (n, c), M^-1; None is I.
-    x0: where to start, shaped as y.   checkpoint: has load() -> {name: array} or None and
+    x0: where to start, shaped as y.   drop: as in `steps`.   checkpoint: has load() -> {name: array} or None and
     save({name: array}, finished), as store.Checkpoint; a solve goes on from what it has.
     Returns X, float64, shaped as y, and Info.
     Warns where tol is not reached. Raises ValueError: shapes, NaN in y or K, ridge < 0.
     Indefinite: a direction with <d, A d> <= 0, or so little above that rounding may have put it there.
     """
-    run = Run(steps(y, ridge, precondition, tol, max_iters, x0, quiet, checkpoint, drop=False))
-    (found,) = together(matvec, [run])
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-class Run:
-    """A solve that `steps` has begun.  asked: what it waits for, (None, v) or (precondition, r), or None at its end.  found:
-    what it returned, or the Indefinite that it raised."""
-
-    def __init__(self, solve):
-        self.solve, self.found = solve, None
-        self.go_on(None)
-
-    def go_on(self, answer):
-        self.asked = None
-        try:
-            self.asked = self.solve.send(answer)
-        except StopIteration as end:
-            self.found = end.value
-        except Indefinite as error:
-            self.found = error
-
-
-def together(matvec, runs, beside=(), quiet=True):
-    """What each of these Runs finds. They run side by side: one product serves all columns of all of them, and of those
-    `beside`, which go on only as long as the others do."""
-    runs, count = list(runs), 0
-    bar = tqdm(total=len(runs), unit="ridge", desc="ridges", disable=quiet or None, leave=False)
-    while any(run.asked for run in runs):
-        waiting = [run for run in (*runs, *beside) if run.asked]
-        if any(run.asked[0] for run in waiting):  # M^-1 first, so that then all wait for K
-            waiting = [run for run in waiting if run.asked[0]]
-            answers = _preconditioned(*zip(*(run.asked for run in waiting)))
-        else:
-            vs = [run.asked[1] for run in waiting]
-            ends, count = np.cumsum([v.shape[1] for v in vs]), count + 1
-            bar.set_postfix_str(f"product {count} with K, {ends[-1]} columns")
-            answers = np.split(matvec(vs[0] if len(vs) == 1 else np.concatenate(vs, axis=1)), ends[:-1], axis=1)
-        for run, answer in zip(waiting, answers):
-            run.go_on(answer)
-        bar.update(sum(not run.asked for run in runs) - bar.n)
-    bar.close()
-    return [run.found for run in runs]
-
-
-def _preconditioned(inverses, rs):
-    """[M^-1 r, ...], together where several come from one LowRank."""
-    answers = [None] * len(rs)
-    for low in {id(inverse): inverse for inverse in (getattr(one, "low", one) for one in inverses)}.values():
-        which = [i for i, one in enumerate(inverses) if getattr(one, "low", one) is low]
-        found = (low.apply([inverses[i] for i in which], [rs[i] for i in which]) if hasattr(low, "apply")
-                 else [low(rs[i]) for i in which])
-        for i, answer in zip(which, found):
-            answers[i] = answer
-    return answers
-
-
-def padded(solve, n):
-    """The solve of a leading block as one of the whole (n, n) matrix: its v get zeros below, and of K v it takes the first
-    rows."""
-    answer = None
+    solve, answer = steps(y, ridge, precondition, tol, max_iters, x0, quiet, checkpoint, drop), None
     while True:
         try:
-            precondition, v = solve.send(answer)
+            inverse, v = solve.send(answer)
         except StopIteration as end:
             return end.value
-        if precondition:
-            answer = yield precondition, v
-        else:
-            answer = (yield None, np.concatenate([v, np.zeros((n - len(v), v.shape[1]))]))[:len(v)]
+        answer = inverse(v) if inverse else matvec(v)
 
 
 def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True, checkpoint=None, drop=True):
@@ -309,18 +244,6 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
     if not info.converged:
         _warn(info, tol, active.any())
     return x.reshape(shape), info
-
-
-def projected(X, KX, y, ridge):
-    """The x in the span of solutions for other ridges with the smallest error (x - A^-1 y)^T A (x - A^-1 y), column by column:
-    where a solve may start.   X: solutions (n, c).   KX: K times each.   y: (n, c)."""
-    x = np.empty(y.shape)
-    for j in range(y.shape[1]):
-        V, KV = (np.stack([one[:, j] for one in many]) for many in (X, KX))
-        S, U = np.linalg.eigh(V @ V.T)
-        U = (U / np.sqrt(np.maximum(S, 1e-300)))[:, S > 1e-12 * S[-1]]  # V^T U is an orthonormal basis
-        x[:, j] = V.T @ (U @ np.linalg.solve(U.T @ (V @ KV.T) @ U + ridge * np.eye(U.shape[1]), U.T @ (V @ y[:, j])))
-    return x
 
 
 def _dot(a, b):

@@ -4,6 +4,7 @@
   on_the_fly.py   a kernel matrix that every product computes again (--store none)
   on_device.py    a kernel matrix in the memory of GPUs, multiplied there
   processes.py    several processes: how they meet, and their one collective operation, the sum
+  one_pass.py     solves for all ridges at once, and of a large K tries few
   rank.py         chooses the rank of the preconditioner that saves most time
   cifar5m.py      CIFAR-5m's six files, read block by block
   blocks.py       the published Myrtle-10 kernel of CIFAR-10's 60,000 images: K from files that others computed
@@ -11,5 +12,5 @@
   rates.py        what one machine takes for each piece of a run's work
   simulate.py     8 to 1,024 hosts, tile by tile, from these rates: where more hosts stop helping
 
-Without this folder everything runs in memory, in one process, and the rank is a simple guess.
+Without this folder everything runs in memory, in one process, ridge by ridge, and the rank is a simple guess.
 """

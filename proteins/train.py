@@ -365,7 +365,7 @@ def compare(args, split, kind):
         if loo:
             spectrum = choose.Spectrum(K.columns(np.arange(len(y))), prior.mean(), has_intercept(network))
         else:
-            solver = regression.Solver(K, ridges=args.ridge, tol=choose.SEARCH, seed=args.seed, prior=prior)
+            solver = regression.solver_class()(K, ridges=args.ridge, tol=choose.SEARCH, seed=args.seed, prior=prior)
         for setting in group:
             z = sequences.transform(setting["target"], y[:fitted])[0](y)[:, None]
             ridges = (choose.leave_one_out(spectrum, z, args.ridge, score(y)) if loo else choose.validation(
