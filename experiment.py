@@ -191,70 +191,27 @@ def matrices(kernel_fn, kinds, inputs, folder, about, tile, **where):
 
     kernel_fn: a kind, or a tuple of kinds in one pass -> kernel_fn(x1, x2).   inputs: {name: rows}.
     folder: of a store for each matrix, NAME-KIND; None: tiles stay in memory, K on GPUs in theirs; "none": kept nowhere,
-    computed in every product.   about: what decides a tile but kind and side, {name: value}.   where: devices, quiet, team.
+    computed in every product (large/places.py).   about: what decides a tile but kind and side, {name: value}.
+    where: devices, quiet, team.
     """
-    first, *others = inputs
-    x = inputs[first]
-    if folder == "none":
-        from large import on_the_fly
-        found = []
-        for kind in kinds:
-            network = (about["layers"], kind) if about.get("engine") == "fused" and "flips" not in about else None
-            pair = ((x, None), *((inputs[name], x) for name in others))
-            found.append(tuple(on_the_fly.matrix(kernel_fn(kind), *both, tile, network=network, **where) for both in pair))
-        return found
-    kept = dict.fromkeys(inputs)
-    if folder:
-        from large import store
-        seen = {name: store.digests(rows) for name, rows in inputs.items()}
-        process = where["team"].index if "team" in where else 0
-        kept = {name: tuple(store.create(os.path.join(folder, f"{name}-{kind}"), {**about, "tile": tile, "kind": kind},
-                                         seen[name], None if name == first else seen[first], process)
-                            for kind in kinds) for name in inputs}
+    if folder or on_gpu() and importlib.util.find_spec("large"):  # without that room the host multiplies
+        from large import places
+        return places.matrices(kernel_fn, kinds, inputs, folder, about, tile, **where)
+    (_, x), *others = inputs.items()
     fn = kernel_fn(kinds)
-    if not folder and on_gpu() and importlib.util.find_spec("large"):  # without that room the host multiplies
-        from large import on_device
-        square = on_device.gram(fn, x, tile, kinds=len(kinds), **where)
-    else:
-        square = tiles.gram(fn, x, tile, store=kept[first], **where)
-    return list(zip(square, *(tiles.cross(fn, inputs[name], x, tile, store=kept[name], **where) for name in others)))
+    return list(zip(tiles.gram(fn, x, tile, **where), *(tiles.cross(fn, rows, x, tile, **where) for _, rows in others)))
 
 
 def on_gpu():
     return jax.default_backend() != "cpu"
 
 
-def launched():
-    """(how many processes a launcher has started, the number of this one, how many of them are on this host), as its
-    variables say: Open MPI's mpirun, Slurm's srun. (1, 0, 1): no launcher, or one process.
-
-    (None, None, 1): JAX has to find out. On TPUs it asks Google's server where no variable names the hosts. In a pod of
-    Kubernetes' Indexed Job it asks Kubernetes, if the package `kubernetes` is installed (jax[k8s]).
-    """
-    env = os.environ
-    if "OMPI_COMM_WORLD_SIZE" in env:  # before Slurm, as in JAX: mpirun starts by srun on other hosts
-        return tuple(int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_SIZE"))
-    if "SLURM_STEP_NODELIST" in env:  # SLURM_NTASKS may be of the job: a shell that salloc opened is a step of one task
-        count = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1))
-        return count, int(env.get("SLURM_PROCID", 0)), -(-count // int(env.get("SLURM_STEP_NUM_NODES", 1)))
-    asked = "JOB_COMPLETION_INDEX" in env and importlib.util.find_spec("kubernetes")
-    if "tpu" in (jax.config.jax_platforms or ""):  # so JAX sets it where it finds TPUs
-        hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
-        asked = "," in hosts if hosts else "TPU_SKIP_MDS_QUERY" not in env
-        asked = asked or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
-    return (None, None, 1) if asked else (1, 0, 1)
-
-
-def team(coordinator, processes, process, devices, wait=300, store=None):
-    """The processes that share the work, tiles.ALONE where there is one; arguments as of large/processes.start.
-    store: the folder of their logs."""
-    if (coordinator, processes, process) == (None, None, None) and launched()[0] == 1:
+def team(coordinator, processes, process, devices, wait=None, store=None):
+    """The processes that share the work, tiles.ALONE where there is one: see large/processes.py."""
+    if (coordinator, processes, process, wait) == (None,) * 4 and not importlib.util.find_spec("large"):
         return tiles.ALONE
     from large import processes as several
-    found = several.start(coordinator, processes, process, devices, wait)
-    if found.count > 1 and store not in (None, "none"):
-        several.log(store, found.index)
-    return found
+    return several.team(coordinator, processes, process, devices, wait, store)
 
 
 def provenance(processes=1):

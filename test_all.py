@@ -1551,7 +1551,6 @@ def test_train_errors_of_the_script(flags, words, tmp_path):
     (["--ridge", "1", "--select", "loo"], "--select changes nothing here: there is one ridge and one network"),
     (["--whiten", "none", "--fit_on", "50"], "--fit_on changes nothing here"),
     (["--hosts", "3"], "--hosts changes nothing here: it belongs to --plan"),
-    (["--wait", "3"], "--wait changes nothing here: there is one process"),
     (["--load", "m", "--predict", "x", "--ridge", "1"], "--ridge changes nothing here: --load takes all that")])
 def test_train_flags_without_effect(flags, words, capsys):
     """A flag that changes nothing in a run is an error that says why, also where it has the default's value."""

@@ -18,7 +18,6 @@ leave-one-out where K is small (choose.py).
 
 import argparse
 import json
-import math
 import os
 import zlib
 from functools import partial
@@ -57,7 +56,8 @@ def main(argv=None):
         from own import model
         return model.predict(args, network_kernel)
     if args.plan:
-        return plan(args)
+        from large import plan
+        return plan.of_images(args)
     team = experiment.team(args.coordinator, args.processes, args.process, args.devices, args.wait, args.store)
     args.quiet, args.verbose = args.quiet or team.index > 0, args.verbose and team.index == 0
     if team.index == 0:
@@ -137,24 +137,6 @@ def views(args, n, m, pad):
     both = bool(args.average) and not args.flips  # the mean over mirror images too
     return (augment.expand(n, args.flips == "explicit", args.crops, args.seed, pad),
             augment.expand(m, both, args.average or 1, args.seed + 1, pad))
-
-
-def plan(args):
-    """--plan: what this run would take, measured and printed by large/plan.py."""
-    from large import plan as planned
-    experiment.compare(args, None)
-    _, (shape, n_train, n_test, args.classes) = source(args)
-    args.fit_on = min(args.fit_on or FIT_ON, n_train)
-    n_train, n_test = args.n_train or n_train, args.n_test or n_test
-    rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
-    derive(args, (n_train, *shape), n_test, rows)
-    kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
-    test_rows = n_test * (args.average or 1) * (2 if args.average and not args.flips else 1)
-    pixels, seen = math.prod(shape), (1, 1, args.components) if args.components else shape
-    args.whiten = "channel" if args.by_default and pixels > LARGEST and not args.components else args.whiten
-    network = (layers(args), args.kind) if args.engine == "fused" and args.flips != "symmetric" else None
-    kernel_fn = network_kernel(args.engine, layers(args), args.flips, kinds)
-    return planned.main(args, kernel_fn, network, seen, rows, test_rows, pixels)
 
 
 def source(args):
@@ -389,7 +371,6 @@ def idle(args):
                                                     "variance"},
                              "--load takes all that from the model's file")
     several = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
-    several_processes = args.coordinator or experiment.launched()[0] != 1
     named = args.dataset in data.DATASETS
     return {"data": (args.dataset == "digits" and "the digits come with scikit-learn; --dataset says which files to read"
                      or not named and "--dataset is a path"),
@@ -399,8 +380,7 @@ def idle(args):
             "rank": args.precondition != "lowrank" and f"--precondition {args.precondition} has no rank",
             "select": not several and "there is one ridge and one network, so nothing is chosen",
             "fit_on": args.whiten == ["none"] and args.crops == 1 and "--whiten none fits nothing",
-            "hosts": "it belongs to --plan", "rate": "it belongs to --plan",
-            "wait": not several_processes and "there is one process"}
+            "hosts": "it belongs to --plan", "rate": "it belongs to --plan"}
 
 
 def flags():
@@ -484,8 +464,7 @@ def flags():
     many.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; leave out under Slurm, Open MPI or on "
                       "TPUs, where JAX finds it")
     many.add_argument("--processes", type=int, metavar="P", help="how many there are; 1: alone, whatever a launcher says")
-    many.add_argument("--wait", type=int, default=300, metavar="S", help="seconds that processes wait for each other at the "
-                      "start")
+    many.add_argument("--wait", type=int, metavar="S", help="seconds that processes wait for each other at first; None: 300")
     many.add_argument("--process", type=int, metavar="I", help="which of them this one is, 0 to P - 1")
     return parser
 

@@ -3,6 +3,7 @@
   store.py        tiles in a folder (--store): a killed run loses only the tiles in progress, damaged tiles are detected
   on_the_fly.py   a kernel matrix that every product computes again (--store none)
   on_device.py    a kernel matrix in the memory of GPUs, multiplied there
+  places.py       which of these holds the tiles of a run
   processes.py    several processes: how they meet, and their one collective operation, the sum
   one_pass.py     solves for all ridges at once, and of a large K tries few
   rank.py         chooses the rank of the preconditioner that saves most time

@@ -12,6 +12,7 @@ disk, in a folder that is removed afterwards. The rest is arithmetic. Left out: 
 Proved by: large/test_large.py
 """
 
+import math
 import os
 import tempfile
 import time
@@ -23,8 +24,10 @@ import augment
 import choose
 import data
 import experiment
+import kernel
 import pcg
 import tiles
+import train_cifar
 from large import on_the_fly, one_pass, store
 
 STEPS = {"in memory": 25, "on disk": 15, "nowhere": 12}  # assumed, to 1e-6: a larger rank is chosen for dear products
@@ -210,6 +213,23 @@ def main(args, kernel_fn, network, shape, n, m, pixels):
     if out["tiles"] > 1e6 and kept == "on disk":
         print(f"note       {out['tiles']:,} files: a larger --tile makes fewer, 8192 is 268 MB each")
     return {**out, "total_seconds": total}
+
+
+def of_images(args):
+    """`main` for a run of train_cifar.py: --plan."""
+    experiment.compare(args, None)
+    _, (shape, n_train, n_test, args.classes) = train_cifar.source(args)
+    args.fit_on = min(args.fit_on or train_cifar.FIT_ON, n_train)
+    n_train, n_test = args.n_train or n_train, args.n_test or n_test
+    rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
+    train_cifar.derive(args, (n_train, *shape), n_test, rows)
+    kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
+    test_rows = n_test * (args.average or 1) * (2 if args.average and not args.flips else 1)
+    pixels, seen, layers = math.prod(shape), (1, 1, args.components) if args.components else shape, train_cifar.layers(args)
+    args.whiten = "channel" if args.by_default and pixels > train_cifar.LARGEST and not args.components else args.whiten
+    network = (layers, args.kind) if args.engine == "fused" and args.flips != "symmetric" else None
+    kernel_fn = train_cifar.network_kernel(args.engine, layers, args.flips, kinds)
+    return main(args, kernel_fn, network, seen, rows, test_rows, pixels)
 
 
 def hours(seconds):

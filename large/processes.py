@@ -19,7 +19,7 @@ what process I is doing: when its phases begin and end, and how many of its tile
     mpirun --map-by ppr:1:node --bind-to none python train_cifar.py --store DIR               under Open MPI
 
 With one process per host, a process takes all GPUs of its host, or all cores if there is no GPU (mpirun binds it to one).
-Without the three flags the launcher's variables say who this process is (experiment.launched), and JAX finds process 0. Flags
+Without the three flags the launcher's variables say who this process is (`launched`), and JAX finds process 0. Flags
 win: --processes 1 is alone under any launcher. Give mpirun --coordinator alone if process 0 is not on mpirun's own host, or
 if Open MPI is version 5 and the package mpi4py is not installed. On Kubernetes give the flags: see kubernetes.yaml.
 Process 0 listens on the coordinator's port; jax.distributed and gloo or NCCL open further ports of their own choice.
@@ -29,6 +29,7 @@ Proved by: large/test_large.py
 import atexit
 import glob
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -59,12 +60,12 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     """The Team of all processes; tiles.ALONE if there is only one. Call it before JAX uses a device.
 
     coordinator: "HOST:PORT" of process 0.   processes, process: how many there are, and the number of this one.
-    What is not given, a launcher or JAX says (experiment.launched).   gpus: how many this process takes; None: all that it
+    What is not given, a launcher or JAX says (`launched`).   gpus: how many this process takes; None: all that it
     can see, but one each if a launcher started several on this host.   wait: seconds to wait for the others.
     Raises ValueError: one of the three without the others, a number out of range or taken.   ConnectionError: some did
     not come in time, or JAX does not find them.
     """
-    count, index, here = experiment.launched()
+    count, index, here = launched()
     by_flags = (processes, process) != (None, None) or coordinator is not None and count == 1
     if not by_flags:
         processes, process = count, index
@@ -99,6 +100,37 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     if peers:
         watch(peers, team)
     return team
+
+
+def launched():
+    """(how many processes a launcher has started, the number of this one, how many of them are on this host), as its
+    variables say: Open MPI's mpirun, Slurm's srun. (1, 0, 1): no launcher, or one process.
+
+    (None, None, 1): JAX has to find out. On TPUs it asks Google's server where no variable names the hosts. In a pod of
+    Kubernetes' Indexed Job it asks Kubernetes, if the package `kubernetes` is installed (jax[k8s]).
+    """
+    env = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in env:  # before Slurm, as in JAX: mpirun starts by srun on other hosts
+        return tuple(int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_SIZE"))
+    if "SLURM_STEP_NODELIST" in env:  # SLURM_NTASKS may be of the job: a shell that salloc opened is a step of one task
+        count = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", 1))
+        return count, int(env.get("SLURM_PROCID", 0)), -(-count // int(env.get("SLURM_STEP_NUM_NODES", 1)))
+    asked = "JOB_COMPLETION_INDEX" in env and importlib.util.find_spec("kubernetes")
+    if "tpu" in (jax.config.jax_platforms or ""):  # so JAX sets it where it finds TPUs
+        hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
+        asked = "," in hosts if hosts else "TPU_SKIP_MDS_QUERY" not in env
+        asked = asked or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    return (None, None, 1) if asked else (1, 0, 1)
+
+
+def team(coordinator, processes, process, devices, wait=None, store=None):
+    """`start`, and a log of each process in the folder `store`.  ValueError: --wait where there is one process."""
+    found = start(coordinator, processes, process, devices, 300 if wait is None else wait)
+    if wait is not None and found.count == 1:
+        raise ValueError(f"--wait {wait} changes nothing here: there is one process. Leave it out")
+    if found.count > 1 and store not in (None, "none"):
+        log(store, found.index)
+    return found
 
 
 def meet(coordinator, processes, process, wait):
