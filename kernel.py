@@ -358,17 +358,17 @@ def kernel_fn(name, kind, **options):
 
     @jax.jit
     def fn(x1, x2=None):
-        if x2 is None:
-            return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, fn(x1, x1))
         x1, x2 = as_pair(layers, x1, x2)
-        positions = x1.shape[1] * x1.shape[2]
+        x = x1 if x2 is None else jnp.concatenate([x1, x2])
+        positions = x.shape[1] * x.shape[2]
         size = positions**2 if carries_pairs(layers) else positions
-        cols = len(x2) if size == 1 else BLOCK // size
-        rows = len(x1) if size == 1 else BLOCK // (size * len(x2))
-        a, b = ((x, blocked(lambda one: deviations(layers, one), x, BLOCK // size))
-                for x in (x1, x2))
-        return blocked(lambda one: blocked(
+        both = x, blocked(lambda one: deviations(layers, one), x, BLOCK // size)
+        a, b = (jax.tree.map(lambda y: y[rows], both) for rows in (slice(len(x1)), slice(len(x1) * (x2 is not None), None)))
+        cols = len(b[0]) if size == 1 else BLOCK // size
+        rows = len(x1) if size == 1 else BLOCK // (size * len(b[0]))
+        K = blocked(lambda one: blocked(
             lambda two: pair(layers, kind, one[0], two[0], one[1], two[1]), b, cols), a, rows)
+        return jax.tree.map(lambda K: jnp.triu(K) + jnp.triu(K, 1).T, K) if x2 is None else K
     return fn
 
 
@@ -380,9 +380,18 @@ def compiled(engine, layers, kind, **options):
 
 
 def blocked(f, xs, size):
-    """vmap of f over the leading axis of xs, `size` at a time (at least one)."""
+    """vmap of f over the leading axis of xs, `size` at a time (at least one). The last block is filled with copies of the
+    first row: a block of its own size would be compiled again."""
     n = jax.tree.leaves(xs)[0].shape[0]
-    return jax.vmap(f)(xs) if size >= n else jax.lax.map(f, xs, batch_size=max(1, size))
+    if size >= n:
+        return jax.vmap(f)(xs)
+    blocks = -(-n // max(1, size))
+    side = -(-n // blocks)
+
+    def cut(x):
+        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (blocks * side - n, *x.shape[1:]))])
+        return x.reshape(blocks, side, *x.shape[1:])
+    return jax.tree.map(lambda y: y.reshape(blocks * side, *y.shape[2:])[:n], jax.lax.map(jax.vmap(f), jax.tree.map(cut, xs)))
 
 
 # ---- the same networks by neural_tangents: the oracle of the tests, and --engine nt

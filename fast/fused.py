@@ -319,14 +319,16 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
     pairs = cpu.LANES if compiled else block_side(n2 * mirrors, most)
     per_block = pairs // mirrors  # images of x2
 
-    def prepared(x):
-        x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % per_block, *x.shape[1:]))])
-        return lax.map(lambda block: prepare(stages, ending, full, sequences, 0 if only_diagonal else per_block, block),
-                       x.reshape(-1, per_block, *x.shape[1:]))
-    step, blocks = 0 if only_diagonal else pairs, prepared(x2)
+    def whole(x):  # blocks
+        return jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % per_block, *x.shape[1:]))])
+    step, inputs = 0 if only_diagonal else pairs, [whole(x2)] if symmetric else [whole(x2), whole(x1)]
+    prepared = lax.map(lambda block: prepare(stages, ending, full, sequences, 0 if only_diagonal else per_block, block),
+                       jnp.concatenate(inputs).reshape(-1, per_block, *x2.shape[1:]))  # of both in one program
+    count = len(inputs[0]) // per_block
+    blocks = jax.tree.map(lambda y: y[:count], prepared)
     by_image = jax.tree.map(  # (blocks, ..., per_block) -> (images, ..., 1)
         lambda y: jnp.moveaxis(y, -1, 1).reshape(len(y) * per_block, *y.shape[1:-1], 1),
-        blocks if symmetric else prepared(x1))
+        blocks if symmetric else jax.tree.map(lambda y: y[count:], prepared))
 
     firsts = jax.tree.map(lambda y: y[:n1, ..., 0], jax.vmap(cpu.pixels)(*by_image[:2])) if compiled else None
 
