@@ -53,14 +53,10 @@ class Solver:
         self.K, self.name, self.ready, self.scale = K, name, ready, self.prior.mean()
         self.max_iters, self.quiet, self.verbose, self.keep, self.tol = max_iters, quiet, verbose, keep, tol
         if ready is None and name == "lowrank":
-            n, ridges = K.shape[0], np.sort(np.atleast_1d(ridges)) * self.scale
-            solves = [(ridge, choose.SEARCH) for ridge in ridges if len(ridges) > 1]
-            product = 0 if rank else 2 * n * n * c * K.slowness  # which may have to be measured
-            block = 4 * pcg.BLOCK if K.reads_all else pcg.block(n)
-            model, last = None if rank else _large("rank"), [(ridge, tol) for ridge in ridges[len(ridges) // 2:][:1]]
-            worth = model and model.Worth(n, solves + last, product, K.reads_all * product / block, c)
-            rank = rank or (None if worth else max(1, min(n // 8, 1000)))  # simple and safe, where nothing is known of costs
-            self.ready = pcg.low_rank(K, rank, seed, worth, block, quiet)
+            size, model = 4 * pcg.BLOCK if K.reads_all else pcg.block(K.shape[0]), None if rank else _large("rank")
+            worth = model and model.worth(K, np.atleast_1d(ridges) * self.scale, tol, c, size)
+            rank = rank or (None if worth else max(1, min(K.shape[0] // 8, 1000)))  # simple, where nothing is known of costs
+            self.ready = pcg.low_rank(K, rank, seed, worth, size, quiet)
         elif ready is None:
             self.ready = PRECONDITIONERS[name](K)
         self.rank, self.drop = getattr(self.ready, "rank", None), not hasattr(K, "mask")  # which differs from column to column

@@ -9,6 +9,17 @@ Proved by: large/test_large.py
 
 import numpy as np
 
+import choose
+
+
+def worth(K, ridges, tol, c, size):
+    """The Worth of a rank if these absolute ridges are compared and one of them is then solved to `tol`, with c columns of v.
+    size: columns of K that are read at a time."""
+    n, ridges = K.shape[0], np.sort(ridges)
+    solves = [(ridge, choose.SEARCH) for ridge in ridges if len(ridges) > 1]
+    product = 2 * n * n * c * K.slowness  # which may have to be measured
+    return Worth(n, solves + [(ridges[len(ridges) // 2], tol)], product, K.reads_all * product / size, c)
+
 
 class Worth:
     """Is one more block of pivots worth its cost?  worth(k, left) -> bool, called before each block, with F of rank k so far.
