@@ -94,7 +94,7 @@ def disk_rates(folder):
     try:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             kept = store.create(place, {"tile": 1024}, np.zeros(1, "<u8"))
-            kept.direct = True
+            kept.cached = set()
             return product_rate(kept)
     except OSError:  # no space or no permission
         return None, None

@@ -148,7 +148,7 @@ class Store:
             raise ValueError(f"{folder} has no manifest.json: it is not a store")
         self.dtype = np.dtype(self.about["dtype"])
         self.trusted, self.local = set(), threading.local()
-        self.direct = False  # read past the page cache: twice as fast if the tiles do not fit in it
+        self.cached = None  # the keys that are read through the page cache, or None: all
         self.lines, self.times = {}, {}  # (i, j): (rows, columns, crc) from its last line; (i, j): times written
         for name in sorted(os.listdir(folder)):
             if re.fullmatch(r"tiles-\d+\.txt", name):
@@ -169,7 +169,7 @@ class Store:
 
         Damaged tiles are reported and dropped, so that they are computed again.
         """
-        self.direct = self._large(shapes.values())
+        self.cached = self._cached(shapes)
         stored = [key for key, shape in shapes.items()
                   if key in self.lines and np.all(np.array(self.lines[key][:2]) >= shape)]
         for key in tqdm(stored, desc=f"checking {self.folder}", unit=" tiles", leave=False,
@@ -180,14 +180,24 @@ class Store:
                 del self.lines[key]
         return {key for key in stored if key in self.lines}
 
-    def _large(self, shapes):
-        """Whether tiles of these shapes are too large for the page cache, which we take to be half of the free memory."""
-        return sum(rows * columns for rows, columns in shapes) * self.dtype.itemsize > tiles.free_memory() / 2
+    def _cached(self, shapes):
+        """Which tiles of {key: (rows, columns)} to read through the page cache, None: all. We take it to be half of the free
+        memory. If it is too small for all tiles, each would push another out before that is read again: so the same ones,
+        evenly spread, stay there, and the others are read past it."""
+        sizes = np.cumsum([rows * columns for rows, columns in shapes.values()]) * self.dtype.itemsize
+        share = tiles.free_memory() / 2 / max(1, sizes[-1]) if len(sizes) else 1.0
+        taken = np.floor(np.arange(len(sizes) + 1) * min(share, 1.0))
+        return None if share >= 1 else {key for key, more in zip(shapes, np.diff(taken)) if more}
+
+    @property
+    def direct(self):
+        """Whether some tiles are read past the page cache."""
+        return self.cached is not None
 
     def part(self, keys):
-        """A copy of this store for reading only the tiles `keys`: through the page cache, if these fit in it."""
+        """A copy of this store for reading only the tiles `keys`."""
         part = copy.copy(self)
-        part.direct = self.direct and self._large(self.lines[key][:2] for key in keys)
+        part.cached = self._cached({key: self.lines[key][:2] for key in keys}) if self.direct else None
         return part
 
     def damage(self, key):
@@ -207,7 +217,8 @@ class Store:
         rows, columns, crc = self.lines[key]
         start = len(header(self.dtype, (rows, columns)))
         size = start + rows * columns * self.dtype.itemsize
-        length = self._read(self.path(key), size + 1)
+        cached = self.cached
+        length = self._read(self.path(key), size + 1, cached is not None and key not in cached)
         if length != size:
             raise ValueError(f"{self.path(key)} has {os.path.getsize(self.path(key))} bytes, not {size}")
         content = memoryview(self.local.buffer)[:size]
@@ -217,13 +228,13 @@ class Store:
             self.trusted.add(key)
         return np.frombuffer(content[start:], self.dtype).reshape(rows, columns)
 
-    def _read(self, path, size):
+    def _read(self, path, size, past_cache):
         """Reads up to `size` bytes of a file into this thread's buffer; returns how many it read."""
         if len(getattr(self.local, "buffer", b"")) < size:
             self.local.buffer = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        past_cache = getattr(os, "O_DIRECT", 0) if self.direct else 0
+        flag = getattr(os, "O_DIRECT", 0) if past_cache else 0
         try:
-            with open(path, "rb", buffering=0, opener=lambda p, f: os.open(p, f | past_cache)) as file:
+            with open(path, "rb", buffering=0, opener=lambda p, f: os.open(p, f | flag)) as file:
                 length = read = file.readinto(self.local.buffer)
                 while read and read % mmap.PAGESIZE == 0 and length < size:  # one call reads 2 GB at most
                     read = file.readinto(memoryview(self.local.buffer)[length:])
@@ -232,10 +243,10 @@ class Store:
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
         except OSError as error:
-            if not past_cache or error.errno != errno.EINVAL:
+            if not flag or error.errno != errno.EINVAL:
                 raise
-            self.direct = False  # this file system cannot bypass the page cache
-            return self._read(path, size)
+            self.cached = None  # this file system cannot bypass the page cache
+            return self._read(path, size, False)
 
     def __setitem__(self, key, tile):
         if tile.dtype != self.dtype:

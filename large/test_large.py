@@ -274,16 +274,26 @@ def test_store_is_memory(tmp_path):
 
 
 def test_store_past_the_page_cache(tmp_path, monkeypatch):
-    """If the tiles exceed half of the free memory, they are read past the page cache: they are the same to the last bit, and
-    damage is detected too. A leading block that fits in that half is read through the cache."""
-    K = stored(tmp_path, inputs(83))
+    """If the tiles exceed half of the free memory, as many as fit in it, evenly spread, are read through the page cache, the
+    others past it: all are the same to the last bit, and damage is detected too. A leading block that fits in that half is
+    read through the cache."""
+    K, flags, opened = stored(tmp_path, inputs(83)), {}, os.open
+    whole = K.dense()
+
+    def spied(path, flag, *rest, **options):
+        flags[os.path.basename(path)] = bool(flag & os.O_DIRECT)
+        return opened(path, flag, *rest, **options)
     monkeypatch.setattr(tiles, "free_memory", lambda: 10_000)
     monkeypatch.setattr(tiles, "check_memory", lambda *_: None)
     direct = stored(tmp_path, inputs(83))
-    assert not K.tiles.direct and direct.tiles.direct and (direct.dense() == K.dense()).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", spied)
+        assert not K.tiles.direct and direct.tiles.direct and (direct.dense() == whole).all()
+    past = [flags[f"{i}-{j}.npy"] for i, j in direct.keys()]  # 21 tiles, 14,284 bytes
+    assert past.count(False) == 7 and not any(not (a or b) for a, b in zip(past, past[1:]))
     for n, past_cache in ((48, True), (32, False)):  # six and three tiles of 1,024 bytes
         block = direct.leading(n)
-        assert block.tiles.direct == past_cache and (block.dense() == K.dense()[:n, :n]).all()
+        assert block.tiles.direct == past_cache and (block.dense() == whole[:n, :n]).all()
     assert direct.tiles.direct
     flip(tmp_path / "1-3.npy")
     assert stored(tmp_path, inputs(83)).found == K.entries - 256
