@@ -59,7 +59,7 @@ class Solver:
             self.ready = pcg.low_rank(K, rank, seed, worth, size, quiet)
         elif ready is None:
             self.ready = PRECONDITIONERS[name](K)
-        self.rank, self.drop = getattr(self.ready, "rank", None), not hasattr(K, "mask")  # which differs from column to column
+        self.rank, self.drop = getattr(self.ready, "rank", None), not hasattr(K, "mask")  # with a mask, columns differ
 
     def leading(self, n):
         """The Solver of the leading n x n block of K; it shares the preconditioner."""
@@ -82,7 +82,8 @@ class Solver:
         return pcg.Indefinite(f"{error}: --ridge {cure:.1e}", cure)
 
     def solutions(self, y, ridges, tol):
-        """Yields [(ridge, alpha), ...] from the largest ridge, the easiest, down, where A is not positive definite to the end.
+        """Yields [(ridge, alpha), ...] from the largest ridge, the easiest, down. Ends at a ridge for which A is not positive
+        definite; raises pcg.Indefinite if that is the largest.
 
         It does not stop at the first rise of the error: with pooling the error rises before it falls."""
         for ridge in sorted(ridges, reverse=True):
@@ -125,8 +126,8 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
         spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)
-    some, many = [choose.best(table, by).ridge] if table else ridges, _large("one_pass")
-    if select and not table and many:
+    many, some = _large("one_pass"), [choose.best(table, by).ridge] if table else ridges
+    if many and select and not table:
         some = many.first(K, y, ridges, copies, by, prior, intercept)
     solver = solver_class()(K, ridges=some, tol=tol, c=y.shape[1], **options)
     compare = {"gcv": lambda some: choose.generalised(solver, y, some, options.get("seed", 0)),

@@ -319,9 +319,9 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
     pairs = cpu.LANES if compiled else block_side(n2 * mirrors, most)
     per_block = pairs // mirrors  # images of x2
 
-    def whole(x):  # blocks
+    def filled(x):  # up to a whole number of blocks
         return jnp.concatenate([x, jnp.broadcast_to(x[:1], (-len(x) % per_block, *x.shape[1:]))])
-    step, inputs = 0 if only_diagonal else pairs, [whole(x2)] if symmetric else [whole(x2), whole(x1)]
+    step, inputs = 0 if only_diagonal else pairs, [filled(x2)] if symmetric else [filled(x2), filled(x1)]
     prepared = lax.map(lambda block: prepare(stages, ending, full, sequences, 0 if only_diagonal else per_block, block),
                        jnp.concatenate(inputs).reshape(-1, per_block, *x2.shape[1:]))  # of both in one program
     count = len(inputs[0]) // per_block

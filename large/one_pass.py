@@ -12,7 +12,7 @@ a hundred and fifty reads K once.
 
     solver = one_pass.Solver(K);  for some in solver.solutions(y, ridges, 1e-3): ...
 
-Cost: products with c columns a ridge; c (ridges) columns at once take PASS bytes at most.
+Cost: a product has c columns for each ridge; the vectors of all solves that run at once take PASS bytes at most.
 Proved by: large/test_large.py, section search
 """
 

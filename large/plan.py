@@ -162,7 +162,7 @@ def memory(n, m, images, pixels, width, classes, rank, hosts, ridges, read, fits
     copied = min(read, 60_000)  # CIFAR-10's files are read, and then the rows are taken
     return {"data": base + (read + copied) * pixels + fits * 8 * 6 * pixels**2, "kernel": kernel,
             "preconditioner": kernel + factor + min(pcg.LOOK, 8 * n * pcg.BLOCK / hosts),
-            "ridge": kernel + (ridges > 1) * max(factor + min(6 * vectors, max(one_pass.PASS, vectors)), 10 * 8 * dense**2),
+            "ridge": kernel + (ridges > 1) * max(factor + min(6 * vectors, max(one_pass.PASS, vectors)), 7 * 8 * dense**2),
             "solve": kernel + factor + vectors}
 
 

@@ -181,12 +181,13 @@ class Store:
         return {key for key in stored if key in self.lines}
 
     def _cached(self, shapes):
-        """Which tiles of {key: (rows, columns)} to read through the page cache, None: all. We take it to be half of the free
-        memory. If it is too small for all tiles, each would push another out before that is read again: so the same ones,
-        evenly spread, stay there, and the others are read past it."""
-        sizes = np.cumsum([rows * columns for rows, columns in shapes.values()]) * self.dtype.itemsize
-        share = tiles.free_memory() / 2 / max(1, sizes[-1]) if len(sizes) else 1.0
-        taken = np.floor(np.arange(len(sizes) + 1) * min(share, 1.0))
+        """The keys of {key: (rows, columns)} whose tiles are read through the page cache, or None: all.
+
+        We take the page cache to be half of the free memory. If it cannot hold all tiles, each tile would push out another
+        before that one is read again. So a share of the tiles, evenly spread, stays in it, and the others are read past it."""
+        size = sum(rows * columns for rows, columns in shapes.values()) * self.dtype.itemsize
+        share = tiles.free_memory() / 2 / max(1, size)
+        taken = np.floor(np.arange(len(shapes) + 1) * min(share, 1.0))
         return None if share >= 1 else {key for key, more in zip(shapes, np.diff(taken)) if more}
 
     @property
