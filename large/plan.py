@@ -31,7 +31,8 @@ import train_cifar
 from large import on_the_fly, one_pass, store
 
 STEPS = {"in memory": 25, "on disk": 15, "nowhere": 12}  # assumed, to 1e-6: a larger rank is chosen for dear products
-RANK = 1500  # of the preconditioner, assumed
+RANK = 1500  # of the preconditioner, assumed; but pcg.MOST for LARGE rows kept nowhere, whose products are dear
+LARGE = 100_000
 SEARCH = 2  # solves that comparing ridges costs, after leave-one-out on the first rows
 NETWORK = 1e9  # bytes/s assumed for the all-reduce between hosts, as of 10 Gbit/s Ethernet; many clusters are faster
 EIGEN = 12  # n^3 operations of the eigenvectors of a matrix (n, n), if they were as fast as products
@@ -181,7 +182,8 @@ def main(args, kernel_fn, network, shape, n, m, pixels):
     read, write = disk_rates(args.store) if kept == "on disk" else (None, write)
     both = network and kept == "nowhere" and not args.rate and rate_on_the_fly(kernel_fn, network, shape, tile, devices)
     measured, product = (both, np.inf) if both else (measured, product)
-    out = estimate(n, m, tile, per_host, args.hosts, args.rank or RANK, measured / len(devices),
+    rank = args.rank or (pcg.MOST if kept == "nowhere" and n >= LARGE else RANK)
+    out = estimate(n, m, tile, per_host, args.hosts, rank, measured / len(devices),
                    product, read, write or np.inf, pixels, args.n_train, ridges,
                    2 if args.kind == "both" else 1, args.classes, kept, flops,
                    fit_on, args.components, args.tol, base)
