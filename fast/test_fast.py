@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from test_all import (  # isort: skip
-    HERE, POOLED, cifar, images, needs_cifar, network_id, reference, relative_error,
+    HERE, POOLED, cifar, images, needs_cifar, network_id, optimised, reference, relative_error,
 )
 import numpy as np
 import pytest
@@ -135,7 +135,8 @@ def test_fused_is_kernel(name, compiled, monkeypatch):
     # XLA: float64 where only p = q is kept, float32 where pairs are; test_fused_symmetry_and_blocks and _flips have the others
     dtypes = {("fc", False): (np.float32, float), ("cnn_vec", False): (float,)}.get((name, compiled), (np.float32,))
     for dtype in dtypes:
-        for fast, want in zip(fused.kernel_fn(name, kernel.KINDS, **options)(x.astype(dtype), x[2:].astype(dtype)), exact):
+        fn = optimised(fused.kernel_fn(name, kernel.KINDS, **options))
+        for fast, want in zip(fn(x.astype(dtype), x[2:].astype(dtype)), exact):
             assert fast.dtype == dtype and relative_error(fast, want) < (1e-5 if dtype == np.float32 else 1e-12)
     assert bool(calls) == compiled
 
@@ -158,7 +159,8 @@ def test_fused_on_cifar(name, n):
     x = cifar(20)[0][:n].astype(np.float64)
     x1, x2 = x[:-1], np.concatenate([x, x[:1, :, ::-1]])
     exact = plain(name, x1, x2) if name == "myrtle10" else kernel.kernel_fn(name, kernel.KINDS)(x1, x2)
-    for fast, want in zip(fused.kernel_fn(name, kernel.KINDS)(x1.astype(np.float32), x2.astype(np.float32)), exact):
+    fn = optimised(fused.kernel_fn(name, kernel.KINDS))
+    for fast, want in zip(fn(x1.astype(np.float32), x2.astype(np.float32)), exact):
         assert fast.dtype == np.float32 and relative_error(fast, want) < 1e-5
 
 
@@ -167,11 +169,11 @@ def test_fused_on_64_by_64(monkeypatch):
     does not gather rounding."""
     x1, x2 = np.random.default_rng(0).normal(size=(2, 1, 64, 64, 3)).astype(np.float32)
     layers = [("conv", 2**0.5, 0.0), ("relu",), ("pool",), ("gap",), ("dense", 1.0, 0.0)]
-    exact = kernel.kernel_fn(layers, kernel.KINDS)(x1.astype(np.float64), x2.astype(np.float64))
+    exact = optimised(kernel.kernel_fn(layers, kernel.KINDS))(x1.astype(np.float64), x2.astype(np.float64))
     for compiled in (True, False) if cpu.compiler() else (False,):
         with monkeypatch.context() as patch:
             calls = use(compiled, patch)
-            for fast, want in zip(fused.kernel_fn(layers, kernel.KINDS)(x1, x2), exact):
+            for fast, want in zip(optimised(fused.kernel_fn(layers, kernel.KINDS))(x1, x2), exact):
                 assert fast.dtype == np.float32 and relative_error(fast, want) < 1e-6
             assert bool(calls) == compiled
 
@@ -186,7 +188,7 @@ def test_fused_symmetry_and_blocks(name, sizes, options, compiled, monkeypatch):
         pytest.skip("fc has no convolutions")
     use(compiled, monkeypatch)
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 8 columns, by cpu.cpp of 16
-    fn = fused.kernel_fn(name, "ntk", **options)
+    fn = optimised(fused.kernel_fn(name, "ntk", **options))
     for n in sizes:
         x = np.random.default_rng(n).normal(size=(n, 8, 4, 3)).astype(np.float32)
         K = np.asarray(fn(x))
@@ -217,7 +219,8 @@ def test_fused_flips(name, shape, monkeypatch):
     monkeypatch.setitem(fused.SHEET, "cpu", 1)  # blocks of 4 images and their mirror images
     x = images(np.random.default_rng(0), 11, shape)
     layers = [*POOLED, ("relu",), ("dense", 1.1, 0.3)] if name is POOLED else kernel.network(name, depth=2, b_std=0.2)
-    fast, exact = fused.kernel_fn(layers, kernel.KINDS, flips=True), augment.symmetric(functools.partial(plain, layers))
+    fast = optimised(fused.kernel_fn(layers, kernel.KINDS, flips=True))
+    exact = augment.symmetric(functools.partial(plain, layers))
     cases = [(x[3:], float, 1e-12), (None, float, 1e-12), (None, np.float32, 1e-5)]
     for x2, dtype, tolerance in cases:
         for K, K_exact in zip(fast(x.astype(dtype), x2), exact(x, x2)):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from test_all import (  # isort: skip
-    HERE, commands, linear, reference, refitted, relative_error,
+    HERE, commands, linear, optimised, reference, refitted, relative_error,
 )
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def test_graphs_are_neural_tangents(options):
     rng, layers = np.random.default_rng(0), graph_layers.gcn(7, 2, **options)
     sizes = (1, 6), (4, 9)
     x1, x2 = (np.stack([random_graph(rng, n, 11) for n in of for _ in range(2)]) for of in sizes)
-    exact = kernel.kernel_fn(layers, kernel.KINDS)(x1, x2)
+    exact = optimised(kernel.kernel_fn(layers, kernel.KINDS))(x1, x2)
     for i, p in enumerate(sizes[0]):
         for j, q in enumerate(sizes[1]):
             block = slice(2 * i, 2 * i + 2), slice(2 * j, 2 * j + 2)
@@ -189,7 +189,7 @@ def test_graphs_symmetry_and_tiles():
     of it, and `take` returns the graphs asked for."""
     rng = np.random.default_rng(0)
     x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
-    fn = graphs.kernel_fn(graph_layers.gcn(7, 1), "nngp")
+    fn = optimised(graphs.kernel_fn(graph_layers.gcn(7, 1), "nngp"))
     K = np.asarray(fn(x))
     assert (K == K.T).all()
     lengths = (x != 0).any(axis=2).sum(axis=1)

@@ -180,7 +180,8 @@ def test_model_predicts_as_the_run(tmp_path, monkeypatch, name):
     train, _, test = files.split(files.own(path, "mol", "y")[0])
     new = [*smiles[test], "FS(F)(F)(F)(F)" + "C" * 40]
     plain = predict(tmp_path, write(tmp_path / "new.csv", ["mol", "id"], new, range(7)))[0]["predictions"][:, 0]
-    assert abs(np.mean((plain[:6] - y[test]) ** 2)**0.5 / result["test_rmse"] - 1) < 1e-6
+    rounding = 1e-5 if name == "gcn" else 1e-6  # graphs.py sums in an order that depends on the tile, unless it is optimised
+    assert abs(np.mean((plain[:6] - y[test]) ** 2)**0.5 / result["test_rmse"] - 1) < rounding
     if name == "gcn":  # kernel.py compiles in a quarter of the time of graphs.py
         monkeypatch.setattr(graphs, "kernel_fn", kernel.kernel_fn)
     done, found = predict(tmp_path, str(tmp_path / "new.csv"), "--variance")

@@ -8,7 +8,7 @@ import os
 import zipfile
 
 from test_all import (  # isort: skip
-    HERE, commands, reference, refitted, relative_error,
+    HERE, commands, optimised, reference, refitted, relative_error,
 )
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_kernel_of_sequences_in_plain_loops(name, options):
     peptides = [*PEPTIDES, PEPTIDES[1][::-1], PEPTIDES[1][7:] + PEPTIDES[1][:7]]
     x, lengths = encode(peptides, "blosum", 0).astype(np.float64), np.array([len(s) for s in peptides])
     own, layers, different = [z[:len(s)] for z, s in zip(x, peptides)], kernel.network(name, **options), ~np.eye(5, dtype=bool)
-    fn = kernel.kernel_fn(name, kernel.KINDS, **options)
+    fn = optimised(kernel.kernel_fn(name, kernel.KINDS, **options))
     padded, moved = (fn(np.pad(x, ((0, 0), pad, (0, 0)))) for pad in ((0, 7), (3, 4)))
     expected = np.moveaxis([[recursion(layers, a, b) for b in own] for a in own], 2, 0)
     for K, K_moved, by_hand in zip(padded, moved, expected):
@@ -114,7 +114,7 @@ def test_fused_sequences(name, depth, tail, monkeypatch):
     x[3:] *= np.random.default_rng(0).uniform(0.5, 1, size=x[3:].shape).astype(np.float32)
     layers = [*kernel.network(name, depth=depth, b_std=0.5), ("relu",), ("dense", 1.1, 0.3)]
     layers = layers[:len(layers) - 2 + tail]
-    fn, exact = fused.kernel_fn(layers, kernel.KINDS), kernel.kernel_fn(layers, kernel.KINDS)(x.astype(float))
+    fn, exact = optimised(fused.kernel_fn(layers, kernel.KINDS)), kernel.kernel_fn(layers, kernel.KINDS)(x.astype(float))
     calls = {"seq_fc": [(x, x[1:])], "seq_cnn": [(x,), (x[:1],)], "seq_cnn_gap": [(x,), (x, x[1:])]}  # each call compiles
     for call in calls[name]:
         for fast, K in zip(fn(*call), exact):
