@@ -164,7 +164,7 @@ def test_graphs_nodes_that_look_alike(monkeypatch):
     hashed, bins, made = graphs.hashed, graphs.bins, []
     monkeypatch.setattr(graphs, "bins", lambda *args: made.append(bins(*args)) or made[-1])
 
-    @jax.jit
+    @optimised
     def computed(x1, x2, factor):
         """K and T, and the bins from which they were computed; all hashes are multiplied by `factor`."""
         monkeypatch.setattr(graphs, "hashed", lambda rows: factor * hashed(rows))
@@ -189,7 +189,7 @@ def test_graphs_symmetry_and_tiles():
     of it, and `take` returns the graphs asked for."""
     rng = np.random.default_rng(0)
     x = np.stack([random_graph(rng, n, 9) for n in rng.integers(1, 10, size=13)]).astype(np.float32)
-    fn = optimised(graphs.kernel_fn(graph_layers.gcn(7, 1), "nngp"))
+    fn = graphs.kernel_fn(graph_layers.gcn(7, 1), "nngp")
     K = np.asarray(fn(x))
     assert (K == K.T).all()
     lengths = (x != 0).any(axis=2).sum(axis=1)

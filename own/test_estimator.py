@@ -51,8 +51,8 @@ def exact(X, X_new, kind="nngp", **options):
 
 @pytest.mark.parametrize("estimator", [KernelRegressor, KernelClassifier])
 def test_estimator_checks(estimator):
-    """scikit-learn's checks of estimators pass, but those named in FAILS, each with its reason. Compiled as in these tests, where
-    every shape rounds alike, even those may pass."""
+    """scikit-learn's checks of estimators pass, but those named in FAILS, each with its reason. Compiled as in these tests,
+    where every shape rounds alike, even those may pass."""
     results = check_estimator(estimator(depth=1), expected_failed_checks=FAILS, on_skip=None)
     assert {one["check_name"] for one in results if one["status"] == "xfail"} <= set(FAILS)
     assert sum(one["status"] == "passed" for one in results) > 45
