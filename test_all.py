@@ -1715,38 +1715,6 @@ def test_tiles_use_every_core(before, devices, precision):
     assert out.split() == [str(devices), str(precision), str(precision is not None)], err
 
 
-@quick
-def test_tiles_cores_and_memory_of_a_container(tmp_path, monkeypatch):
-    """Cores and memory are those of the control groups, version 1 and 2, of the group or of one above it."""
-    group, root = tmp_path / "cgroup", tmp_path / "fs"
-    monkeypatch.setattr(tiles, "GROUP", str(group))
-    monkeypatch.setattr(tiles, "GROUPS", str(root))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert tiles.cores() == 16
-    free = tiles.free_memory()
-
-    def files(folder, **contents):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            (root / folder / name.replace("__", ".")).write_text(text)
-    group.write_text("0::/a/b\n")
-    files("a", cpu__max="400000 100000\n", memory__max="1000000\n", memory__current="700000\n",
-          memory__stat="anon 1\ninactive_file 50000\n")
-    files("a/b", cpu__max="max 100000\n", memory__max="max\n", memory__current="5\n", memory__stat="inactive_file 0\n")
-    assert tiles.cores() == 4 and tiles.free_memory() == 350_000
-    files("a/b", cpu__max="50000 100000\n")
-    assert tiles.cores() == 1  # half a core
-    group.write_text("4:memory:/x\n3:cpu,cpuacct:/x\n")
-    files("cpu/x", cpu__cfs_quota_us="300000\n", cpu__cfs_period_us="100000\n")
-    files("memory/x", memory__limit_in_bytes="2000000\n", memory__usage_in_bytes="1500000\n", memory__stat="inactive_file 7\n")
-    assert tiles.cores() == 3 and tiles.free_memory() == 500_007
-    files("cpu/x", cpu__cfs_quota_us="-1\n")
-    files("memory/x", memory__limit_in_bytes=str(2**63 - 4096))
-    assert tiles.cores() == 16 and abs(tiles.free_memory() / free - 1) < 0.5
-    with pytest.raises(MemoryError):
-        tiles.check_memory("this", 10 * free)
-
-
 # ------------------------------------------------------------------------------------------- docs
 
 def readme():

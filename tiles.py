@@ -26,8 +26,6 @@ import itertools
 import logging
 import math
 import os
-import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,10 +41,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
+try:
+    from large import container
+except ImportError:  # large/ may be deleted: only the host is asked then
+    container = None
+
 TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large that a call to a device costs nothing
 PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
 # times the rows, for then the overhead of Python shows (1.35 times faster); 32 columns or more: four times (1.2)
-GROUP, GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"  # where Linux says what a container may use
 PIECE = 2**26  # bytes, at most, that processes sum at a time
 MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
 LOG = logging.getLogger("progress")  # what this process is doing; large/processes.py writes it to a file
@@ -465,10 +467,7 @@ def check_vectors(v, shape):
 def cores():
     """How many cores this process may use: those that taskset or Slurm leave it, and no more than its container's share."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shares = [text.split() for text, in control_groups("", "cpu.max")]  # "quota period" in microseconds
-    shares += control_groups("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
-    limits = [int(quota) // int(period) for quota, period in shares if quota.strip() not in ("max", "-1")]
-    return max(1, min([count, *limits]))
+    return max(1, min(count, container.cores() if container else count))
 
 
 def use_cores(devices=None):
@@ -492,35 +491,11 @@ def use_cores(devices=None):
 
 def free_memory():
     """Bytes of memory that this process may still take, of its host and of its container; infinite where neither says."""
-    have = [math.inf]
+    have = [container.free_memory() if container else math.inf]
     if os.path.exists("/proc/meminfo"):  # only Linux has it
         with open("/proc/meminfo") as lines:
             have += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    groups = control_groups("", "memory.max", "memory.current", "memory.stat")
-    groups += control_groups("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
-    for limit, used, stat in groups:
-        if limit.strip() != "max":  # files in the page cache are not counted as used
-            have.append(int(limit) - int(used) + int((re.findall(r"^inactive_file (\d+)", stat, re.M) or [0])[0]))
     return max(0, min(have))
-
-
-def control_groups(controller, *files):
-    """The contents of `files` in each control group of this process, its own first, [] where there are none.
-    controller: of version 1; "" is version 2."""
-    found = []
-    try:
-        with open(GROUP) as lines:
-            paths = [line.rstrip().split(":", 2)[1:] for line in lines]
-    except OSError:
-        return []
-    for path in [path.strip("/") for names, path in paths if controller in names.split(",")]:
-        places = [path.rsplit("/", up)[0] for up in range(path.count("/") + 1)] if path else []
-        for place in [*places, ""]:
-            try:
-                found.append([pathlib.Path(GROUPS, controller, place, file).read_text() for file in files])
-            except OSError:  # no such limit, or a group that this container does not see
-                continue
-    return found
 
 
 def check_memory(what, need):

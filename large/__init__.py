@@ -5,6 +5,7 @@
   on_device.py    a kernel matrix in the memory of GPUs, multiplied there
   places.py       which of these holds the tiles of a run
   processes.py    several processes: how they meet, and their one collective operation, the sum
+  container.py    what a container leaves to its processes: cores and memory
   one_pass.py     solves for all ridges at once, and of a large K tries few
   rank.py         chooses the rank of the preconditioner that saves most time
   cifar5m.py      CIFAR-5m's six files, read block by block
