@@ -135,14 +135,6 @@ def _records(path, number, label_bytes=1, classes=CLASSES):
     return checked(images, records[:, label_bytes - 1], path, classes=classes)
 
 
-def compare(content, sha256, path):
-    """Prints a note if the unpacked bytes of a file are not those that the published figures were made from."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        print(f"note: {path} is not the file that the figures in results/README.md were made from: sha256 {found}, "
-              f"there {sha256}")
-
-
 def existing(path, hint=HINT):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is {'a folder' if os.path.isdir(path) else 'not there'}; {hint}")

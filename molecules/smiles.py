@@ -236,7 +236,7 @@ def table(path, tasks=None, limit=None, sha256=None, classes=False):
     """
     content = tables.content(path, data.HINT)
     if sha256:
-        data.compare(content, sha256, path)
+        tables.compare(content, sha256, path)
     columns, lines = tables.lines(path, content, limit)
     tasks = list(tasks or [name for name in columns if name not in ("smiles", "mol_id")])
     tables.columns(path, columns, ["smiles", *tasks])

@@ -8,6 +8,7 @@ Proved by: proteins/test_proteins.py and molecules/test_molecules.py
 
 import csv
 import gzip
+import hashlib
 import io
 import os
 import zlib
@@ -22,6 +23,14 @@ def content(path, hint="expected a CSV file"):
             return file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or not a gzip file: {error}") from error
+
+
+def compare(content, sha256, path):
+    """Prints a note if the unpacked bytes of a file are not those that the published figures were made from."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        print(f"note: {path} is not the file that the figures in results/README.md were made from: sha256 {found}, "
+              f"there {sha256}")
 
 
 def text(path, content):

@@ -40,7 +40,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm, rankdata
 
-import data
 from own import tables
 
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
@@ -236,7 +235,7 @@ def _table(name, folder, quiet):
     """The csv file of a split: its name for messages, and its bytes, compared with SHA256 unless quiet."""
     path, content = _found(*FILES[name], folder)
     if not quiet:
-        data.compare(content, SHA256[name], path)
+        tables.compare(content, SHA256[name], path)
     return path, content
 
 
