@@ -38,9 +38,10 @@ from threadpoolctl import threadpool_limits
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Most of these tests would spend their time in XLA's compiler. Where a claim is about the last digits of a kernel, `optimised`
 # compiles it as its users have it; everything else is compiled in a quarter of that time. What XLA_FLAGS says comes last and
-# counts: with XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" all is as users have it.
-os.environ["XLA_FLAGS"] = ("--xla_cpu_prefer_vector_width=512 --xla_backend_optimization_level=0 "
-                           "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", ""))
+# counts: with XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" all is as users have it, and
+# so are benchmarks.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false " * ("--benchmark-only" not in sys.argv)
+os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {QUICKLY}" + os.environ.get("XLA_FLAGS", "")
 OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
     os.environ["NPROC"] = "1"
