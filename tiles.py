@@ -465,7 +465,8 @@ def check_vectors(v, shape):
 
 
 def cores():
-    """How many cores this process may use: those that taskset or Slurm leave it, and no more than its container's share."""
+    """How many cores this process may use: those that taskset or Slurm leave it, and with large/container.py no more than its
+    container's share."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(count, container.cores() if container else count))
 
@@ -490,7 +491,8 @@ def use_cores(devices=None):
 
 
 def free_memory():
-    """Bytes of memory that this process may still take, of its host and of its container; infinite where neither says."""
+    """Bytes of memory that this process may still take: of its host, and with large/container.py of its container; infinite
+    where neither says."""
     have = [container.free_memory() if container else math.inf]
     if os.path.exists("/proc/meminfo"):  # only Linux has it
         with open("/proc/meminfo") as lines:

@@ -14,5 +14,6 @@
   rates.py        what one machine takes for each piece of a run's work
   simulate.py     8 to 1,024 hosts, tile by tile, from these rates: where more hosts stop helping
 
-Without this folder everything runs in memory, in one process, ridge by ridge, and the rank is a simple guess.
+Without this folder everything runs in memory, in one process, ridge by ridge; the rank is a simple guess, and the limits of a
+container are not seen.
 """
