@@ -51,10 +51,6 @@ import augment
 import kernel
 
 try:
-    from fast import gpu
-except ImportError:  # gpu.py was deleted, or this JAX has no Triton backend: then XLA compiles for GPUs too
-    gpu = None
-try:
     from fast import cpu
 except ImportError:  # cpu.py was deleted
     cpu = None
@@ -64,8 +60,14 @@ SHEET = {"cpu": 2**18, "gpu": 2**25}  # elements of a sheet, all pairs: 1 MB sta
 
 
 def on_gpu():
-    """Whether gpu.py replaces `conv_relu`."""
-    return gpu is not None and jax.default_backend() == "gpu"
+    """Whether gpu.py replaces `conv_relu`. Imported only there: Pallas takes a fifth of a second."""
+    if jax.default_backend() != "gpu":
+        return False
+    try:
+        from fast import gpu  # noqa: F401
+    except ImportError:  # gpu.py was deleted, or this JAX has no Triton backend: then XLA compiles for GPUs too
+        return False
+    return True
 
 
 def on_cpu(dtype):
@@ -145,6 +147,7 @@ def run_sheets(convs, initial_sheet, stds1, stds2, buffers, step, offsets, finis
 
     def layer(k, a, source, target, has_T=True):
         if on_gpu() and stds1[0].shape[3] == 1:  # otherwise `prepare` pairs images with themselves, which is little work
+            from fast import gpu
             return gpu.conv_relu(source, target, stds1, stds2, w2_b2, k, a, step, has_T)
         return conv_relu(source, target, [x[k] for x in stds1],
                          [lax.dynamic_slice_in_dim(x[k], a, n) for x in stds2],
