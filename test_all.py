@@ -1287,10 +1287,10 @@ def test_train_is_a_dense_solve(tmp_path):
 def test_train_cifar_is_a_dense_solve(tmp_path):
     """On CIFAR-10 too, 1,500 images: accuracy within 0.1 point of dense Cholesky at the same ridge, for both kinds."""
     results = train(tmp_path, "--dataset", "cifar10", "--data", CIFAR, "--n_train", "1500", "--n_test",
-                    "2000", "--kind", "both", "--whiten", "channel")
-    everything, labels, x_test, test_labels = data.load("cifar10", CIFAR, n_test=2000)
-    whiten = data.whitening("channel", everything)()
-    x, labels = np.asarray(whiten(everything[:1500]), np.float64), labels[:1500]
+                    "2000", "--kind", "both", "--whiten", "channel", "--fit_on", "2000")
+    x, labels, x_test, test_labels = data.load("cifar10", CIFAR, n_train=2000, n_test=2000)
+    whiten = data.whitening("channel", x)()
+    x, labels = np.asarray(whiten(x[:1500]), np.float64), labels[:1500]
     x_test = np.asarray(whiten(x_test), np.float64)
     for result, K in zip(results.values(), kernel.kernel_fn("fc", kernel.KINDS)(np.concatenate([x, x_test]), x)):
         K, K_test = np.split(np.asarray(K), [1500])
