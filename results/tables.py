@@ -41,11 +41,17 @@ def load(path):
             run["search"] = run.pop("validation", None) or run.get("search")  # its former name
             solver = run["ridge"], config.get("rank"), config.get("precondition")
             fixed = () if run["search"] else solver
-            key = tuple(config[name] for name in SAME) + fixed
+            key = tuple(config[name] for name in SAME) + fixed + choice(run)
             groups.setdefault(key, {})[config["seed"]] = run
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a run of one of the three experiments: {error!r}") from error
     return [list(runs.values()) for runs in groups.values()]
+
+
+def choice(run):
+    """The networks that a run compared, and how; () if it compared none."""
+    networks = [one for one, *_ in run.get("compared") or [] if isinstance(one, dict) and {"depth", *NETWORK} & set(one)]
+    return (run["select"], json.dumps(networks, sort_keys=True)) if networks else ()
 
 
 def lines(path):
@@ -184,7 +190,8 @@ def augmentation(groups, dataset):
 
 def elsewhere(groups, metric):
     """Proteins and molecules: the mean score of every kernel ± sd over seeds, at its largest n; one column for each data set
-    whose score is `metric`. If a kernel was run with several settings, their scores are separated by commas."""
+    whose score is `metric`. If a kernel was run with several settings, their scores are separated by commas. Runs that
+    compared the same networks are repetitions, whichever network each of them chose."""
     scores, largest_n = {}, {}
     for runs in groups:
         config = runs[0]["config"]
@@ -192,14 +199,15 @@ def elsewhere(groups, metric):
             row, n = f"{config['kernel']} {config['kind'].upper()}", config["n_train"]
             column = " ".join(dict.fromkeys([config["dataset"], config["split"]]))
             largest_n[column] = max(largest_n.get(column, 0), n)
-            values = [run[metric] for run in runs]
-            sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            scores.setdefault(row, {}).setdefault(column, {}).setdefault(n, []).append(
-                f"{statistics.mean(values):.3f}{sd}")
+            settings = scores.setdefault(row, {}).setdefault(column, {}).setdefault(n, {})
+            settings.setdefault(choice(runs[0]) or len(settings), []).extend(run[metric] for run in runs)
+
+    def text(values):
+        return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
     def cell(sizes, largest):
         n = max(sizes, default=largest)
-        return ", ".join(sizes.get(n, [])) + ("" if n == largest else f" (n = {n:,})")
+        return ", ".join(map(text, sizes.get(n, {}).values())) + ("" if n == largest else f" (n = {n:,})")
     rows = sorted(scores, key=lambda row: KERNELS.index(row.split()[0]))
     largest_n = dict(sorted(largest_n.items(), key=lambda of: of[1]))
     return table(["kernel", *(f"{column}, n = {n:,}" for column, n in largest_n.items())], [

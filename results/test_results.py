@@ -224,6 +224,19 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
         report.main(paths)
 
 
+def test_scaling_networks_that_were_chosen(tmp_path):
+    """Runs that compared the same networks, in the same way, are repetitions though they chose different ones. Another way of
+    choosing is another value of the cell, also where it chose the same."""
+    def run(seed, depth, rmse, select, depths=(1, 2)):
+        line = fake_run(9, 0, seed, dataset="esol", split="random", kernel="gcn", depth=depth)
+        del line["test_accuracy"]
+        return {**line, "test_rmse": rmse, "select": select, "compared": [[{"depth": one}, 0.1, 0.5, 0.2] for one in depths]}
+    lines = [run(0, 1, 0.2, "loo"), run(1, 2, 0.4, "loo"), run(0, 1, 0.7, "validation"), run(0, 1, 0.8, "loo", (1, 3))]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = tables.elsewhere(tables.load(tmp_path / "runs.jsonl"), "test_rmse")
+    assert "| gcn NTK | 0.300 ± 0.141, 0.700, 0.800 |" in text
+
+
 def test_scaling_of_a_learning_curve(tmp_path, capsys):
     """One command runs two kernels on digits at four sizes; another prints table and laws and draws the figure."""
     train(tmp_path, "--kind", "both", "--sizes", "45,90,180,360", "--whiten", "none")
