@@ -182,7 +182,7 @@ def array(path, key=None, hint=HINT):
             raise ValueError(f"it holds {found}" + (f", and not {key}" if key else ""))
         return file[key]
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a complete {kind} without pickle: {error}") from error
+        raise ValueError(f"{path} is not a complete {kind} without pickle ({error}): fetch or write it again") from error
 
 
 def _download(folder="data"):

@@ -101,7 +101,7 @@ def inside(path, hint=HINT):
         with np.load(data.existing(path, hint), allow_pickle=False) as file:
             return set(file)
     except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # an .npy, too, has no keys
-        raise ValueError(f"{path} is not a complete .npz archive without pickle") from error
+        raise ValueError(f"{path} is not a complete .npz archive without pickle: write it again, with numpy.savez") from error
 
 
 def pictures(x, where):
