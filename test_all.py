@@ -40,9 +40,18 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # compiles it as its users have it; everything else is compiled in a quarter of that time. What XLA_FLAGS says comes last and
 # counts: with XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" all is as users have it, and
 # so are benchmarks.
-QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false " * ("--benchmark-only" not in sys.argv)
-os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {QUICKLY}" + os.environ.get("XLA_FLAGS", "")
-OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMISED, QUICKLY = {"xla_backend_optimization_level": 3}, {"xla_backend_optimization_level": 0}
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no such flag, and end if it is given
+    OPTIMISED["xla_cpu_use_fusion_emitters"], QUICKLY["xla_cpu_use_fusion_emitters"] = True, False
+
+
+def xla_flags(options):
+    """XLA_FLAGS for {name: value}."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
+
+
+os.environ["XLA_FLAGS"] = " ".join([xla_flags({"xla_cpu_prefer_vector_width": 512}), *(
+    [] if "--benchmark-only" in sys.argv else [xla_flags(QUICKLY)]), os.environ.get("XLA_FLAGS", "")])
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
     os.environ["NPROC"] = "1"
     threadpool_limits(1)

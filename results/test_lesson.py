@@ -14,7 +14,7 @@ import subprocess
 import sys
 from decimal import Decimal
 
-from test_all import HERE, OPTIMISED, as_users_have_it  # isort: skip  (sets JAX up)
+from test_all import HERE, OPTIMISED, as_users_have_it, xla_flags  # isort: skip  (sets JAX up)
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -71,9 +71,8 @@ def agrees(value, stated):
 
 def test_lesson_states_what_it_computes():
     """`states_what_it_computes` holds, compiled as users have it: without optimisation it takes twice as long."""
-    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIMISED.items())
     done = subprocess.run([sys.executable, "-c", "from results import test_lesson; test_lesson.states_what_it_computes()"],
-                          cwd=HERE, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True)
+                          cwd=HERE, env={**os.environ, "XLA_FLAGS": xla_flags(OPTIMISED)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
