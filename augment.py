@@ -55,9 +55,9 @@ def symmetric(kernel_fn):
 
 class View(NamedTuple):
     """Rows of an augmented data set: which image, whether flipped, cut out where."""
-    original: np.ndarray  # (N,) int64
-    flip: np.ndarray  # (N,) bool
-    offset: np.ndarray  # (N, 2) int64, (down, right)
+    original: np.ndarray  # (rows,) int64
+    flip: np.ndarray  # (rows,) bool
+    offset: np.ndarray  # (rows, 2) int64, (down, right)
     pad: int
     copies: int
 
@@ -120,8 +120,8 @@ class Images:
         return x
 
     def on(self, device):
-        """The images, whitened: float32 (len, h, w, channels), or (len, 1, 1, components). A JAX array on the device, or for a
-        CPU a NumPy array, which needs no compiler.
+        """The images (len, h, w, channels), or (len, 1, 1, components): float32 where they are whitened, else of x's dtype. A
+        JAX array on the device, or for a CPU a NumPy array, which needs no compiler.
 
         The blocks made last are kept, up to KEPT bytes: whitening costs 2 d^2 operations an image.
         """

@@ -16,7 +16,7 @@ dimension Tr K A^-1 = sum over k of S_k / (S_k + lambda), the number of directio
 
   n  rows of K   c  outputs   N  images (rows that are not copies)   ridge is relative: one number for every kernel
 
-With the room large/, all ridges are solved in one pass over K, and of a large K only a few are tried (large/one_pass.py).
+With the room large/, each product with K serves all ridges, and of a large K only a few are tried (large/one_pass.py).
 
 Errors are compared by their mean square. Accuracy would be noise on a few hundred images: on subsets of CIFAR-10 it
 chose ridges from 0.01 to 1 where the squared error chose 0.3 or 1.

@@ -104,7 +104,7 @@ def order(labels, seed, balanced=True, blocks=None):
 
 def enough(wanted, have, what, where):
     if wanted is not None and not 1 <= wanted <= have:
-        raise ValueError(f"{what}={wanted}, but {where} has 1 to {have} rows to give")
+        raise ValueError(f"{what}={wanted}: expected 1 to {have}, the rows of {where}")
 
 
 def _digits():

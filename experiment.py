@@ -274,8 +274,8 @@ def record(folder, config, result, run, describe=None):
 
 @contextmanager
 def guard(*expected, store=None):
-    """Ends the process with one line for an error of an expected kind or for Ctrl-C, or else with a traceback; with
-    several processes at once, for one that waited for the others to end would leave them hanging."""
+    """Ends the process with one line for an error of an expected kind or for Ctrl-C, else with a traceback. It ends at
+    once: a process that first waited for the others to end would leave them hanging."""
     try:
         yield
     except BaseException as error:

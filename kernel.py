@@ -70,7 +70,7 @@ class Input(NamedTuple):
 LAYERS = {}  # name -> Layer
 INPUTS = {}  # name of a first layer -> Input; images, and vectors before flatten, have none
 NETWORKS = {}  # name -> function (depth or None, w_std, b_std) -> layers before the head
-REFERENCE = {}  # name -> function (neural_tangents.stax, *parameters) -> its layer
+REFERENCE = {}  # name -> function (stax, *parameters) -> its layer, or None; "inputs of " + name -> what reference_fn calls
 
 
 def layer(name, parameters=0, variance=False, pairs=False, ends=False):
@@ -254,7 +254,7 @@ def _myrtle(a, b, c):
 
 NETWORKS.update(fc=_fc, cnn_vec=_cnn("flatten"), cnn_gap=_cnn("gap"), myrtle5=_myrtle(2, 1, 1), myrtle7=_myrtle(2, 2, 2),
                 myrtle10=_myrtle(3, 3, 3))
-IMAGES = tuple(NETWORKS)  # those that take images; rooms add others
+IMAGES = tuple(NETWORKS)  # the networks of images; rooms then add to NETWORKS those of other inputs
 
 
 def covariance(layers, x1, x2):
@@ -315,7 +315,7 @@ def as_images(layers, x):
     takes (n, d), and an image as one position with h*w*channels channels."""
     x = jnp.asarray(x)
     if 0 in x.shape:
-        raise ValueError(f"x has shape {x.shape}: at least one input, none of its sides empty")
+        raise ValueError(f"x has shape {x.shape}: expected at least one input, and no side of 0")
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     if layers[0][0] in INPUTS:
         return INPUTS[layers[0][0]].positions(layers, x)
@@ -349,8 +349,8 @@ def kernel_fn(name, kind, **options):
     name: one of NETWORKS, or a list of layers as `network` returns.
     kind: "nngp", "ntk", or a tuple of them for a tuple of matrices in one pass.
     options: depth, w_std, b_std, head, gamma of `network`.
-    x1, x2: (n, h, w, channels), or (n, d) for fc. Computed in float32, or in float64 where x1 is float64. fn(x) is
-    fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
+    x1, x2: (n, h, w, channels), or (n, d) for fc. Computed in float32, or in float64 if x1 is that and jax_enable_x64 is
+    set. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
     Raises ValueError: unknown name or kind, images that do not fit the network.
     """
     layers = network(name, **options)

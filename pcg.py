@@ -92,14 +92,14 @@ def textbook(matvec, y, ridge=0.0, tol=1e-6, max_iters=1000):
 
 class Info(NamedTuple):
     """What a solve can show for itself."""
-    iterations: int  # products of K with all columns, those for true residuals left out
+    iterations: int  # steps, those before a checkpoint too
     residual: np.ndarray  # (c,) |y - A x| / |y| of each column, of the x that is returned
     converged: bool  # every residual <= tol
     history: list  # largest residual over the columns, before the first step and after each
     condition: float  # of M^-1 A, largest over smallest Ritz value: a lower bound
-    seconds: float  # of this call, and in products with K
-    product_seconds: float
-    products: int  # with K, those for true residuals too
+    seconds: float  # of this call
+    product_seconds: float  # of those, in products with K
+    products: int  # of this call, with K, those for true residuals too
 
 
 class State(NamedTuple):
@@ -147,9 +147,9 @@ def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=
 
 def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True, checkpoint=None, drop=True):
     """`solve` as a generator: it yields (None, v) and takes K v, or (precondition, r) and takes M^-1 r; it returns X and Info.
-    v, r: (n, k).
+    v, r: (n, at most c).
 
-    drop: columns that are done drop out, so that k <= c. False: K or M differs from column to column, and k = c.
+    drop: leave out columns that are done. False, as in `solve`: keep all, for K or M may differ from column to column.
     """
     begun, shape, y = time.perf_counter(), np.shape(y), np.asarray(y, np.float64).reshape(len(y), -1)
     if not np.isfinite(y).all() or not ridge >= 0:
@@ -158,7 +158,7 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
     spent = []
 
     def product(v, which=True):
-        """A v of these columns; 0 in the others."""
+        """A v of these columns at least; the others are not used."""
         start = time.perf_counter()
         if np.all(which) or not drop:
             out = ridge * v
@@ -173,7 +173,7 @@ def steps(y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, qu
         return out
 
     def preconditioned(r, which):
-        """M^-1 r of these columns; 0 in the others."""
+        """M^-1 r of these columns at least; the others are not used."""
         if not precondition or not which.any():
             return r
         if which.all() or not drop:
@@ -430,12 +430,12 @@ def block(n):
 def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=True):
     """F (n, k), k <= rank, with F F^T ~ K, float32: randomly pivoted Cholesky; this process's rows of it.
 
-    No entry of K decides on a pivot but what is left of the diagonal, and yet F is close to the best of
+    Pivots depend only on what is left of the diagonal, and yet F is close to the best of
     its rank. `size` pivots are proposed at a time from one distribution and thinned by rejection on the
     small block between them, so that they are distributed as if drawn one by one while K and F are
     touched by matrix products only (Epperly, Tropp, Webber 2024).
     matrix: has shape, diagonal() -> (n,), columns(indices, own=True) -> this process's rows of these columns, perhaps team.
-    rank: None is n / 2 or MOST at most.   worth: large/rank.py's Worth, asked before each block
+    rank: None is n / 2, at most MOST.   worth: large/rank.py's Worth, asked before each block
     whether it pays.
     Stops early where what is left is rounding: below 1e-7 of the trace, for tiles are float32.
     """

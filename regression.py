@@ -59,7 +59,8 @@ class Solver:
             self.ready = pcg.low_rank(K, rank, seed, worth, size, quiet)
         elif ready is None:
             self.ready = PRECONDITIONERS[name](K)
-        self.rank, self.drop = getattr(self.ready, "rank", None), not hasattr(K, "mask")  # with a mask, columns differ
+        self.rank = getattr(self.ready, "rank", None)
+        self.drop = not hasattr(K, "mask")  # a mask (molecules/missing.py): K differs from column to column
 
     def leading(self, n):
         """The Solver of the leading n x n block of K; it shares the preconditioner."""
@@ -122,7 +123,7 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     of `Solver`.   Up to choose.DENSE rows the fields hold the leave-one-out error of the best ridge, however it was chosen.
     """
     select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
-    if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):  # molecules/missing.py: no one spectrum
+    if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):  # a mask: no single spectrum
         spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)
@@ -133,7 +134,8 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     compare = {"gcv": lambda some: choose.generalised(solver, y, some, options.get("seed", 0)),
                "validation": lambda some: choose.validation(solver, y, some, *held_out, score)}.get(select)
     if compare:
-        table = many.walk(solver, y, compare, some, ridges, by, tol * (select == "validation")) if many else compare(ridges)
+        begin = tol if select == "validation" else None
+        table = many.walk(solver, y, compare, some, ridges, by, begin) if many else compare(ridges)
     if solver.verbose:
         print("\n".join(f"ridge {row.ridge:8.2g}: {select} {choose.describe(row)}" for row in table))
     ridge = choose.best(table, by).ridge if table else ridges[0]
@@ -150,7 +152,8 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
 
 def search(K, y, ridges, select, **options):
     """[choose.Row, ...]: how good each ridge is, also where there is only one.  options: of `choose_ridge`."""
-    found = choose_ridge(K, y, list(ridges) * (1 + (len(ridges) == 1)), select, **options)[2]
+    twice = list(ridges) * (1 + (len(ridges) == 1))  # a single one too is measured if it is given twice
+    found = choose_ridge(K, y, twice, select, **options)[2]
     return [choose.Row(*row) for row in found["search"]]
 
 
@@ -161,14 +164,14 @@ def evidence(solver, y, alpha, info):
         "rows": len(y), "rank": solver.rank, "cg_iterations": info.iterations, "cg_converged": info.converged,
         "condition": info.condition, "cg_residual": float(info.residual.max()), "cg_residuals": info.residual.tolist(),
         "cg_history": [float(f"{r:.3g}") for r in info.history], "rounding": rounding(solver, y, alpha),
-        "step_seconds": info.seconds / max(1, info.iterations),
-        "product_bytes_per_second": read and 4 * K.entries * info.products / info.product_seconds,
+        "step_seconds": info.seconds / max(1, info.products),
+        "product_bytes_per_second": 4 * K.entries * info.products / info.product_seconds if read and info.products else None,
         "read_bytes_per_second": read and read * K.team.count}
     if solver.verbose:
         print(f"solve: {info.iterations} steps of {result['step_seconds']:.2g} s, rank {solver.rank or 0}, residuals "
               f"{info.residual.min():.1e} to {info.residual.max():.1e}, condition {info.condition:.3g}"
               + (f"; tiles multiplied at {result['product_bytes_per_second'] / 1e9:.2f} GB/s, read alone at "
-                 f"{result['read_bytes_per_second'] / 1e9:.2f} GB/s" if read else ""))
+                 f"{result['read_bytes_per_second'] / 1e9:.2f} GB/s" if result["product_bytes_per_second"] else ""))
     if solver.tol < result["rounding"] / 100 and not solver.quiet:
         print(f"note: rounding K to float32 alone makes a residual of about {result['rounding']:.0e}; steps from there to "
               f"{solver.tol:.0e} fit that rounding")

@@ -336,7 +336,7 @@ def test_kernel_inputs():
     (lambda: kernel.kernel_fn("myrtle5", "ntk")(np.ones((1, 2, 2, 3))), "2x2.*multiples of 4"),
     (lambda: kernel.kernel_fn("cnn_gap", "ntk")(np.ones((3, 9))), r"\(3, 9\).*\(n, h, w, channels\)"),
     (lambda: kernel.kernel_fn("fc", "ntk")(np.ones((3, 9)), np.ones((3, 8))), "must agree"),
-    (lambda: kernel.kernel_fn("fc", "ntk")(np.ones((0, 9))), r"\(0, 9\): at least one input"),
+    (lambda: kernel.kernel_fn("fc", "ntk")(np.ones((0, 9))), r"\(0, 9\): expected at least one input"),
     (lambda: kernel.kernel_fn([("gap",), ("tanh",)], "ntk"), "tanh.*expected"),
     (lambda: kernel.kernel_fn([("dense", 1.0), ("gap",)], "ntk"), r"\('dense', 1.0\).*\(\"dense\", number, number\)"),
     (lambda: kernel.kernel_fn([("relu",)], "ntk"), r"\('relu',\).*expected .* among them flatten or gap"),
@@ -440,6 +440,8 @@ def test_tiles_errors():
         tiles.gram(fn, x)
     with pytest.raises(MemoryError, match="1000000 x 1000000 kernel needs 200.* GB .*--store DIR"):
         tiles.gram(fn, np.broadcast_to(np.float32(1), (1000000, 3)))
+    with pytest.raises(MemoryError, match="1000000 x 1000000 kernel needs 400.* GB"):  # two matrices
+        tiles.gram(kernel.kernel_fn("fc", kernel.KINDS), np.broadcast_to(np.float32(1), (1000000, 3)))
     with pytest.raises(MemoryError, match="dense 3000000 x 3000000 kernel needs 36000.* GB"):
         dataclasses.replace(K, shape=(3000000,) * 2).dense()
 
@@ -1086,7 +1088,7 @@ def test_data_damaged_files(cifar_folder, damage, words):
 @quick
 def test_data_rows_asked_for():
     """More rows than there are, no rows, an unknown name: refused with the numbers."""
-    with pytest.raises(ValueError, match="n_train=2000, but digits has 1 to 1437 rows"):
+    with pytest.raises(ValueError, match="n_train=2000: expected 1 to 1437, the rows of digits"):
         data.load("digits", n_train=2000)
     with pytest.raises(ValueError, match="n_test=0"):
         data.load("digits", n_test=0)
@@ -1513,7 +1515,7 @@ def refused(running, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--n_train", "2000"], "ValueError: n_train=2000, but digits has 1 to 1437 rows"),
+    (["--n_train", "2000"], "ValueError: n_train=2000: expected 1 to 1437, the rows of digits"),
     (["--kernel", "fc", "--depth", "-1"], "ValueError: depth=-1 does not fit fc"),
     (["--dataset", "cifar10", "--data", "nowhere"], "FileNotFoundError: .*data_batch_1.bin is not there"),
     (["--n_train", "4", "--select", "validation"], "ValueError: n_train=4: a validation split needs at least 5 images"),
@@ -1555,7 +1557,7 @@ def test_train_errors(flags, words, tmp_path, capsys):
     assert re.search(words, text) and len(text.splitlines()) == 1, text
 
 
-@pytest.mark.parametrize("flags, words", [(["--n_train", "2000"], "^ValueError: n_train=2000, but digits has"),
+@pytest.mark.parametrize("flags, words", [(["--n_train", "2000"], "^ValueError: n_train=2000: expected 1 to 1437"),
                                           (["--ridge", "often"], "^train_cifar.py: --ridge often: expected a number")])
 def test_train_errors_of_the_script(flags, words, tmp_path):
     """At the command line, what is wrong is one line, without a traceback, and the script fails."""

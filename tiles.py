@@ -43,14 +43,14 @@ from tqdm import tqdm
 
 try:
     from large import container
-except ImportError:  # large/ may be deleted: only the host is asked then
+except ImportError:  # large/ may be deleted: then a container's limits on cores and memory are not seen
     container = None
 
 TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large that a call to a device costs nothing
 PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
 # times the rows, for then the overhead of Python shows (1.35 times faster); 32 columns or more: four times (1.2)
 PIECE = 2**26  # bytes, at most, that processes sum at a time
-MEET = 300  # seconds between two meetings of the processes while tiles are computed: a collective waits half an hour
+MEET = 300  # seconds between two meetings of the processes while tiles are computed: a sum gives up after half an hour
 LOG = logging.getLogger("progress")  # what this process is doing; large/processes.py writes it to a file
 
 
@@ -127,12 +127,13 @@ def _matrices(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
     K = empty(len(x1), len(x2), tile, symmetric, team)
     keys = list(K.keys())
     if store is None:
-        check_memory(f"the {len(x1)} x {len(x2)} kernel", 4 * len(keys) * K.sides[0] * K.sides[1])
         store = _dicts(kernel_fn, x1, x2, K.sides)
     stores = store if isinstance(store, tuple) else (store,)
+    if isinstance(stores[0], dict):
+        check_memory(f"the {len(x1)} x {len(x2)} kernel", 4 * len(stores) * len(keys) * K.sides[0] * K.sides[1])
     shapes = {key: tuple(s.stop - s.start for s in K.slices(key)) for key in keys}
     intact = [one.intact(shapes, quiet) if hasattr(one, "intact") else set(one) for one in stores]
-    missing = [key for key in keys if not all(key in known for known in intact)]
+    missing = [key for key in keys if not all(key in there for there in intact)]
     found = sum(math.prod(shapes[key]) for key in set(keys) - set(missing))
     matrices = tuple(replace(K, tiles=one, found=found) for one in stores)
     size, every = K.sides[0] * K.sides[1], sum(1 for _ in replace(K, team=ALONE).keys())
@@ -151,9 +152,9 @@ def _matrices(kernel_fn, x1, x2, tile, devices, quiet, store, team, symmetric):
     with tqdm(total=every * size, initial=done * size, unit=" entries", unit_scale=True, desc=f"kernel, {every} tiles",
               disable=quiet or None, leave=False) as bar:
         for key, arrays in computed(kernel_fn, [(0, x1), (1, x2)], K.sides, missing, devices):
-            for K, known, array in zip(matrices, intact, arrays):
-                if key not in known:
-                    K.put(key, array)
+            for matrix, there, array in zip(matrices, intact, arrays):
+                if key not in there:
+                    matrix.put(key, array)
             computed_here += 1
             bar.update(min(team.count * size, bar.total - bar.n))  # as if the others were as fast, until the next meeting
             if time.monotonic() > met + MEET:
@@ -170,7 +171,7 @@ def _dicts(kernel_fn, x1, x2, sides):
     """A dict for each array that kernel_fn returns."""
     device, row = jax.local_devices()[0], np.zeros(1, int)
     blocks = [block(x, row, device) for x in (x1, x2)]
-    arrays = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side, *one.shape[1:]), one.dtype)
+    arrays = jax.eval_shape(kernel_fn, *(jax.ShapeDtypeStruct((side, *one.shape[1:]), jax.dtypes.canonicalize_dtype(one.dtype))
                                          for side, one in zip(sides, blocks)))
     return tuple({} for _ in arrays) if isinstance(arrays, tuple) else {}
 
@@ -178,12 +179,12 @@ def _dicts(kernel_fn, x1, x2, sides):
 def computed(fn, inputs, sides, keys, devices=None):
     """Yields (key, [arrays that fn returns]) for every key, one key on each device at a time.
 
-    inputs: [(side, x), ...], one for each argument of fn: block key[side] of x, sides[side] rows long; side is 0 or 1.
+    inputs: [(axis, x), ...], one for each argument of fn: block key[axis] of x, sides[axis] rows long; axis is 0 or 1.
     Each device takes a run of neighbouring keys, so that a block is placed once for as long as it is needed. Keys are
     taken in squares whose blocks of rows and columns fit in what x keeps (x.kept rows; an array keeps all).
     """
     devices = jax.local_devices() if devices is None else devices
-    group = min(max(1, getattr(x, "kept", sys.maxsize) // (2 * sides[side])) for side, x in inputs)
+    group = min(max(1, getattr(x, "kept", sys.maxsize) // (2 * sides[axis])) for axis, x in inputs)
     keys = sorted(keys, key=lambda key: (key[1] // group, key[0] // group, key[1], key[0]))
     runs = np.array_split(np.array(keys, np.int64).reshape(-1, 2), len(devices))
     sharding = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec("device"))
@@ -191,11 +192,11 @@ def computed(fn, inputs, sides, keys, devices=None):
 
     def argument(which, step):
         """The blocks of one argument for one step, (D, b, ...), one on each device."""
-        side, x = inputs[which]
+        axis, x = inputs[which]
         for device, run in zip(devices, runs):
-            index = run[min(step, len(run) - 1)][side] if len(run) else 0
+            index = run[min(step, len(run) - 1)][axis] if len(run) else 0
             if placed.get((which, device), (None,))[0] != index:
-                rows = np.arange(index * sides[side], (index + 1) * sides[side])
+                rows = np.arange(index * sides[axis], (index + 1) * sides[axis])
                 part = block(x, np.where(rows < len(x), rows, 0), device)[None]
                 placed[which, device] = index, jax.device_put(part, device)
         shards = [placed[which, device][1] for device in devices]

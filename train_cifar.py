@@ -40,7 +40,7 @@ except ImportError:  # fast/ may be deleted: kernel.py computes the same, slowly
     pass
 HELD_OUT = 5000  # images of the validation split, at most
 FIT_ON = 50_000  # images that the whitening is fitted on, at most
-LARGEST = 4096  # numbers in an image, above which nothing but --whiten channel is a default: zca takes 10 d^3 operations
+LARGEST = 4096  # numbers in an image; for larger images --whiten channel is the default, as zca takes 10 d^3 operations
 PLOTS = ".png", ".svg", ".pdf"
 WHITENING = {"fc": ("zca", 100.0), "cnn_vec": ("zca", 30.0), "cnn_gap": ("zca_unit", 0.1), "myrtle5": ("zca_unit", 0.1),
              "myrtle7": ("zca_unit", 0.1), "myrtle10": ("zca_unit", 0.1)}  # --whiten and --zca_eps where not given
@@ -85,7 +85,7 @@ def main(argv=None):
         x, x_test = view.of(x_train, whiten), view_test.of(x_test, whiten)
         kernel_of = partial(network_kernel, args.engine, layers(args), args.flips)  # kind -> kernel_fn
         matrices = kernels(args, kernel_of, kinds, x, x_test, team)
-        priors = scales(args, kinds, [K for K, _ in matrices], x, team)
+        priors = diagonals(args, kinds, [K for K, _ in matrices], x, team)
 
     results, states = {kind: {} for kind in kinds}, []
     for kind, (K_all, K_test_all), prior in zip(kinds, matrices, priors):
@@ -196,14 +196,14 @@ def kernels(args, kernel_of, kinds, x, x_test, team):
                             devices=experiment.devices(args.devices), quiet=args.quiet, team=team)
 
 
-def scales(args, kinds, matrices, x, team):
-    """k(x, x) of each training row for each kind, to whose mean ridges are relative: the diagonal of K, but
-    without the mirror images where those are in the kernel. So a ridge means what it means with explicit
-    ones."""
+def diagonals(args, kinds, matrices, x, team):
+    """k(x, x) of each training row, (n,) for each kind; ridges are relative to its mean. It is the diagonal of K, but without
+    the mirror images where those are in the kernel, so that a ridge means what it means with explicit ones."""
     if args.flips != "symmetric":
         return [K.diagonal() for K in matrices]
     side = 64 if args.kernel in ("fc", "cnn_vec") else 8
-    return [tiles.diagonal(network_kernel(args.engine, layers(args), None, kind), x, side, team=team) for kind in kinds]
+    fns = [network_kernel(args.engine, layers(args), None, kind) for kind in kinds]
+    return [tiles.diagonal(fn, x, side, experiment.devices(args.devices), team) for fn in fns]
 
 
 def selection(args, labels, copies, needed=True):
@@ -213,9 +213,9 @@ def selection(args, labels, copies, needed=True):
     select, n_fit = choose.criterion(args.select, n * copies, copies), n - min(n // 5, HELD_OUT)
     if needed and select == "validation" and n_fit == n:
         raise ValueError(f"n_train={n}: a validation split needs at least 5 images; give one number with --ridge")
-    held_out, classes = np.unique(labels[n_fit:]), len(np.unique(labels))
-    if needed and select == "validation" and 2 * len(held_out) < min(classes, n - n_fit):  # the other classes ran out
-        text = f"the last {n - n_fit} training images, which are held out, are of {len(held_out)} of {classes} classes"
+    present, classes = np.unique(labels[n_fit:]), len(np.unique(labels))
+    if needed and select == "validation" and 2 * len(present) < min(classes, n - n_fit):  # the other classes ran out
+        text = f"the last {n - n_fit} training images, which are held out, are of {len(present)} of {classes} classes"
         if args.select or copies > 1:
             raise ValueError(f"{text}: they cannot choose a ridge. Take fewer with --n_train, or give one number with --ridge")
         print(f"note: {text}, so gcv chooses")
@@ -234,7 +234,7 @@ def evaluate(args, kind, view, x_train, y, labels, fits, team, setting):
     x, rows = view.of(x_train, fits[one.whiten](one.zca_eps))[np.arange(n * view.copies)], n * view.copies
     K = tiles.gram(network_kernel(one.engine, layers(one), one.flips, kind), x, min(args.tile, -(-rows // 4)),
                    experiment.devices(args.devices), args.quiet, team=team).merged()
-    prior, = scales(one, (kind,), [K], x, team)
+    prior, = diagonals(one, (kind,), [K], x, team)
     select, held_out, score = selection(args, labels[:n], view.copies)
     return regression.search(K, y[:rows], args.ridge, select, score=score, held_out=held_out, copies=view.copies,
                              prior=prior, **{**solver_options(args), "verbose": False})
@@ -275,8 +275,8 @@ def config(args, kind, n):
 
 
 def computed(args, n, K, K_test, team, seconds):
-    """How many entries were computed for the run of n images, and what compiled the program that did; None where every
-    product computes them, 0 where they were found, or counted with the largest n."""
+    """As fields of a result: how many entries were computed for the run of n images, how fast, and by which compiler's
+    program. None if every product computes them; 0 if they were found, or are counted with the largest n."""
     compiler = fused.compiler(layers(args)) if args.engine == "fused" else "XLA"
     if args.store == "none":
         return {"entries_computed": None, "entries_per_second": None, "compiler": "C++" if K.native else compiler}

@@ -425,7 +425,7 @@ def test_store_holds_a_few_tiles_in_memory(tmp_path):
 
 
 DRIVER = """
-import os, sys
+import gc, os, sys
 import jax.numpy as jnp, numpy as np, tiles
 from large import store
 x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
@@ -440,6 +440,7 @@ def run():
 
 for command in ("mount -t tmpfs -o size=100k tmpfs disk", "mount -o remount,ro disk", "mount -o remount,rw,size=9m disk",
                 "mount -o remount,ro disk"):
+    gc.collect()  # a disk cannot be made read-only while the last run's journal is open
     assert os.system(command) == 0
     run()
     store.report("disk")
@@ -1017,6 +1018,18 @@ def test_store_keeps_the_state_of_another_solve(tmp_path):
     assert not (tmp_path / "K" / "solve-nngp").exists()
 
 
+def test_store_has_a_finished_solve(tmp_path, monkeypatch):
+    """A run that ends after its solve, here while it predicts, takes no further step when it is started again."""
+    flags = ["--n_train", "60", "--n_test", "20", "--ridge", "0.1", "--store", str(tmp_path / "K")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cifar, "scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, *flags)
+    again, whole = train(tmp_path, *flags, "--verbose"), train(tmp_path, *flags[:-2])
+    assert again["test_mse"] == pytest.approx(whole["test_mse"], rel=1e-6) and again["cg_iterations"] == whole["cg_iterations"]
+    assert again["product_bytes_per_second"] is None
+
+
 def test_store_of_another_network(tmp_path, monkeypatch):
     """If a default in kernel.py is changed, as in a fork, a store with tiles of the old network is refused."""
     flags = ["--n_train", "60", "--n_test", "20", "--store", str(tmp_path / "K"), "--ridge", "1"]
@@ -1165,7 +1178,7 @@ def test_processes_error_in_one_ends_all(tmp_path, pictures):
     running = team(2, "--dataset", pictures, "--out", tmp_path, "--devices", 1, last=["--n_test", "1000"])
     said = [process.communicate(timeout=300)[1] for process in running]
     assert [process.returncode for process in running] == [1, 1] and time.monotonic() - start < 60
-    assert "another process is gone" in said[0] and f"n_test=1000, but {pictures} has 1 to 360 rows" in said[1]
+    assert "another process is gone" in said[0] and f"n_test=1000: expected 1 to 360, the rows of {pictures}" in said[1]
 
 
 

@@ -1040,7 +1040,7 @@ def test_molecules_official_split_is_ogbs():
     (["--fingerprints", "morgan,maccs"], "--fingerprints morgan,maccs: expected morgan, pairs, torsions"),
     (["--fingerprints", "morgan,morgan"], "--fingerprints morgan,morgan: expected"),
     (["--devices", "5"], "ValueError: --devices 5, but JAX sees 4 here"),
-    (["--n_train", "5000"], "ValueError: n_train=5000, .*nci has 1 to 1200 molecules to train on"),
+    (["--n_train", "5000"], "ValueError: n_train=5000, .*expected 1 to 1200, the molecules of nci to train on"),
     (["--split", "official"], "ValueError: split 'official': this data set has random, scaffold"),
     (["--depth", "0"], r"--depth \[?0\]?: expected at least 1"),
     (["--w_std", "-1"], "ValueError: .*w_std=-1.0, b_std=0.0: expected .*w_std > 0"),

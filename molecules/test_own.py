@@ -117,7 +117,7 @@ def test_own_targets_are_recognised(tmp_path, capsys, cells, pair, said):
     ("5", ["--target", "y"], "column 'y' has the same value in every row"),
     ("1,2,3", ["--target", "w", "--select", "gcv"], "--select gcv with .*: GCV .* cannot compare by auc; use --select loo"),
     ("1,2,3", ["--target", "y", "--split", "scaffold"], "leaves none of the 30 .* same ring system. Use --split random"),
-    ("1,2,3", ["--target", "y", "--n_train", "25"], "n_train=25, .*x.csv has 1 to 24 molecules to train on")], ids=str)
+    ("1,2,3", ["--target", "y", "--n_train", "25"], "n_train=25, .*expected 1 to 24, the molecules of .*x.csv")], ids=str)
 def test_own_file_errors(tmp_path, column, flags, words):
     """A column that is not there, named twice or not to be learned from, and a criterion or split that does not fit: one
     sentence with the name of the file."""

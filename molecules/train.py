@@ -242,8 +242,8 @@ def derive(args, parts):
         raise ValueError(f"split {args.split!r} leaves none of the {sum(map(len, parts))} molecules of {args.dataset} for "
                          f"training: {text}")
     if not all(1 <= n <= have for n in [args.n_train or have, *args.sizes]):
-        raise ValueError(f"n_train={args.n_train}, sizes={args.sizes}: {args.dataset} has 1 to {have} molecules to "
-                         "train on")
+        raise ValueError(f"n_train={args.n_train}, sizes={args.sizes}: expected 1 to {have}, the molecules of {args.dataset} "
+                         "to train on")
     args.n_train, args.n_test = args.n_train or have, len(parts[2])
     args.sizes = args.sizes or [args.n_train]
     for part, kind in itertools.product(PARTS[args.kernel], kernel.KINDS if args.tile is None and args.store else ()):

@@ -7,5 +7,5 @@
   tables.py       CSV files, read and checked; proteins/ and molecules/ read theirs with it
 
 Without this folder images are fitted and tested as before, but no model is saved and no variance computed; proteins and
-molecules need tables.py, and uncertainty.py for --variance.
+molecules need this folder.
 """
