@@ -354,7 +354,7 @@ class LowRank:
         S2 = S2[S2 > 1e-13 * S2[-1:]]  # the others are rounding: fewer rows than k, or a K of rank below k
         self.rank = len(S2)
         spread = diagonal / (diagonal.mean() or 1)
-        self.outside = (S2[0] if self.rank else 0) * np.sqrt(np.maximum(spread, 0.01))
+        self.outside = (S2[0] if self.rank else 0) * np.sqrt(np.maximum(spread, 0.01))  # none far below the others
 
     def leading(self, n):
         """The same of the leading n x n block of K: the first rows of F and of w, which it shares."""
