@@ -129,50 +129,42 @@ def draw_solve(folder, n=1000, ridge=1e-5):
     return infos
 
 
-CURVES = {("fc", "ntk", False): "fc", ("fc", "ntk", True): "fc, flips", ("cnn_vec", "nngp", False): "cnn_vec",
-          ("cnn_vec", "nngp", True): "cnn_vec, flips", ("myrtle5", "nngp", False): "myrtle5",
-          ("myrtle5", "nngp", True): "myrtle5, flips", ("myrtle10", "nngp", False): "myrtle10",
-          ("myrtle10", "nngp", True): "myrtle10, flips"}
+FAMILIES = {"fc": "ntk", "cnn_vec": "nngp", "myrtle5": "nngp", "myrtle10": "nngp"}  # kernel: kind
 
 
 @style
 def draw_curves(folder, path=RUNS):
-    """Draw test accuracy against n for eight kernels on CIFAR-10: the mean over subsets, with the sd if there are several;
-    and the bent law, solid up to a quarter of the largest n, to which it was fitted, dashed where it predicts.
-    Returns {(kernel, kind, flips): {n: {seed: accuracy in %}}}."""
-    points, shares = {}, {}
-    with open(path) as lines:
-        for run in map(json.loads, lines):
-            config = run["config"]
-            key = config["kernel"], config.get("kind"), bool(config.get("flips"))
-            chosen = run.get("validation") or run.get("search")
-            if (config.get("dataset") == "cifar10" and key in CURVES and chosen and config.get("crops", 1) == 1
-                    and config["whiten"] == "channel" and config["n_test"] >= 1000 and not config.get("depth")):
-                points.setdefault(key, {}).setdefault(config["n_train"], {})[config["seed"]] = 100 * run["test_accuracy"]
-                shares.setdefault(key, {}).setdefault(config["n_train"], {})[config["seed"]] = tables.unexplained(run)
+    """Draw test accuracy against n on CIFAR-10 for four kernels, without and with flips, of each the curve that reaches the
+    highest accuracy: the mean over subsets, with the sd if there are several; and the bent law, solid up to a quarter of the
+    largest n, to which it was fitted, dashed where it predicts.  Returns {name: {n: [test error, ...]}}."""
+    groups = tables.load(path)
+    found, shares = (tables.curves(groups, "cifar10", *value) for value in ((), (tables.unexplained,)))
+    best = {}
+    for key in sorted(found, key=lambda key: np.mean(list(found[key].values())[-1]), reverse=True):
+        config = dict(zip(tables.CURVE, key))
+        if FAMILIES.get(config["kernel"]) == config["kind"] and config["crops"] == 1 and config["n_test"] >= 1000:
+            best[config["kernel"], config["flips"]] = key
     figure = Figure(figsize=(7.6, 4), layout="constrained")
     axes = figure.add_subplot(xscale="log")
-    for key, name in CURVES.items():
-        n = sorted(points.get(key, {}))
-        mean = [np.mean(list(points[key][k].values())) for k in n]
-        sd = [np.std(list(points[key][k].values()), ddof=1) if len(points[key][k]) > 1 else 0 for k in n]
-        colour = COLOURS[["fc", "cnn_vec", "myrtle5", "myrtle10"].index(key[0])]
-        found = forecast({k: [1 - a / 100 for a in points[key][k].values()] for k in n},
-                         {k: list(shares[key][k].values()) for k in n}, draws=2) if n else None
-        if found:
-            for start, end, line in ((found.fitted[0], found.fitted[-1], "-"), (found.fitted[-1], n[-1], "--")):
+    for kernel, flips in sorted(best, key=lambda one: (list(FAMILIES).index(one[0]), one[1])):
+        key, colour = best[kernel, flips], COLOURS[list(FAMILIES).index(kernel)]
+        points, law = found[key], forecast(found[key], shares[key], draws=2)
+        if law:
+            for start, end, line in ((law.fitted[0], law.fitted[-1], "-"), (law.fitted[-1], max(points), "--")):
                 smooth = np.geomspace(start, end, 15)
-                axes.plot(smooth, 100 * (1 - bent_error(smooth, *found[1:5])), color=colour, linewidth=1.2, linestyle=line)
-        axes.errorbar(n, mean, sd, color=colour, linewidth=1.3, linestyle="none", marker="o", markersize=3.5,
-                      fillstyle="none" if key[2] else "full", label=f"{name} {key[1].upper()}")
+                axes.plot(smooth, 100 * (1 - bent_error(smooth, *law[1:5])), color=colour, linewidth=1.2, linestyle=line)
+        mean = [100 - 100 * np.mean(errors) for errors in points.values()]
+        sd = [100 * np.std(errors, ddof=1) if len(errors) > 1 else 0 for errors in points.values()]
+        axes.errorbar(list(points), mean, sd, color=colour, linewidth=1.3, linestyle="none", marker="o", markersize=3.5,
+                      fillstyle="none" if flips else "full", label=tables.name(key))
     axes.set(xlabel="training images (line: the law as fitted; dashed: its prediction)", ylabel="test accuracy, %")
     axes.set_xticks([100, 1000, 10000, 50000], ["100", "1,000", "10,000", "50,000"])
-    axes.set_title("CIFAR-10, channels standardised, ridge chosen on training images", fontsize=11)
+    axes.set_title("CIFAR-10, ridge chosen on training images", fontsize=11)
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, labelcolor=GREY, fontsize=9)
     save(figure, folder, "curves")
-    return points
+    return {tables.name(key): found[key] for key in best.values()}
 
 
 @style

@@ -18,11 +18,11 @@ from results.laws import bent_error, forecast, local_exponent
 from results.tables import (
     CURVE,
     HERE,
-    KERNELS,
     augmentation,
     cost,
     curves,
     elsewhere,
+    families,
     front,
     laws,
     learning,
@@ -37,46 +37,48 @@ SPEED = os.path.join(HERE, "speed.jsonl")
 
 
 def figure(groups, dataset, path):
-    """Draw test error against n, both logarithmic: the mean and sd at every size, and the bent law of curves of four octaves,
-    solid where it was fitted, dashed where it predicts; .svg, .png or .pdf.
+    """Draw test error against n, both logarithmic, a panel for each of `tables.families`: the mean and sd at every size, and
+    the bent law of curves of four octaves, solid where it was fitted, dashed where it predicts; .svg, .png or .pdf.
 
-    NNGP has round markers, NTK square ones. Hollow markers: with mirror images or crops. Half-filled markers: a whitening
-    other than "channel". The grey is legible on white and on black."""
+    NNGP has round markers, NTK square ones. Hollow markers: with mirror images or crops. The grey is legible on white and on
+    black."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    grey, drawn, shares = "#7d8590", curves(groups, dataset), curves(groups, dataset, unexplained)
-    page = Figure(figsize=(8.5, 4.6), layout="constrained", facecolor="none")
-    axes = page.add_subplot(xscale="log", yscale="log", facecolor="none")
-    colours = dict(zip(KERNELS, ["#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#009e73"] * 3))
-    for key, points in drawn.items():
-        config, n = dict(zip(CURVE, key)), np.array(list(points))
-        mean = np.array([np.mean(errors) for errors in points.values()])
-        sd = [np.std(errors, ddof=1) if len(errors) > 1 else 0 for errors in points.values()]
-        colour, found = colours[config["kernel"]], forecast(points, shares[key], draws=2)
-        fill = "none" if config["flips"] or config["crops"] > 1 else "full" if config["whiten"] == "channel" else "bottom"
-        if found:
-            for start, end, line in ((found.fitted[0], found.fitted[-1], "-"), (found.fitted[-1], max(n), "--")):
-                smooth = np.geomspace(start, end, 50)
-                axes.plot(smooth, bent_error(smooth, *found[1:5]), color=colour, linewidth=1, linestyle=line)
-        axes.errorbar(n, mean, sd, color=colour, linestyle="none", capsize=2, markersize=5,
-                      marker="o" if config["kind"] == "nngp" else "s", fillstyle=fill,
-                      label=f"{name(key)}: {local_exponent(points):.2f}")
-    axes.set_xlabel("training images n (line: the law as fitted; dashed: its prediction)", color=grey)
-    axes.set_ylabel("test error", color=grey)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-    axes.tick_params(which="both", colors=grey)
-    axes.grid(color=grey, alpha=0.25, linewidth=0.5)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(grey)
-    page.legend(loc="outside right center", frameon=False, labelcolor=grey, fontsize=8, title="kernel: local exponent")
-    page.legends[0].get_title().set(color=grey, fontsize=8)
-    metadata = {"Description": digest((drawn, shares)), "Date": None} if path.endswith(".svg") else None
-    with matplotlib.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "path"}):
+    grey, panels, shares = "#7d8590", families(groups, dataset), curves(groups, dataset, unexplained)
+    rows = -(-len(panels) // 2)
+    page = Figure(figsize=(11, 4.2 * rows), layout="constrained", facecolor="none")
+    colours = ["#2f81c7", "#d5652b", "#c25a9c", "#b98900", "#2a9d7c", "#8a6fd1", "#5b9bd5", "#a05a2c"]
+    for number, panel in enumerate(panels):
+        axes = page.add_subplot(rows, min(2, len(panels)), number + 1, xscale="log", yscale="log", facecolor="none")
+        for index, (key, points) in enumerate(panel.items()):
+            config, n = dict(zip(CURVE, key)), np.array(list(points))
+            mean = np.array([np.mean(errors) for errors in points.values()])
+            sd = [np.std(errors, ddof=1) if len(errors) > 1 else 0 for errors in points.values()]
+            colour, found = colours[index % len(colours)], forecast(points, shares[key], draws=2)
+            if found:
+                for start, end, line in ((found.fitted[0], found.fitted[-1], "-"), (found.fitted[-1], max(n), "--")):
+                    smooth = np.geomspace(start, end, 50)
+                    axes.plot(smooth, bent_error(smooth, *found[1:5]), color=colour, linewidth=1, linestyle=line)
+            axes.errorbar(n, mean, sd, color=colour, linestyle="none", capsize=2, markersize=5,
+                          marker="o" if config["kind"] == "nngp" else "s",
+                          fillstyle="none" if config["flips"] or config["crops"] > 1 else "full",
+                          label=f"{name(key)}: {local_exponent(points):.2f}")
+        axes.set_xlabel("training images n (line: the law as fitted; dashed: its prediction)", color=grey)
+        axes.set_ylabel("test error", color=grey)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+        axes.tick_params(which="both", colors=grey)
+        axes.grid(color=grey, alpha=0.25, linewidth=0.5)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(grey)
+        axes.legend(loc="lower left", frameon=False, labelcolor=grey, fontsize=8, title="kernel: local exponent")
+        axes.get_legend().get_title().set(color=grey, fontsize=8)
+    metadata = {"Description": digest((curves(groups, dataset), shares)), "Date": None} if path.endswith(".svg") else None
+    with matplotlib.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "none"}):
         page.savefig(path, dpi=150, metadata=metadata)
 
 

@@ -1,8 +1,9 @@
 """From runs to tables: reads and groups runs.jsonl and makes each table as Markdown.
 
 runs.jsonl holds one line for every run: configuration, result, versions, commit. Runs that differ only in the seed are
-repetitions: each draws another subset of the training set, and the test images are the same. A curve is the test error of one
-kernel at three or more sizes, with all other settings equal.
+repetitions: each draws another subset of the training set, and the test images are the same. Runs on all training images
+are no repetitions: the last one counts. A curve is the test error of one kernel at three or more sizes, with all other
+settings equal.
 
     print(tables.learning(tables.load("results/runs.jsonl"), "cifar10"))
 
@@ -15,6 +16,7 @@ import statistics
 
 import numpy as np
 
+from data import DATASETS
 from results.laws import fit, forecast, local_exponent
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -42,7 +44,8 @@ def load(path):
             solver = run["ridge"], config.get("rank"), config.get("precondition")
             fixed = () if run["search"] else solver
             key = tuple(config[name] for name in SAME) + fixed + choice(run)
-            groups.setdefault(key, {})[config["seed"]] = run
+            whole = config["crops"] == 1 and config["n_train"] == DATASETS.get(config["dataset"], (0, 0))[1]
+            groups.setdefault(key, {})[None if whole else config["seed"]] = run
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a run of one of the three experiments: {error!r}") from error
     return [list(runs.values()) for runs in groups.values()]
@@ -116,16 +119,21 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def learning(groups, dataset):
-    """Accuracy against size: one table for each family of kernels (myrtle5 and myrtle10 are one family), with one column
-    for each curve."""
-    families = {}
+def families(groups, dataset):
+    """[{values of CURVE: {n: [test error, ...]}}, ...]: the curves of kernels alike (myrtle5 and myrtle10) with one whitening;
+    those with standardised channels, which is no default, come last."""
+    found = {}
     for key, points in curves(groups, dataset).items():
-        families.setdefault(key[1].rstrip("0123456789"), {})[key] = points
+        found.setdefault((key[1].rstrip("0123456789"), key[CURVE.index("whiten")]), {})[key] = points
+    return [found[one] for one in sorted(found, key=lambda one: one[1] == "channel")]
+
+
+def learning(groups, dataset):
+    """Accuracy against size: one table for each of `families`, with one column for each curve."""
     return "\n\n".join(
         table(["n", *map(name, family)], [
             [f"{n:,}", *(percent(points[n]) if n in points else "" for points in family.values())]
-            for n in sorted({n for points in family.values() for n in points})]) for family in families.values())
+            for n in sorted({n for points in family.values() for n in points})]) for family in families(groups, dataset))
 
 
 def ahead(points, shares, end, draws=1000):
@@ -191,12 +199,13 @@ def augmentation(groups, dataset):
 def elsewhere(groups, metric):
     """Proteins and molecules: the mean score of every kernel ± sd over seeds, at its largest n; one column for each data set
     whose score is `metric`. If a kernel was run with several settings, their scores are separated by commas. Runs that
-    compared the same networks are repetitions, whichever network each of them chose."""
+    compared the same networks are repetitions, whichever network each of them chose; they have a row of their own."""
     scores, largest_n = {}, {}
     for runs in groups:
         config = runs[0]["config"]
         if next(name for name in SCORES if name in runs[0]) == metric and config["n_test"] >= FEW:
-            row, n = f"{config['kernel']} {config['kind'].upper()}", config["n_train"]
+            n, row = config["n_train"], f"{config['kernel']} {config['kind'].upper()}" + (
+                f", network by {runs[0]['select']}" if choice(runs[0]) else "")
             column = " ".join(dict.fromkeys([config["dataset"], config["split"]]))
             largest_n[column] = max(largest_n.get(column, 0), n)
             settings = scores.setdefault(row, {}).setdefault(column, {}).setdefault(n, {})
