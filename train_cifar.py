@@ -333,7 +333,8 @@ def parse(argv):
     """The flags, checked against each other; ridge and sizes as lists of numbers."""
     parser = flags()
     args = parser.parse_args(argv)
-    experiment.check(parser, args, "devices", "hosts", "resize", "fit_on", "components", "rank", "max_iters", "average")
+    experiment.check(parser, args, "n_test", "devices", "hosts", "resize", "fit_on", "components", "crops", "rank", "tile",
+                     "max_iters", "average", "rate")
     protocol, zca_eps = WHITENING[args.kernel]
     args.by_default = args.whiten == args.zca_eps == [None]
     args.whiten = [value or protocol for value in args.whiten]

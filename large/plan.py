@@ -222,6 +222,8 @@ def of_images(args):
     experiment.compare(args, None)
     _, (shape, n_train, n_test, args.classes) = train_cifar.source(args)
     args.fit_on = min(args.fit_on or train_cifar.FIT_ON, n_train)
+    data.enough(args.n_train, n_train, "n_train", args.dataset)
+    data.enough(args.n_test, n_test, "n_test", args.dataset)
     n_train, n_test = args.n_train or n_train, args.n_test or n_test
     rows = n_train * args.crops * (2 if args.flips == "explicit" else 1)
     train_cifar.derive(args, (n_train, *shape), n_test, rows)

@@ -34,6 +34,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import selectors
 import socket
 import threading
@@ -62,7 +63,7 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     coordinator: "HOST:PORT" of process 0.   processes, process: how many there are, and the number of this one.
     What is not given, a launcher or JAX says (`launched`).   gpus: how many this process takes; None: all that it
     can see, but one each if a launcher started several on this host.   wait: seconds to wait for the others.
-    Raises ValueError: one of the three without the others, a number out of range or taken.   ConnectionError: some did
+    Raises ValueError: one of the three without the others, no HOST:PORT, a number out of range or taken.   ConnectionError: some did
     not come in time, or JAX does not find them.
     """
     count, index, here = launched()
@@ -74,6 +75,8 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     if by_flags and (None in (coordinator, processes, process) or not 0 <= process < processes):
         raise ValueError(f"--coordinator {coordinator} --processes {processes} --process {process}: give all "
                          "three: HOST:PORT of process 0, the number of processes P, and this one's number, 0 to P - 1")
+    if coordinator and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator {coordinator}: expected HOST:PORT of process 0, such as node0:12345")
     if gpus is None and "CUDA_VISIBLE_DEVICES" in os.environ:
         gpus = len([number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number])
     elif gpus is None:

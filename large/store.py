@@ -66,7 +66,11 @@ def create(folder, about, rows, columns=None, process=0):
     except OSError as error:
         raise OSError(f"the store {folder} cannot be made: {error.strerror}") from error
     lock = locked(os.path.join(folder, f"tiles-{process}.txt"))
-    known = manifest(folder)
+    written = any(map(os.path.getsize, glob.glob(os.path.join(glob.escape(folder), "tiles-*.txt"))))
+    known = manifest(folder)  # another process may just have made it, but before the first tile
+    if written and known is None:
+        raise ValueError(f"{folder} has tiles but no manifest.json, so it is unknown of which matrix. Remove it, or give this run "
+                         "a store of its own")
     want = json.loads(json.dumps({"format": FORMAT, "dtype": "float32", **about}))
     seen = {"rows": rows} if columns is None else {"rows": rows, "columns": columns}
     if known is not None:
@@ -79,7 +83,7 @@ def create(folder, about, rows, columns=None, process=0):
             raise ValueError(f"{folder} holds another matrix: {'; '.join(differ)}. Give this run a "
                              "store of its own")
     for name, new in seen.items():
-        old = np.zeros(0, "<u8") if known is None else _inputs(folder, name, known)
+        old = np.zeros(0, "<u8") if known is None else inputs(folder, name, known)
         shared = min(len(old), len(new))
         changed = np.flatnonzero(old[:shared] != new[:shared])
         if len(changed):
@@ -355,8 +359,8 @@ def manifest(folder):
         raise ValueError(f"{path} is damaged or belongs to another program: {error!r}. Remove {folder}") from error
 
 
-def _inputs(folder, name, known):
-    """The digests that the manifest counts; the file may hold more, if a run was killed while it added them."""
+def inputs(folder, name, known):
+    """The `digests` of rows or columns that the manifest `known` counts; the file may hold more, if a run was killed while it added them."""
     path = os.path.join(folder, f"{name}.npy")
     try:
         counted = np.load(path, allow_pickle=False)[:known[name]["number"]]
@@ -386,7 +390,7 @@ def report(folder):
                          if name not in ("format", *INPUTS)))
         for name in INPUTS:
             if name in about:
-                _inputs(place, name, about)
+                inputs(place, name, about)
         for key in tqdm(sorted(kept.lines), unit=" tiles", leave=False, disable=None):
             problem = kept.damage(key)
             if problem:

@@ -317,6 +317,7 @@ def test_store_grows(tmp_path):
     (dict(x_test=inputs(40)), "one of the two is symmetric"),
     (dict(manifest='{"format": 2}'), "format 2, and this program reads 1"),
     (dict(manifest='{"form'), "damaged.*[Rr]emove"),
+    (dict(manifest=None), "has tiles but no manifest.json.*Remove"),
     (dict(rows=b""), "rows.npy is missing or damaged.*Remove"),
 ])
 def test_store_refuses(tmp_path, change, words):
@@ -324,7 +325,9 @@ def test_store_refuses(tmp_path, change, words):
     stored(tmp_path, inputs(40))
     before = contents(tmp_path)
     if "manifest" in change:
-        (tmp_path / "manifest.json").write_text(change.pop("manifest"))
+        os.remove(tmp_path / "manifest.json")
+        if text := change.pop("manifest"):
+            (tmp_path / "manifest.json").write_text(text)
     if "rows" in change:
         (tmp_path / "rows.npy").write_bytes(change.pop("rows"))
     with pytest.raises(ValueError, match=words):
@@ -1093,6 +1096,9 @@ def test_processes_errors():
     for given in (("h:1", None, None), (None, 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
         with pytest.raises(ValueError, match="give all three: HOST:PORT of process 0, the number of processes P"):
             processes.start(*given)
+    for given in ("host", "host:", "host:a", ":1"):
+        with pytest.raises(ValueError, match=f"^--coordinator {given}: expected HOST:PORT of process 0, such as"):
+            processes.start(given, 2, 0)
     assert processes.start() == processes.start("h:1", 1, 0) == tiles.ALONE
     processes.log(os.path.join(HERE, "README.md"), 0)
     assert not tiles.LOG.handlers
@@ -1224,6 +1230,9 @@ def test_plan_of_five_million(tmp_path, capsys):
     assert out["total_seconds"] == out["data_seconds"] + out["kernel_seconds"] + out["solve_seconds"]
     n_entries = out["entries"] / (out["entries_per_second"] / 2 * 512)
     assert out["kernel_seconds"] >= n_entries * 0.99
+    for flags, words in ((["--n_train", "1438"], "n_train=1438: expected 1 to 1437"), (["--n_test", "361"], "n_test=361: ")):
+        with pytest.raises(ValueError, match=words):  # as the run itself would
+            train_cifar.main(["--plan", *flags])
 
 
 

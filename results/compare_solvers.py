@@ -17,6 +17,8 @@ medians over --repeats rounds, each of which calls all methods; a method that ta
 
 import argparse
 import dataclasses
+import json
+import os
 import statistics
 import sys
 import time
@@ -127,14 +129,19 @@ def measure(runs, K, A, y, ridge, tol, repeats):
 def problem(args):
     """K as a TiledMatrix, and y, one-hot."""
     x, labels, _, _ = data.load("cifar10" if args.data else "digits", args.data, args.n, 1)
-    x, y = np.asarray(data.whitening("channel", x)()(x)), data.one_hot(labels)
+    y = data.one_hot(labels)
     if not args.store:
+        x = np.asarray(data.whitening("channel", x)()(x))
         return tiles.gram(ENGINES[next(iter(ENGINES))](args.kernel, args.kind), x), y
-    kept = store.Store(args.store)
+    kept = store.Store(os.path.join(args.store, f"train-{args.kind}"))
+    layers = json.loads(json.dumps(kernel.network(args.kernel)))
+    if kept.about["layers"] != layers or not np.array_equal(store.inputs(kept.folder, "rows", kept.about)[:args.n],
+                                                            store.digests(x)):
+        raise ValueError(f"{kept.folder} holds another matrix than {args.kernel} of the first {args.n} images of seed 0")
     K = tiles.empty(args.n, args.n, kept.about["tile"], True)
     missing = set(K.keys()) - set(kept.lines)
     if missing:
-        raise ValueError(f"--store {args.store} lacks {len(missing)} of the {len(list(K.keys()))} tiles for n = {args.n}; "
+        raise ValueError(f"{kept.folder} lacks {len(missing)} of the {len(list(K.keys()))} tiles for n = {args.n}; "
                          "compute them with train_cifar.py")
     return dataclasses.replace(K, tiles={key: kept[key].copy() for key in K.keys()}).merged(), y
 
@@ -156,7 +163,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=1000, help="number of images")
     parser.add_argument("--kernel", default="fc", choices=kernel.IMAGES)
     parser.add_argument("--kind", default="ntk", choices=kernel.KINDS)
-    parser.add_argument("--store", metavar="DIR", help="folder with the tiles of this K, computed by train_cifar.py")
+    parser.add_argument("--store", metavar="DIR", help="--store of a run of train_cifar.py that has computed the tiles of this K")
     parser.add_argument("--ranks", default="100,300,1000", help="ranks to compare with the rank that is chosen")
     parser.add_argument("--ridges", default="1e-6,1e-4,1e-2", help="ridges, relative to mean(diag K)")
     parser.add_argument("--tol", type=float, default=1e-6, help="true residual to reach in every column, |y - A x| / |y|")

@@ -148,6 +148,9 @@ def main(argv=None):
     names = args.only.split(",")
     if set(names) - set(SIDES):
         parser.error(f"--only {args.only}: expected some of {', '.join(SIDES)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected at least 1")
+    experiment.check_file(parser, args.out)
     about, lines, gpu = experiment.provenance(), [], jax.default_backend() != "cpu"
     for name in names:
         for kind in ("ntk", "nngp"):

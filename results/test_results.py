@@ -28,6 +28,20 @@ def test_train_solvers_compared(capsys):
     assert all(f"\n| {name} | " in said for name in steps)
 
 
+def test_train_solvers_take_a_store(tmp_path):
+    """compare_solvers.py takes the K that a run has kept, and refuses that of another network or of other images."""
+    train(tmp_path, "--n_train", "50", "--n_test", "20", "--kind", "ntk", "--store", str(tmp_path / "K"))
+    flags = ["--store", str(tmp_path / "K"), "--ridges", "1e-2", "--only", "none", "--repeats", "1"]
+    (_, steps, _), = compare_solvers.main([*flags, "--n", "40"]).values()
+    assert steps > 1
+    for other in (["--n", "40", "--kernel", "cnn_vec"], ["--n", "60"]):
+        with pytest.raises(ValueError, match="train-ntk holds another matrix than"):
+            compare_solvers.main([*flags, *other])
+    train(tmp_path, "--n_train", "50", "--n_test", "20", "--kind", "ntk", "--store", str(tmp_path / "K1"), "--seed", "1")
+    with pytest.raises(ValueError, match="train-ntk holds another matrix than fc of the first 40 images of seed 0"):
+        compare_solvers.main([*flags, "--n", "40", "--store", str(tmp_path / "K1")])
+
+
 def test_train_sklearn_compared(capsys):
     """compare_sklearn.py: KernelRidge and KernelRegressor have the same coefficients, up to the rounding of K v."""
     found, difference = compare_sklearn.main(["--n", "200"])
