@@ -22,8 +22,10 @@ import importlib.util
 import os
 import secrets
 import tarfile
+import tokenize
 import urllib.request
 import zipfile
+import zlib
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -44,6 +46,8 @@ URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from
 HINT = "give --data the folder that holds it"
 BATCH = 10_000  # records in a file of CIFAR-10
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, EOFError, NotImplementedError, RuntimeError,
+           tokenize.TokenError, zlib.error, zipfile.BadZipFile)  # what NumPy and zipfile raise when they read a damaged file
 
 
 def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
@@ -170,10 +174,20 @@ def checked(x, y, path, labels_path=None, classes=CLASSES):
     return x, y
 
 
+@contextmanager
+def intact(path, what, cure="fetch or write it again"):
+    """Turns whatever NumPy and zipfile raise when they read a damaged file into one sentence, a ValueError."""
+    try:
+        yield
+    except (OSError, *DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it names a place before its start
+            raise
+        raise ValueError(f"{path} {what} ({error}): {cure}") from error
+
+
 def array(path, key=None, hint=HINT):
     """The array in an .npy file, or one array of an .npz.  ValueError: damaged, pickled, no such array."""
-    kind = ".npz archive" if key else ".npy array"
-    try:
+    with intact(path, f"is not a complete {'.npz archive' if key else '.npy array'} without pickle"):
         file = np.load(existing(path, hint), None if key else "r", allow_pickle=False)  # an .npy is mapped, not read
         if key is None and isinstance(file, np.ndarray):
             return np.asarray(file)
@@ -181,8 +195,6 @@ def array(path, key=None, hint=HINT):
             found = "one array" if isinstance(file, np.ndarray) else "the arrays " + ", ".join(file)
             raise ValueError(f"it holds {found}" + (f", and not {key}" if key else ""))
         return file[key]
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a complete {kind} without pickle ({error}): fetch or write it again") from error
 
 
 def _download(folder="data"):

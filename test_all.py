@@ -1085,6 +1085,28 @@ def test_data_damaged_files(cifar_folder, damage, words):
     assert "\n" not in str(error.value)
 
 
+def flipped(path, step=1):
+    """For every step-th byte of a file: its number, while that byte is another."""
+    content = path.read_bytes()
+    for number in range(0, len(content), step):
+        path.write_bytes(content[:number] + bytes([content[number] ^ 0x15]) + content[number + 1:])
+        yield number
+    path.write_bytes(content)
+
+
+@quick
+def test_data_any_byte_damaged(tmp_path):
+    """Whichever byte of an .npy or .npz is wrong, an array is read, or a sentence names the file."""
+    np.save(tmp_path / "x.npy", np.arange(3.0))
+    np.savez_compressed(tmp_path / "x.npz", x=np.arange(3.0))
+    for name, key in (("x.npy", None), ("x.npz", "x")):
+        for byte in flipped(tmp_path / name):
+            try:
+                assert isinstance(data.array(str(tmp_path / name), key), np.ndarray)
+            except ValueError as error:
+                assert re.match(f".*{name} is not a complete .* without pickle .*again$", str(error)), byte
+
+
 @quick
 def test_data_rows_asked_for():
     """More rows than there are, no rows, an unknown name: refused with the numbers."""

@@ -92,10 +92,8 @@ def read(folder, kind, n_train=None):
 
 def mapped(path, side=None):
     """The block in an .npy file, mapped into memory.  side: None is any.  ValueError: damaged, pickled, no such block."""
-    try:
+    with data.intact(path, "is not a complete .npy array without pickle", "fetch it again"):
         array = np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a complete .npy array without pickle: {error}; fetch it again") from error
     want = (side, side) if side else array.shape[:1] * 2
     if array.dtype.kind != "f" or array.shape != want or min(want, default=0) < 1:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}; expected floating-point numbers "

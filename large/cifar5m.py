@@ -58,10 +58,8 @@ def _read(folder, parts, n, seed, what, balanced, n_fit=0):
 def _opened(path):
     """The archive.  ValueError: it is truncated, or lacks X or Y.  FileNotFoundError."""
     data.existing(path)
-    try:
+    with data.intact(path, "is truncated or not an .npz archive"):
         file = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is truncated or not an .npz archive: {error}") from error
     names = file.namelist()
     if not {"X.npy", "Y.npy"} <= set(names):
         raise ValueError(f"{path} holds {', '.join(names)}; expected X, Y")
@@ -74,22 +72,19 @@ def _rows(file, path, key, blocks):
     The array is read as a stream from its start, one block in memory at a time, and blocks that are not wanted are skipped.
     So compressed archives work too. Reading through 3 GB takes seconds.
     """
-    with file.open(f"{key}.npy") as stream:
+    with data.intact(path, f"holds a damaged {key}"), file.open(f"{key}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{path}: {key} is an .npy of version {version}; expected 1.0 or 2.0")
+            raise ValueError(f".npy of version {version}; expected 1.0 or 2.0")
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(stream)
         if fortran or dtype.hasobject or not shape:
-            raise ValueError(f"{path}: {key} is {dtype} {shape}, Fortran order {fortran}; expected plain numbers in C order")
+            raise ValueError(f"{dtype} {shape}, Fortran order {fortran}; expected plain numbers in C order")
         for block in range(max(blocks) + 1 if blocks else -(-shape[0] // BLOCK)):
             number = max(0, min(BLOCK, shape[0] - block * BLOCK))
             size = number * int(np.prod(shape[1:])) * dtype.itemsize
-            try:
-                content = stream.read(size)
-            except (EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{path}: {key} is damaged: {error}") from error
+            content = stream.read(size)
             if len(content) != size:
-                raise ValueError(f"{path}: {key} is truncated: {len(content)} bytes where {size} were expected")
+                raise ValueError(f"truncated: {len(content)} bytes where {size} were expected")
             if blocks is None or block in blocks:
                 yield np.frombuffer(content, dtype).reshape(number, *shape[1:])

@@ -230,5 +230,7 @@ def around(ridge, ridges):
 
 
 def _dear(K, c):
-    """Whether a pass over K costs more than more columns in it, so that it pays to solve for several ridges meanwhile."""
-    return K.slowness > 2 + 0.4 * c or getattr(getattr(K, "tiles", None), "direct", False)  # from a disk, past the cache
+    """Whether a pass over K costs more than more columns in it, so that it pays to solve for several ridges meanwhile. One
+    answer for all processes, for they take part in each other's sums, though they have memory for different caches."""
+    dear = K.slowness > 2 + 0.4 * c or getattr(getattr(K, "tiles", None), "direct", False)  # from a disk, past the cache
+    return bool(K.team.all_reduce(np.array([float(dear)]))[0])

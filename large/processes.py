@@ -63,8 +63,8 @@ def start(coordinator=None, processes=None, process=None, gpus=None, wait=300):
     coordinator: "HOST:PORT" of process 0.   processes, process: how many there are, and the number of this one.
     What is not given, a launcher or JAX says (`launched`).   gpus: how many this process takes; None: all that it
     can see, but one each if a launcher started several on this host.   wait: seconds to wait for the others.
-    Raises ValueError: one of the three without the others, no HOST:PORT, a number out of range or taken.   ConnectionError: some did
-    not come in time, or JAX does not find them.
+    Raises ValueError: one of the three without the others, no HOST:PORT, a number out of range or taken.   ConnectionError:
+    some did not come in time, or JAX does not find them.
     """
     count, index, here = launched()
     by_flags = (processes, process) != (None, None) or coordinator is not None and count == 1

@@ -38,7 +38,6 @@ import sys
 import threading
 import time
 import weakref
-import zipfile
 import zlib
 from contextlib import suppress
 
@@ -69,8 +68,8 @@ def create(folder, about, rows, columns=None, process=0):
     written = any(map(os.path.getsize, glob.glob(os.path.join(glob.escape(folder), "tiles-*.txt"))))
     known = manifest(folder)  # another process may just have made it, but before the first tile
     if written and known is None:
-        raise ValueError(f"{folder} has tiles but no manifest.json, so it is unknown of which matrix. Remove it, or give this run "
-                         "a store of its own")
+        raise ValueError(f"{folder} has tiles but no manifest.json, so it is unknown of which matrix. Remove it, or give this "
+                         "run a store of its own")
     want = json.loads(json.dumps({"format": FORMAT, "dtype": "float32", **about}))
     seen = {"rows": rows} if columns is None else {"rows": rows, "columns": columns}
     if known is not None:
@@ -290,10 +289,12 @@ class Checkpoint:
             return None
         content = self.team.all_reduce(content if len(content) else np.zeros(size, np.uint8))
         try:
-            state = dict(np.load(io.BytesIO(content.tobytes()), allow_pickle=False))
-        except (ValueError, zipfile.BadZipFile, EOFError):
+            with data.intact(self.path, "is damaged"):
+                state = dict(np.load(io.BytesIO(content.tobytes()), allow_pickle=False))
+                about = str(state.pop("about"))
+        except ValueError:
             return print(f"{self.path} is damaged: this solve starts anew")
-        return state if str(state.pop("about")) == self.about else None
+        return state if about == f"{self.about} {sorted(state)}" else None
 
     def save(self, state, finished=False):
         """Writes the state if `finished`, or if writing takes less than a twentieth of the time since it was last written."""
@@ -301,7 +302,7 @@ class Checkpoint:
             start = time.monotonic()
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             with data.replacing(self.path) as file:
-                np.savez(file, about=self.about, **state)
+                np.savez(file, about=f"{self.about} {sorted(state)}", **state)
             self.saved = time.monotonic()
             self.took = self.saved - start
 
@@ -360,16 +361,16 @@ def manifest(folder):
 
 
 def inputs(folder, name, known):
-    """The `digests` of rows or columns that the manifest `known` counts; the file may hold more, if a run was killed while it added them."""
+    """The `digests` of rows or columns that the manifest `known` counts; the file may hold more, if a run was killed while it
+    added them."""
     path = os.path.join(folder, f"{name}.npy")
-    try:
+    with data.intact(path, "is missing or damaged, so the inputs of the tiles are unknown", f"remove {folder}"):
+        if not os.path.exists(path):
+            raise ValueError("no such file")
         counted = np.load(path, allow_pickle=False)[:known[name]["number"]]
         if zlib.crc32(counted.tobytes()) != known[name]["crc"]:
             raise ValueError("its checksum is wrong")
         return counted
-    except (FileNotFoundError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}), so the inputs of the tiles are unknown. "
-                         f"Remove {folder}") from error
 
 
 def report(folder):

@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 from collections import Counter
 from dataclasses import replace
 
 from test_all import (  # isort: skip
     commands,
-    Dense, HERE, digits, flip, labels_of_a_file, refused, rows_to_fit_on, run_small, script, inputs, linear, relative_error,
-    spectrum, threads, train,
+    Dense, HERE, digits, flip, flipped, labels_of_a_file, refused, rows_to_fit_on, run_small, script, inputs, linear,
+    relative_error, spectrum, threads, train,
 )
 import jax
 import numpy as np
@@ -94,6 +95,18 @@ def test_cifar5m_damaged(cifar5m_folder, damage, words):
     damage(cifar5m_folder / "part2.npz")
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         data.load("cifar5m", cifar5m_folder)
+
+
+def test_cifar5m_any_byte_damaged(tmp_path, monkeypatch):
+    """Whichever byte of a part is wrong, its images are read, or the error names the part."""
+    monkeypatch.setattr(cifar5m, "BLOCK", 2)
+    for part in range(6):
+        np.savez(tmp_path / f"part{part}.npz", X=np.zeros((2, 32, 32, 3), np.uint8), Y=np.array([1, 2]))
+    for byte in flipped(tmp_path / "part1.npz", 7):
+        try:
+            assert data.load("cifar5m", tmp_path)[0].shape == (10, 32, 32, 3), byte
+        except ValueError as error:
+            assert "part1.npz" in str(error), byte
 
 
 def test_cifar5m_labels(cifar5m_folder):
@@ -318,7 +331,7 @@ def test_store_grows(tmp_path):
     (dict(manifest='{"format": 2}'), "format 2, and this program reads 1"),
     (dict(manifest='{"form'), "damaged.*[Rr]emove"),
     (dict(manifest=None), "has tiles but no manifest.json.*Remove"),
-    (dict(rows=b""), "rows.npy is missing or damaged.*Remove"),
+    (dict(rows=b""), "rows.npy is missing or damaged.*remove"),
 ])
 def test_store_refuses(tmp_path, change, words):
     """A store of another kernel, tile side or inputs is refused, unchanged, with a message that says what differs."""
@@ -595,6 +608,10 @@ def test_pcg_checkpoint(tmp_path, capsys):
     assert store.Checkpoint(path, {**about, "ridge": 1.0}, tiles.ALONE).load() is None
     flip(tmp_path / "solve" / "a.npz")
     assert kept.load() is None and "damaged: this solve starts anew" in capsys.readouterr().out
+    flip(tmp_path / "solve" / "a.npz")
+    for one in flipped(tmp_path / "solve" / "a.npz"):
+        state = kept.load()
+        assert state is None or set(state) == {"x", "history"}, one
     (tmp_path / "solve" / "a.npz.12ab34cd.tmp").write_bytes(b"half")
     kept.remove()
     assert not (tmp_path / "solve").exists()
@@ -657,6 +674,15 @@ def test_search_all_ridges_in_one_pass(name, monkeypatch):
     for row in whole + runs:
         want = np.linalg.solve(A[:96, :96] + row.ridge * np.diag(A)[:96].mean() * np.eye(96), y[:96])
         assert abs(row.mse / np.mean((A[96:, :96] @ want - y[96:]) ** 2) - 1) < 1e-6
+
+
+def test_search_is_the_same_in_all_processes():
+    """If a pass over K is expensive for one process of a team, whose memory holds fewer tiles, all of them search as for an
+    expensive one: otherwise they would wait for different sums."""
+    for others, here, dear in ((0, False, False), (1, False, True), (0, True, True)):
+        team = tiles.Team(0, 2, lambda array, others=others: array + others)
+        K = types.SimpleNamespace(slowness=2, tiles=types.SimpleNamespace(direct=here), team=team)
+        assert one_pass._dear(K, 10) is dear
 
 
 @pytest.mark.parametrize("select", ["validation", "gcv"])

@@ -17,7 +17,6 @@ Proved by: own/test_own.py
 
 import json
 import os
-import zipfile
 
 import numpy as np
 
@@ -47,7 +46,7 @@ def save(path, what, about, **arrays):
 def load(path, what):
     """(about, arrays) of a model of images, proteins or molecules.  ValueError: another file, or damaged.
     FileNotFoundError."""
-    try:
+    with data.intact(path, "is not a model that --save has written, or damaged", "fit and --save it again"):
         with np.load(data.existing(path, "--load takes a file that --save has written"), allow_pickle=False) as file:
             arrays = dict(file)
         if int(arrays.pop("format")) != FORMAT:
@@ -55,8 +54,6 @@ def load(path, what):
         about = json.loads(str(arrays.pop("about")))
         if not np.isfinite(arrays["alpha"]).all():
             raise ValueError("alpha is not finite")
-    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a model that --save has written, or damaged: {error!r}") from error
     if about["what"] != what:
         raise ValueError(f"{path} is a model of {about['what']}, and this program predicts {what}")
     return about, arrays

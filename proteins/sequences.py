@@ -40,6 +40,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm, rankdata
 
+import data
 from own import tables
 
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
@@ -249,11 +250,8 @@ def _found(archive, member, folder):
     if not os.path.exists(path):
         raise FileNotFoundError(f"found none of {path}, {own} and {os.path.join(folder, member)}; download one of them from "
                                 f"{SOURCE} and give --data the folder that holds it")
-    try:
-        with zipfile.ZipFile(path) as file:
-            return f"{member} in {path}", file.read(member)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{path} is truncated or holds no {member}: {error}") from error
+    with data.intact(path, f"is truncated or holds no {member}", "fetch it again"), zipfile.ZipFile(path) as file:
+        return f"{member} in {path}", file.read(member)
 
 
 class Encoding(NamedTuple):

@@ -135,8 +135,8 @@ def problem(args):
         return tiles.gram(ENGINES[next(iter(ENGINES))](args.kernel, args.kind), x), y
     kept = store.Store(os.path.join(args.store, f"train-{args.kind}"))
     layers = json.loads(json.dumps(kernel.network(args.kernel)))
-    if kept.about["layers"] != layers or not np.array_equal(store.inputs(kept.folder, "rows", kept.about)[:args.n],
-                                                            store.digests(x)):
+    rows = store.inputs(kept.folder, "rows", kept.about)[:args.n]
+    if kept.about["layers"] != layers or not np.array_equal(rows, store.digests(x)):
         raise ValueError(f"{kept.folder} holds another matrix than {args.kernel} of the first {args.n} images of seed 0")
     K = tiles.empty(args.n, args.n, kept.about["tile"], True)
     missing = set(K.keys()) - set(kept.lines)
@@ -163,7 +163,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=1000, help="number of images")
     parser.add_argument("--kernel", default="fc", choices=kernel.IMAGES)
     parser.add_argument("--kind", default="ntk", choices=kernel.KINDS)
-    parser.add_argument("--store", metavar="DIR", help="--store of a run of train_cifar.py that has computed the tiles of this K")
+    parser.add_argument("--store", metavar="DIR", help="--store of a run of train_cifar.py that has computed this K")
     parser.add_argument("--ranks", default="100,300,1000", help="ranks to compare with the rank that is chosen")
     parser.add_argument("--ridges", default="1e-6,1e-4,1e-2", help="ridges, relative to mean(diag K)")
     parser.add_argument("--tol", type=float, default=1e-6, help="true residual to reach in every column, |y - A x| / |y|")

@@ -146,8 +146,8 @@ def draw_curves(folder, path=RUNS):
             best[config["kernel"], config["flips"]] = key
     figure = Figure(figsize=(7.6, 4), layout="constrained")
     axes = figure.add_subplot(xscale="log")
-    for kernel, flips in sorted(best, key=lambda one: (list(FAMILIES).index(one[0]), one[1])):
-        key, colour = best[kernel, flips], COLOURS[list(FAMILIES).index(kernel)]
+    for network, flips in sorted(best, key=lambda one: (list(FAMILIES).index(one[0]), one[1])):
+        key, colour = best[network, flips], COLOURS[list(FAMILIES).index(network)]
         points, law = found[key], forecast(found[key], shares[key], draws=2)
         if law:
             for start, end, line in ((law.fitted[0], law.fitted[-1], "-"), (law.fitted[-1], max(points), "--")):
