@@ -1557,6 +1557,7 @@ def refused(running, words):
     (["--n_test", "-7"], "--n_test -7: expected at least 1"),
     (["--crops", "0"], "--crops 0: expected at least 1"),
     (["--plan", "--rate", "-5"], "--rate -5.0: expected at least 1"),
+    (["--plan", "--variance"], "--plan counts one solve: leave out --sizes, --variance and --plot"),
     (["--crops", "10"], "ValueError: .*1 <= crops <= 9"),
     (["--n_train", "20", "--fit_on", "3000"], "ValueError: --fit_on 3000, but there are 1437 training images"),
     (["--devices", "0"], "--devices 0: expected at least 1"),

@@ -344,6 +344,8 @@ def parse(argv):
         parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
     if (args.plan or args.load) and len(experiment.settings(args)) > 1:
         parser.error("--plan and --load take one network: one value for each of its flags")
+    if args.plan and (len(args.sizes) > 1 or args.variance or args.plot):
+        parser.error("--plan counts one solve: leave out --sizes, --variance and --plot")
     if args.dataset not in data.DATASETS and not os.path.exists(args.dataset):
         parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or "
                      "of a folder of .npy files or images")

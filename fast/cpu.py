@@ -70,6 +70,8 @@ def build(cxx, name="cpu.cpp"):
             subprocess.run([*compile_, "-o", f"{new}/a.o"], capture_output=True, text=True, check=True)
             # linked without -ffast-math, with which GCC would change how the whole process rounds tiny numbers
             subprocess.run([cxx, "-shared", f"{new}/a.o", "-o", f"{new}/a.so"], capture_output=True, text=True, check=True)
+            with open(f"{new}/a.so", "rb") as file:
+                os.fsync(file.fileno())
             os.replace(f"{new}/a.so", path)
     return path
 
@@ -91,7 +93,12 @@ def loaded(name):
             print(f"fast/cpu.py: no C++ compiler on PATH for {name}; {slow}", file=sys.stderr)
         return None
     try:
-        return ctypes.cdll.LoadLibrary(build(cxx, name))
+        path = build(cxx, name)
+        try:
+            return ctypes.cdll.LoadLibrary(path)
+        except OSError:  # a damaged file, from a machine that crashed or a full disk: built again
+            os.remove(path)
+            return ctypes.cdll.LoadLibrary(build(cxx, name))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         print(f"fast/cpu.py: {cxx} could not build {name} ({next((line for line in reason if 'error' in line), reason[0])}); "

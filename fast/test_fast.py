@@ -6,6 +6,7 @@ Each test states its claim in its first line. test_all.py sets up JAX, so it is 
 import functools
 import importlib.util
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -304,6 +305,18 @@ def test_fused_on_a_cpu(layers, shape, alone, monkeypatch):
     x[1, 1, 1, 1] = np.nan
     want = np.logical_or.outer([False, True, False], np.arange(19) == 0)
     assert all(np.array_equal(np.isnan(K), want) for K in fn[True](x[:3], x[1:]))
+
+
+@needs_compiler
+def test_fused_builds_a_damaged_library_again(tmp_path, monkeypatch):
+    """A library in the cache that cannot be loaded is built again."""
+    library, damaged = pathlib.Path(cpu.build(cpu.compiler())), tmp_path / "cpu.so"
+
+    def build(cxx, name):
+        return str(damaged if damaged.exists() else shutil.copy(library, damaged))
+    monkeypatch.setattr(cpu, "build", build)
+    damaged.write_bytes(library.read_bytes()[:99])
+    assert cpu.loaded("cpu.cpp")._name == str(damaged) and damaged.read_bytes() == library.read_bytes()
 
 
 @needs_compiler

@@ -275,7 +275,7 @@ class Checkpoint:
 
     def __init__(self, path, about, team):
         self.path, self.about, self.team = path, json.dumps(about), team
-        self.saved, self.took = time.monotonic(), 0.0
+        self.saved, self.took, self.writable = time.monotonic(), 0.0, True
 
     def load(self):
         """The state, {name: array}; None if there is no file, or it is damaged or belongs to another solve."""
@@ -297,12 +297,20 @@ class Checkpoint:
         return state if about == f"{self.about} {sorted(state)}" else None
 
     def save(self, state, finished=False):
-        """Writes the state if `finished`, or if writing takes less than a twentieth of the time since it was last written."""
-        if self.team.index == 0 and (finished or time.monotonic() > self.saved + 20 * self.took):
+        """Writes the state if `finished`, or if writing takes less than a twentieth of the time since it was last written. In a
+        store that may only be read, nothing is written, and one line says so."""
+        if self.team.index == 0 and self.writable and (finished or time.monotonic() > self.saved + 20 * self.took):
             start = time.monotonic()
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with data.replacing(self.path) as file:
-                np.savez(file, about=f"{self.about} {sorted(state)}", **state)
+            try:
+                with data.said(self.path):
+                    os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                with data.replacing(self.path) as file:
+                    np.savez(file, about=f"{self.about} {sorted(state)}", **state)
+            except OSError as error:
+                if error.__cause__.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                self.writable = False
+                print(f"{self.path} may not be written: the state of this solve is not kept")
             self.saved = time.monotonic()
             self.took = self.saved - start
 
@@ -357,7 +365,8 @@ def manifest(folder):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or belongs to another program: {error!r}. Remove {folder}") from error
+        raise ValueError(f"{path} is damaged or belongs to another program ({error!r}): give the run a store of its own, or "
+                         f"remove {folder} if it is one") from error
 
 
 def inputs(folder, name, known):
@@ -374,13 +383,21 @@ def inputs(folder, name, known):
 
 
 def report(folder):
-    """Prints what the stores in and below `folder` hold, checks every tile, and returns the number of damaged tiles."""
+    """Prints what the stores in and below `folder` hold, checks every tile, and returns the number of damaged tiles and
+    stores."""
     stores, damaged = 0, 0
     for place, _, names in sorted(os.walk(folder)):
         if "manifest.json" not in names:
             continue
-        stores += 1
-        kept = Store(place)
+        stores, here = stores + 1, 0
+        try:
+            kept = Store(place)
+            for name in set(INPUTS) & set(kept.about):
+                inputs(place, name, kept.about)
+        except ValueError as error:  # the others are checked all the same
+            print(error)
+            damaged += 1
+            continue
         about = kept.about
         n, m = (about.get(name, about["rows"])["number"] for name in INPUTS)
         rows, columns = (-(-size // about["tile"]) for size in (n, m))
@@ -389,15 +406,13 @@ def report(folder):
         print(f"{place}: {n:,} x {m:,}, {len(kept.lines):,} of {whole:,} tiles, {size / 1e9:.3g} GB; "
               + " ".join(f"{name}={value}" for name, value in about.items()
                          if name not in ("format", *INPUTS)))
-        for name in INPUTS:
-            if name in about:
-                inputs(place, name, about)
         for key in tqdm(sorted(kept.lines), unit=" tiles", leave=False, disable=None):
             problem = kept.damage(key)
             if problem:
                 tqdm.write(problem)
-                damaged += 1
-        print(f"{damaged} damaged: the next run computes them again" if damaged else "every tile is intact")
+                here += 1
+        print(f"{here} damaged: the next run computes them again" if here else "every tile is intact")
+        damaged += here
     if not stores:
         raise ValueError(f"{folder} contains no store: give the folder that a run had as --store")
     return damaged

@@ -4,6 +4,7 @@ Each test states its claim in its first line. test_all.py sets up JAX, so it is 
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -269,7 +270,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*-*.npy")}
 
 
-def test_store_is_memory(tmp_path):
+def test_store_is_memory(tmp_path, capsys):
     """Every method gives the same result from disk as from memory, to the last bit; a second run computes no tile; the report
     counts the tiles."""
     x, x_test, v = inputs(83), inputs(200)[90:121], np.random.default_rng(1).normal(size=(83, 3))
@@ -284,6 +285,11 @@ def test_store_is_memory(tmp_path):
     out = subprocess.run([sys.executable, "-m", "large.store", tmp_path], cwd=HERE, capture_output=True, text=True)
     assert out.returncode == 0 and "83 x 83, 21 of 21 tiles" in out.stdout
     assert "31 x 83, 12 of 12 tiles" in out.stdout and out.stdout.count("every tile is intact") == 2
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "manifest.json").write_text('{"name": "of a web page"}')
+    assert store.report(str(tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "page/manifest.json is damaged or belongs to another program" in said and said.count("every tile is intact") == 2
 
 
 def test_store_past_the_page_cache(tmp_path, monkeypatch):
@@ -593,9 +599,19 @@ def test_on_the_fly_says_where_nan_is():
 
 # -------------------------------------------------------------------------------------------- pcg
 
-def test_pcg_checkpoint(tmp_path, capsys):
-    """A checkpoint returns the state that was saved, but only for the same solve. It is not written at every step. A damaged
-    one is reported and not used. Once removed, nothing is left of it, nor of what killed runs were writing."""
+def failing(number):
+    """data.replacing where writing fails with this errno."""
+    @contextlib.contextmanager
+    def replacing(path):
+        with data.said(path):
+            raise OSError(number, os.strerror(number))
+        yield
+    return replacing
+
+
+def test_pcg_checkpoint(tmp_path, capsys, monkeypatch):
+    """A checkpoint returns the state that was saved, but only for the same solve. It is not written at every step, nor in a
+    store that may only be read. A damaged one, whichever byte is wrong, is reported and not used. Once removed, nothing is left of it, nor of what killed runs were writing."""
     path, about = str(tmp_path / "solve" / "a.npz"), {"ridge": 0.1, "rows": 5}
     kept = store.Checkpoint(path, about, tiles.ALONE)
     assert kept.load() is None
@@ -612,6 +628,15 @@ def test_pcg_checkpoint(tmp_path, capsys):
     for one in flipped(tmp_path / "solve" / "a.npz"):
         state = kept.load()
         assert state is None or set(state) == {"x", "history"}, one
+    capsys.readouterr()
+    with monkeypatch.context() as patch:  # a store that may only be read; a full disk is no such store
+        patch.setattr(data, "replacing", failing(errno.EACCES))
+        kept.save({"x": np.zeros(3)}, True)
+        kept.save({"x": np.zeros(3)}, True)
+        assert capsys.readouterr().out == f"{path} may not be written: the state of this solve is not kept\n"
+        patch.setattr(data, "replacing", failing(errno.ENOSPC))
+        with pytest.raises(OSError, match="free some space"):
+            store.Checkpoint(path, about, tiles.ALONE).save({"x": np.zeros(3)}, True)
     (tmp_path / "solve" / "a.npz.12ab34cd.tmp").write_bytes(b"half")
     kept.remove()
     assert not (tmp_path / "solve").exists()

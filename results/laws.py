@@ -129,9 +129,13 @@ def forecast(errors, shares, draws=1000, seed=0):
 
 
 def local_exponent(points):
-    """-d log error / d log n over the last decade of a curve {n: [error, ...]}; over two octaves if it is shorter."""
+    """-d log error / d log n over the last decade of a curve {n: [error, ...]}; over two octaves if it is shorter. NaN where no
+    error is left."""
     n, weight = np.array(list(points), np.float64), np.array([len(errors) for errors in points.values()])
     last = n >= n[-1] / (10 if n[-1] >= 10 * n[0] else 4)
     last[-2:] = True
-    log_error = np.log([np.mean(errors) for errors in points.values()])
+    mean = np.array([np.mean(errors) for errors in points.values()])
+    if not mean[last].all():
+        return np.nan
+    log_error = np.log(np.where(last, mean, 1))
     return -np.polyfit(np.log(n[last]), log_error[last], 1, w=np.sqrt(weight[last]))[0]

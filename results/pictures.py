@@ -6,10 +6,10 @@ They are SVG with real text and no background, in greys and colours that are leg
 Proved by: results/test_pictures.py
 """
 
+import argparse
 import contextlib
 import json
 import os
-import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -196,4 +196,6 @@ def main(folder=FOLDER):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
+    parser.add_argument("folder", nargs="?", default=FOLDER)
+    main(parser.parse_args().folder)

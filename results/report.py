@@ -17,6 +17,7 @@ import numpy as np
 from results.laws import bent_error, forecast, local_exponent
 from results.tables import (
     CURVE,
+    FEW,
     HERE,
     augmentation,
     cost,
@@ -125,8 +126,8 @@ def main(argv=None):
     groups = load(args.runs)
     drawn = curves(groups, args.dataset)
     if not drawn:
-        raise ValueError(f"{args.runs} has no kernel with three sizes of {args.dataset}; run three or more --sizes, or give "
-                         "another --dataset")
+        raise ValueError(f"{args.runs} has no kernel with three sizes of {args.dataset}, its ridge chosen among several, and "
+                         f"{FEW} or more rows tested; run three or more --sizes so, or give another --dataset")
     if args.figure:
         print(learning(groups, args.dataset), laws(groups, args.dataset), sep="\n\n")
         figure(groups, args.dataset, args.figure)

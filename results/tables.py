@@ -2,8 +2,8 @@
 
 runs.jsonl holds one line for every run: configuration, result, versions, commit. Runs that differ only in the seed are
 repetitions: each draws another subset of the training set, and the test images are the same. Runs on all training images
-are no repetitions: the last one counts. A curve is the test error of one kernel at three or more sizes, with all other
-settings equal.
+are no repetitions: the last one counts. A curve is the test error of one kernel at three or more sizes, with all settings
+of CURVE equal; the images that its whitening was fitted on may differ.
 
     print(tables.learning(tables.load("results/runs.jsonl"), "cifar10"))
 
@@ -167,7 +167,7 @@ def laws(groups, dataset):
             row = [f"{found.fitted[0]:,} … {found.fitted[-1]:,}", f"(1 + n / {found.n0:,.3g})^−{found.b:.3f}",
                    f"{100 * found.error:.1f}{interval}", f"{100 * measured:.1f}",
                    *(f"{miss:+.1f}".replace("-", "−") for miss in whole[1:])]
-        rows.append([name(key), f"{largest:,}", f"{key[-1]:,}", *row, f"{local_exponent(points):.3f}"])
+        rows.append([name(key), f"{largest:,}", f"{key[-1]:,}", *row, f"{local_exponent(points):.3f}".replace("nan", "–")])
     text = table(["kernel", "N", "tested on", "fitted n", "u(n)", "predicted at N, %", "measured, %", "miss, points",
                   "power law's miss", "local exponent"], rows)
     if len(misses) < 2:
