@@ -297,8 +297,8 @@ class Checkpoint:
         return state if about == f"{self.about} {sorted(state)}" else None
 
     def save(self, state, finished=False):
-        """Writes the state if `finished`, or if writing takes less than a twentieth of the time since it was last written. In a
-        store that may only be read, nothing is written, and one line says so."""
+        """Writes the state if `finished`, or if writing takes less than a twentieth of the time since it was last written. In
+        a store that may only be read, nothing is written, and one line says so."""
         if self.team.index == 0 and self.writable and (finished or time.monotonic() > self.saved + 20 * self.took):
             start = time.monotonic()
             try:

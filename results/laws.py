@@ -129,8 +129,8 @@ def forecast(errors, shares, draws=1000, seed=0):
 
 
 def local_exponent(points):
-    """-d log error / d log n over the last decade of a curve {n: [error, ...]}; over two octaves if it is shorter. NaN where no
-    error is left."""
+    """-d log error / d log n over the last decade of a curve {n: [error, ...]}; over two octaves if it is shorter. NaN where
+    no error is left."""
     n, weight = np.array(list(points), np.float64), np.array([len(errors) for errors in points.values()])
     last = n >= n[-1] / (10 if n[-1] >= 10 * n[0] else 4)
     last[-2:] = True
