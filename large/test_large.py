@@ -611,8 +611,8 @@ def failing(number):
 
 def test_pcg_checkpoint(tmp_path, capsys, monkeypatch):
     """A checkpoint returns the state that was saved, but only for the same solve. It is not written at every step, nor in a
-    store that may only be read. A damaged one, whichever byte is wrong, is reported and not used. Once removed, nothing is left of
-    it, nor of what killed runs were writing."""
+    store that may only be read. A damaged one, whichever byte is wrong, is reported and not used. Once removed, nothing
+    is left of it, nor of what killed runs were writing."""
     path, about = str(tmp_path / "solve" / "a.npz"), {"ridge": 0.1, "rows": 5}
     kept = store.Checkpoint(path, about, tiles.ALONE)
     assert kept.load() is None
