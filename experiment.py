@@ -72,6 +72,9 @@ def check(parser, args, *positive):
     n_train too, and are sorted; [] where neither is given.   positive: names of flags that must be at least 1.
     tol, seed, kind and, where there is one, variance must be possible.
     """
+    for flag, value in vars(args).items():
+        if value == "":  # as of a variable of the shell that is not set
+            parser.error(f"--{flag} is empty: expected a value, or leave it out")
     try:
         args.ridge = choose.RIDGES if args.ridge == "auto" else [float(r) for r in args.ridge.split(",")]
     except ValueError:

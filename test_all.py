@@ -1551,6 +1551,7 @@ def refused(running, words):
     (["--ridge", "often"], "--ridge often: expected a number"),
     (["--ridge", "-1"], "expected numbers >= 0"),
     (["--ridge", "1,nan"], "--ridge nan: expected numbers >= 0"),
+    (["--store", ""], "--store is empty: expected a value, or leave it out"),
     (["--tol", "nan"], "--tol nan: expected a number between 0 and 1"),
     (["--seed", "-1"], "--seed -1: expected a whole number >= 0"),
     (["--tile", "0"], "--tile 0: expected at least 1"),

@@ -10,6 +10,7 @@ Proved by: fast/test_fast.py
 
 import atexit
 import ctypes
+import glob
 import hashlib
 import os
 import platform
@@ -17,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
+from contextlib import suppress
 from functools import lru_cache
 
 import jax
@@ -47,8 +50,8 @@ def processor():
 
 
 def build(cxx, name="cpu.cpp"):
-    """Path of the library of a C++ file, built with the compiler `cxx` unless it is there.  Raises OSError or
-    CalledProcessError."""
+    """Path of the library of a C++ file, built with the compiler `cxx` unless it is there. Its name ends with its checksum: to
+    load a library that a full disk or a crash has cut would end the process.  Raises OSError or CalledProcessError."""
     source, coefficients = os.path.join(HERE, name), ",".join(f"{value!r}f" for value in kernel.ANGLE["float32"])
     compile_ = [cxx, *FLAGS, f"-DCOEFFICIENTS={coefficients}", "-isystem", jax.ffi.include_dir(), "-c", source]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
@@ -57,23 +60,29 @@ def build(cxx, name="cpu.cpp"):
     digest = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = os.path.join(cache, "infinite-networks")
-    path = os.path.join(folder, f"{name[:-4]}-{digest}.so")
-    if not os.path.exists(path):
-        try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError:  # a home that cannot be written: built for this process alone
-            folder = tempfile.mkdtemp()
-            path = os.path.join(folder, os.path.basename(path))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder) as new:  # several processes may build at once: each renames its own
-            subprocess.run([*compile_, "-o", f"{new}/a.o"], capture_output=True, text=True, check=True)
-            # linked without -ffast-math, with which GCC would change how the whole process rounds tiny numbers
-            subprocess.run([cxx, "-shared", f"{new}/a.o", "-o", f"{new}/a.so"], capture_output=True, text=True, check=True)
-            with open(f"{new}/a.so", "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(f"{new}/a.so", path)
+    for path in glob.glob(os.path.join(glob.escape(folder), f"{name[:-4]}-{digest}-*.so")):
+        if path.endswith(f"-{checksum(path)}.so"):
+            return path
+        with suppress(OSError):
+            os.remove(path)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:  # a home that cannot be written: built for this process alone
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder) as new:  # several processes may build at once: each renames its own
+        subprocess.run([*compile_, "-o", f"{new}/a.o"], capture_output=True, text=True, check=True)
+        # linked without -ffast-math, with which GCC would change how the whole process rounds tiny numbers
+        subprocess.run([cxx, "-shared", f"{new}/a.o", "-o", f"{new}/a.so"], capture_output=True, text=True, check=True)
+        path = os.path.join(folder, f"{name[:-4]}-{digest}-{checksum(f'{new}/a.so')}.so")
+        os.replace(f"{new}/a.so", path)
     return path
+
+
+def checksum(path):
+    with open(path, "rb") as file:
+        return f"{zlib.crc32(file.read()):08x}"
 
 
 @lru_cache(maxsize=1)
@@ -93,12 +102,7 @@ def loaded(name):
             print(f"fast/cpu.py: no C++ compiler on PATH for {name}; {slow}", file=sys.stderr)
         return None
     try:
-        path = build(cxx, name)
-        try:
-            return ctypes.cdll.LoadLibrary(path)
-        except OSError:  # a damaged file, from a machine that crashed or a full disk: built again
-            os.remove(path)
-            return ctypes.cdll.LoadLibrary(build(cxx, name))
+        return ctypes.cdll.LoadLibrary(build(cxx, name))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         print(f"fast/cpu.py: {cxx} could not build {name} ({next((line for line in reason if 'error' in line), reason[0])}); "

@@ -33,7 +33,10 @@ def _read(folder, parts, n, seed, what, balanced, n_fit=0):
     labels, blocks = [], []
     for path in paths:
         with _opened(path) as file:
-            labels.append(data.labels(np.concatenate(list(_rows(file, path, "Y", None))), path))
+            y = list(_rows(file, path, "Y", None))
+            if not y:
+                raise ValueError(f"{path} holds no images: fetch it again")
+            labels.append(data.labels(np.concatenate(y), path))
         blocks.append((blocks[-1][-1] + 1 if blocks else 0) + np.arange(len(labels[-1])) // BLOCK)
     data.enough(n, sum(map(len, labels)), what, folder)
     starts = np.cumsum([0] + [len(y) for y in labels])

@@ -50,6 +50,7 @@ import tiles
 FORMAT = 1
 LINE = re.compile(rb"(\d+) (\d+) (\d+) (\d+) (\d+) ([0-9a-f]{8})")
 INPUTS = ("rows", "columns")
+DENIED = set()  # folders of checkpoints in which this process may not write
 
 
 def create(folder, about, rows, columns=None, process=0):
@@ -275,7 +276,7 @@ class Checkpoint:
 
     def __init__(self, path, about, team):
         self.path, self.about, self.team = path, json.dumps(about), team
-        self.saved, self.took, self.writable = time.monotonic(), 0.0, True
+        self.saved, self.took = time.monotonic(), 0.0
 
     def load(self):
         """The state, {name: array}; None if there is no file, or it is damaged or belongs to another solve."""
@@ -299,18 +300,19 @@ class Checkpoint:
     def save(self, state, finished=False):
         """Writes the state if `finished`, or if writing takes less than a twentieth of the time since it was last written. In
         a store that may only be read, nothing is written, and one line says so."""
-        if self.team.index == 0 and self.writable and (finished or time.monotonic() > self.saved + 20 * self.took):
+        folder = os.path.dirname(self.path)
+        if self.team.index == 0 and folder not in DENIED and (finished or time.monotonic() > self.saved + 20 * self.took):
             start = time.monotonic()
             try:
                 with data.said(self.path):
-                    os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                    os.makedirs(folder, exist_ok=True)
                 with data.replacing(self.path) as file:
                     np.savez(file, about=f"{self.about} {sorted(state)}", **state)
             except OSError as error:
                 if error.__cause__.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
-                self.writable = False
-                print(f"{self.path} may not be written: the state of this solve is not kept")
+                DENIED.add(folder)
+                print(f"{folder} may not be written: the state of solves is not kept")
             self.saved = time.monotonic()
             self.took = self.saved - start
 
@@ -360,7 +362,7 @@ def manifest(folder):
             known = json.loads(file.read())
         if known["format"] != FORMAT:
             raise ValueError(f"format {known['format']}, and this program reads {FORMAT}")
-        np.dtype(known["dtype"]), known["rows"]["number"]
+        np.dtype(known["dtype"]), known["rows"]["number"], known["tile"]
         return known
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -87,6 +87,7 @@ def test_cifar5m_is_streamed(tmp_path):
     (lambda p: p.unlink(), "part2.npz is not there"),
     (lambda p: p.write_bytes(p.read_bytes()[:5000]), "part2.npz is truncated or not an .npz"),
     (lambda p: np.savez(p, X=np.ones((5, 32, 32, 3))), "holds X.npy; expected X, Y"),
+    (lambda p: np.savez(p, X=np.ones((0, 32, 32, 3), np.uint8), Y=np.zeros(0, int)), "part2.npz holds no images"),
     (lambda p: np.savez(p, X=np.ones((500, 32, 32, 3)), Y=np.arange(500) % 10), "float64.*expected uint8"),
     (lambda p: np.savez(p, X=np.ones((500, 32, 32, 3), np.uint8), Y=np.full(500, 77)), "label 77"),
     (lambda p: np.savez(p, X=np.ones((90, 32, 32, 3), np.uint8), Y=np.arange(500) % 10), "part2"),
@@ -634,7 +635,8 @@ def test_pcg_checkpoint(tmp_path, capsys, monkeypatch):
         patch.setattr(data, "replacing", failing(errno.EACCES))
         kept.save({"x": np.zeros(3)}, True)
         kept.save({"x": np.zeros(3)}, True)
-        assert capsys.readouterr().out == f"{path} may not be written: the state of this solve is not kept\n"
+        assert capsys.readouterr().out == f"{tmp_path}/solve may not be written: the state of solves is not kept\n"
+        store.DENIED.clear()
         patch.setattr(data, "replacing", failing(errno.ENOSPC))
         with pytest.raises(OSError, match="free some space"):
             store.Checkpoint(path, about, tiles.ALONE).save({"x": np.zeros(3)}, True)

@@ -136,13 +136,15 @@ def problem(args):
     kept = store.Store(os.path.join(args.store, f"train-{args.kind}"))
     layers = json.loads(json.dumps(kernel.network(args.kernel)))
     rows = store.inputs(kept.folder, "rows", kept.about)[:args.n]
-    if kept.about["layers"] != layers or not np.array_equal(rows, store.digests(x)):
+    if kept.about["layers"] != layers or "flips" in kept.about or not np.array_equal(rows, store.digests(x)):
         raise ValueError(f"{kept.folder} holds another matrix than {args.kernel} of the first {args.n} images of seed 0")
     K = tiles.empty(args.n, args.n, kept.about["tile"], True)
     missing = set(K.keys()) - set(kept.lines)
     if missing:
         raise ValueError(f"{kept.folder} lacks {len(missing)} of the {len(list(K.keys()))} tiles for n = {args.n}; "
                          "compute them with train_cifar.py")
+    whiten = f"{kept.about['whiten']} {kept.about.get('zca_eps') or ''}"
+    print(f"{kept.folder}: images whitened by {whiten.strip()}", file=sys.stderr)
     return dataclasses.replace(K, tiles={key: kept[key].copy() for key in K.keys()}).merged(), y
 
 
@@ -170,8 +172,13 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3, help="rounds over which the median is taken")
     parser.add_argument("--only", metavar="NAME,...", help="compare only these methods")
     args = parser.parse_args(argv)
-    ridges = [float(ridge) for ridge in args.ridges.split(",")]
-    runs = methods(args.n, [int(k) for k in args.ranks.split(",")])
+    try:
+        ridges, ranks = [float(ridge) for ridge in args.ridges.split(",")], [int(k) for k in args.ranks.split(",")]
+    except ValueError as error:
+        parser.error(f"{error}: --ridges expects numbers and --ranks whole numbers, separated by commas")
+    if min(args.repeats, args.n, *ranks) < 1 or min(ridges) < 0 or not 0 < args.tol < 1:
+        parser.error("expected --repeats, --n and --ranks of at least 1, --ridges >= 0 and --tol between 0 and 1")
+    runs = methods(args.n, ranks)
     unknown = set(args.only.split(",")) - set(runs) if args.only else ()
     if unknown:
         parser.error(f"--only {', '.join(unknown)}: expected some of {', '.join(runs)}")

@@ -14,6 +14,7 @@ import zlib
 
 import numpy as np
 
+import data
 from results.laws import bent_error, forecast, local_exponent
 from results.tables import (
     CURVE,
@@ -133,17 +134,17 @@ def main(argv=None):
         figure(groups, args.dataset, args.figure)
         return 0
     picture = os.path.join(os.path.dirname(args.runs), "curves.svg")
-    stale = []
+    stale, pages = [], {}
     for page, tables in ((args.readme, parts(groups, args.dataset)), (args.front, {"front": front(groups, args.dataset)})):
         with open(page) as file:
             text = file.read()
-        new = filled(text, tables, page)
-        if new != text:
+        pages[page] = filled(text, tables, page)
+        if pages[page] != text:
             stale.append(page)
-        if not args.check:
-            with open(page, "w") as file:
-                file.write(new)
     if not args.check:
+        for page, text in pages.items():
+            with data.replacing(page) as file:
+                file.write(text.encode())
         figure(groups, args.dataset, picture)
         return 0
     if not os.path.exists(picture) or digest((drawn, curves(groups, args.dataset, unexplained))) not in open(picture).read():

@@ -3,7 +3,7 @@
 runs.jsonl holds one line for every run: configuration, result, versions, commit. Runs that differ only in the seed are
 repetitions: each draws another subset of the training set, and the test images are the same. Runs on all training images
 are no repetitions: the last one counts. A curve is the test error of one kernel at three or more sizes, with all settings
-of CURVE equal; the images that its whitening was fitted on may differ.
+of CURVE equal. (Of --fit_on that is so for zca and zca_unit; on how many images channels are standardised matters little.)
 
     print(tables.learning(tables.load("results/runs.jsonl"), "cifar10"))
 
@@ -18,14 +18,16 @@ import numpy as np
 
 from data import DATASETS
 from results.laws import fit, forecast, local_exponent
+from train_cifar import FIT_ON
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
            "gcn", "fingerprint", "sum"]
 NETWORK = {"w_std": 2**0.5, "b_std": 0.0, "head": "linear", "gamma": None}
-CURVE = ("dataset", "kernel", "kind", "depth", *NETWORK, "whiten", "zca_eps", "components", "flips", "crops", "n_test")
+CURVE = ("dataset", "kernel", "kind", "depth", *NETWORK, "whiten", "zca_eps", "components", "fit_on", "resize", "flips",
+         "crops", "n_test")
 SAME = (*CURVE, "n_train")
-ABSENT = {**NETWORK, "zca_eps": None, "components": None, "flips": None, "crops": 1}  # in runs that lack these settings
+ABSENT = {**NETWORK, "zca_eps": None, "components": None, "resize": None, "flips": None, "crops": 1}  # in runs without these
 SCORES = ("test_accuracy", "test_auc", "test_ap", "test_spearman", "test_rmse")
 FEW = 100  # runs with fewer test images only measure time; their accuracy is left out of the tables
 
@@ -39,7 +41,10 @@ def load(path):
         try:
             config = run["config"] = {**ABSENT, **run["config"]}
             config["flips"] = bool(config["flips"])  # symmetric and explicit flips give the same predictions
-            config["zca_eps"] = config["zca_eps"] if str(config["whiten"]).startswith("zca") else None
+            zca, fit_on = str(config["whiten"]).startswith("zca"), config.get("fit_on")
+            config["zca_eps"] = config["zca_eps"] if zca else None
+            most = min(FIT_ON, DATASETS.get(config["dataset"], (0, FIT_ON))[1])  # the default
+            config["fit_on"] = fit_on if zca and fit_on not in (None, most) else None
             run["search"] = run.pop("validation", None) or run.get("search")  # its former name
             solver = run["ridge"], config.get("rank"), config.get("precondition")
             fixed = () if run["search"] else solver
@@ -102,6 +107,8 @@ def name(key):
          f", {config['whiten']}" if config["whiten"] != "channel" else "",
          f" {config['zca_eps']:g}" if config["whiten"] in ("zca", "zca_unit") else "",
          f", {config['components']} components" if config["components"] else "",
+         f", fitted on {config['fit_on']:,}" if config["fit_on"] else "",
+         f", {config['resize']} x {config['resize']} pixels" if config["resize"] else "",
          *(f", {flag} {config[flag]:.3g}" for flag in ("w_std", "b_std") if config[flag] != ABSENT[flag]),
          f", {config['head']} head" if config["head"] not in (None, "linear") else "",
          f" {config['gamma']:g}" if config["gamma"] else ""])

@@ -252,6 +252,14 @@ def test_scaling_networks_that_were_chosen(tmp_path):
     assert "| gcn NTK, network by validation | 0.700 |" in text
 
 
+def test_scaling_of_other_whitenings(tmp_path):
+    """Runs whose whitening was fitted on another number of images are no repetitions; the default may be given or not."""
+    runs = [fake_run(100, 0.5, 1, whiten="zca", fit_on=fit_on) for fit_on in (None, 50_000, 500)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    first, second = tables.load(tmp_path / "runs.jsonl")
+    assert [len(first), len(second)] == [1, 1] and second[0]["config"]["fit_on"] == 500
+
+
 def test_scaling_of_all_images(tmp_path):
     """With all training images a seed chooses nothing: of two such runs the last counts, and there is no sd. Crops differ."""
     lines = [fake_run(50_000, 0.6 + seed / 10, seed, crops=crops) for crops in (1, 2) for seed in (0, 1)]
