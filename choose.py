@@ -82,6 +82,8 @@ class Spectrum:
             raise pcg.Indefinite(
                 f"ridge {ridge:.1e} is within the rounding of K, whose lowest eigenvalue is {self.S[0]:.1e}: its "
                 f"regression would fit that rounding. Raise the ridge to {cure:.1e}", cure)
+        if self.scale <= 0:
+            raise ValueError("k(x, x) is 0 for every row: all inputs are 0")
         shifted = self.S + ridge * self.scale
         if shifted[0] <= 0:
             raise pcg.Indefinite("K is singular and the ridge is 0. Raise the ridge to 1e-6", 1e-6)
@@ -171,4 +173,7 @@ def best(table, by="mse"):
     first: the larger ridge needs fewer steps."""
     if by == "score":
         return max(table, key=lambda row: row.score)
-    return next(row for row in table if row.mse <= 1.001 * min(row.mse for row in table))
+    least = min((row.mse for row in table if np.isfinite(row.mse)), default=np.inf)
+    if not np.isfinite(least):
+        raise ValueError("no ridge has a finite error: look for NaN, infinity and numbers that are too large in the targets")
+    return next(row for row in table if row.mse <= 1.001 * least)

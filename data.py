@@ -45,6 +45,7 @@ WHITENING = ("none", "channel", "zca", "zca_unit")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, from the page it is linked from
 HINT = "give --data the folder that holds it"
+FLAT = 1e-5  # sd of an image of one colour, at most, relative to its root mean square
 BATCH = 10_000  # records in a file of CIFAR-10
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, EOFError, NotImplementedError, RuntimeError,
            tokenize.TokenError, zlib.error, zipfile.BadZipFile)  # what NumPy and zipfile raise when they read a damaged file
@@ -280,9 +281,11 @@ def _whitened(whitening, x, unit):
     mean, sd, W, _, _ = whitening
     x = x.astype(np.float32)
     if unit:
+        size = (x * x).sum(axis=(1, 2, 3), keepdims=True) ** 0.5
         x = x - x.mean(axis=(1, 2, 3), keepdims=True)
         norm = (x * x).sum(axis=(1, 2, 3), keepdims=True) ** 0.5
-        x = x / (norm + (norm == 0).astype(np.float32))  # an image of one colour becomes 0
+        flat = (norm <= FLAT * size).astype(np.float32)  # an image of one colour, which becomes 0: what is left is rounding
+        x = x * (1 - flat) / (norm + flat)
     mean, sd = (y.reshape((1,) * (4 - y.ndim) + y.shape) for y in (mean, sd))
     x = (x - mean) / sd
     shape = x.shape if W.shape[0] == W.shape[1] else (len(x), 1, 1, W.shape[1])
@@ -334,9 +337,10 @@ def whitening(protocol, x, flips=False, quiet=True, components=None):
                       disable=quiet or None, leave=False):
         z = (x[start:start + 2048] - mean) / sd[0]
         if unit:
+            size = np.sqrt((z * z).sum(axis=(1, 2, 3), keepdims=True))
             z -= z.mean(axis=(1, 2, 3), keepdims=True)
             norm = np.sqrt((z * z).sum(axis=(1, 2, 3), keepdims=True))
-            z /= np.where(norm > 0, norm, 1)
+            z /= np.where(norm > FLAT * size, norm, np.inf)
         C = blas.dsyrk(1 / len(x), z.reshape(len(z), -1).T, beta=1.0, c=C, overwrite_c=True)  # its upper half
     C = np.triu(C) + np.triu(C, 1).T
     if flips:

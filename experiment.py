@@ -91,10 +91,12 @@ def check(parser, args, *positive):
         try:
             if isinstance(text, (str, int)):
                 setattr(args, flag, [kind(value) for value in str(text).split(",")])
+                if kind is float and not all(0 <= value < float("inf") for value in getattr(args, flag)):
+                    raise ValueError
             elif hasattr(args, flag):
                 setattr(args, flag, [None])
         except ValueError:
-            parser.error(f"--{flag} {text}: expected {'a whole number' if kind is int else 'a number'}, or several "
+            parser.error(f"--{flag} {text}: expected {'a whole number' if kind is int else 'a number >= 0'}, or several "
                          "separated by commas")
     if not 0 < args.tol < 1:
         parser.error(f"--tol {args.tol}: expected a number between 0 and 1")

@@ -850,6 +850,16 @@ def test_choose_criteria():
 
 
 @quick
+def test_choose_among_no_finite_errors():
+    """Targets too large to square, and inputs of 0, are said in a sentence; a ridge without a finite error is not chosen."""
+    rows = [choose.Row(1.0, None, np.nan), choose.Row(0.1, None, 2.0), choose.Row(0.01, None, np.inf)]
+    assert choose.best(rows).ridge == 0.1
+    with pytest.raises(ValueError, match="no ridge has a finite error: look for NaN"):
+        choose.best(rows[::2])
+    with pytest.raises(ValueError, match="all inputs are 0"):
+        choose.leave_one_out(choose.Spectrum(np.zeros((3, 3))), np.ones((3, 1)), [1.0])
+
+
 def test_choose_prefers_the_larger_ridge():
     """Of ridges within a thousandth of the least error, the largest is taken; by score, the best score."""
     table = [choose.Row(1.0, 0.9, 2.0), choose.Row(0.1, 0.7, 1.0005), choose.Row(0.01, 0.8, 1.0)]
@@ -1046,6 +1056,20 @@ def test_data_cifar10_is_the_real_one():
 
 
 @quick
+def test_data_images_of_one_colour():
+    """By zca_unit an image of one colour becomes 0, whatever rounding leaves of it: as bytes, float32, and on a device. One
+    pixel that differs by one is no rounding."""
+    x, size = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), np.float32(255)
+    x[:4] = np.array([26, 77, 178, 255], np.uint8)[:, None, None, None]
+    whiten, whiten_floats = (data.whitening("zca_unit", images)(0.1) for images in (x, x / size))
+    seen = x[:5].copy()
+    seen[4] = 255
+    seen[4, 0, 0, 0] = 254
+    for found in (whiten(seen), whiten_floats(seen / size), np.asarray(whiten_floats(jnp.asarray(seen / size)))):
+        assert not found[:4].any() and np.linalg.norm(found[4]) > 0.1
+    assert np.allclose(whiten.W, whiten_floats.W, rtol=1e-3, atol=1e-3)
+
+
 def test_data_nothing_to_whiten():
     """Images that are all the same, or each of one colour, have no covariance: one sentence says which."""
     with pytest.raises(ValueError, match="all 8 images are the same"):
@@ -1546,13 +1570,15 @@ def refused(running, words):
     (["--depth", "1,x"], "--depth 1,x: expected a whole number, or several separated by commas"),
     (["--w_std", "0"], "ValueError: w_std=0.0, b_std=0.0: expected w_std > 0 and b_std >= 0"),
     (["--head", "softmax"], "ValueError: head='softmax', .* expected one of linear, cosine, relu, exp"),
-    (["--whiten", "zca", "--zca_eps", "nan"], "ValueError: zca_eps=nan"),
+    (["--whiten", "zca", "--zca_eps", "nan"], "--zca_eps nan: expected a number >= 0, or several"),
     (["--plan", "--depth", "1,2"], "--plan and --load take one network: one value for each of its flags"),
     (["--ridge", "often"], "--ridge often: expected a number"),
     (["--ridge", "-1"], "expected numbers >= 0"),
     (["--ridge", "1,nan"], "--ridge nan: expected numbers >= 0"),
     (["--store", ""], "--store is empty: expected a value, or leave it out"),
     (["--tol", "nan"], "--tol nan: expected a number between 0 and 1"),
+    (["--zca_eps", "inf"], "--zca_eps inf: expected a number >= 0, or several"),
+    (["--w_std", "-1"], "--w_std -1: expected a number >= 0, or several"),
     (["--seed", "-1"], "--seed -1: expected a whole number >= 0"),
     (["--tile", "0"], "--tile 0: expected at least 1"),
     (["--n_test", "-7"], "--n_test -7: expected at least 1"),

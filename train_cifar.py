@@ -435,7 +435,7 @@ def flags():
     solver.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, "
                         "separated by commas, or auto (10 down to 1e-6): chosen on training images")
     experiment.select_flag(solver, f"loo for K of up to {choose.DENSE:,} rows, beyond that validation, on the last fifth of "
-                        "the training images")
+                        f"the training images, {HELD_OUT:,} at most")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
     solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS)

@@ -663,6 +663,14 @@ def test_molecules_tasks_are_dense_solves():
     assert look.leading(70)(1e-3)(y[:70]).shape == (70, 3)
 
 
+def test_molecules_rmse_of_tasks():
+    """Tasks without a label do not count; without any label there is no score."""
+    y = np.array([[1.0, np.nan, 5.0], [3.0, np.nan, np.nan]])
+    assert train_molecule.rmse(np.ones((2, 3)), y) == (2**0.5 + 4) / 2
+    with pytest.raises(ValueError, match="no task has a label among 2 rows"):
+        train_molecule.rmse(np.ones((2, 1)), y[:, [1]])
+
+
 def test_molecules_ridge_from_rows_outside():
     """Comparing ridges on rows outside K gives the same numbers as comparing them on the same rows of a larger K."""
     rng = np.random.default_rng(0)

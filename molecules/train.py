@@ -427,8 +427,11 @@ def one_size(args, blocks, y):
 
 
 def rmse(f, y):
-    """Root mean squared error over the labels of a task, mean over tasks."""
-    return float(np.mean(np.sqrt(np.nanmean((f - y) ** 2, axis=0))))
+    """Root mean squared error over the labels of a task, mean over the tasks that have any."""
+    known = ~np.isnan(y).all(axis=0)
+    if not known.any():
+        raise ValueError(f"no task has a label among {len(y)} rows, so there is no score; use more rows")
+    return float(np.mean(np.sqrt(np.nanmean((f - y)[:, known] ** 2, axis=0))))
 
 
 def per_task(measure):

@@ -7,11 +7,12 @@
   f(x) = k(x, X) alpha + mean of y,   (K + lambda I) alpha = y - mean of y,   lambda = ridge * mean(diag K)
 
 Kernel, choice of the ridge, solver and uncertainty are those of train_cifar.py. Inputs are rows (n, d), images (n, h, w,
-channels), sequences (n, length, 20) as an Encoding of proteins/sequences.py makes them, graphs (molecules/smiles.Graphs), or
-a kernel matrix. They are taken as they are, except images: those are whitened as in train_cifar.py unless whiten="none".
-Standardise the columns of (n, d) yourself, best in a Pipeline.
+channels), sequences (n, length, 20) as an Encoding of proteins/sequences.py makes them, graphs (molecules/smiles.Graphs; to
+fit and predict, for GridSearchCV cannot take rows of them), or a kernel matrix. They are taken as they are, except images:
+unless whiten="none" or the kernel is a function, those are whitened as in train_cifar.py. Standardise the columns of (n, d)
+yourself, best in a Pipeline.
 
-Fitted models hold the training inputs, no kernel matrix: predict computes k(x, X), and return_std computes K once more.
+Fitted models hold what they were fitted on: predict computes k(x, X), and return_std computes K once more.
 
 Proved by: own/test_estimator.py
 """
@@ -22,7 +23,14 @@ import math
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_array, check_is_fitted, check_random_state, check_X_y, validate_data
+from sklearn.utils.validation import (
+    check_array,
+    check_consistent_length,
+    check_is_fitted,
+    check_random_state,
+    check_X_y,
+    validate_data,
+)
 
 import augment
 import choose
@@ -30,7 +38,7 @@ import data
 import kernel as kernels
 import regression
 import tiles
-from own import model
+from own import model, uncertainty
 from train_cifar import ENGINES, LARGEST, WHITENING
 
 CHOICES = ("auto", *choose.CRITERIA)
@@ -66,6 +74,8 @@ class _Kernel(BaseEstimator):
         self.whitening_ = self._whitening(X)
         ridges, select = self._ridges()
         select = choose.criterion(select, n)
+        if select == "validation" and n < 5:
+            raise ValueError(f"n_samples={n} with ridge='validation', which holds out a fifth of the rows; expected 5 or more")
         seed = check_random_state(self.random_state).randint(2**31)
         rows = np.random.default_rng(seed).permutation(n) if select == "validation" else np.arange(n)  # sorted classes
         K, fitted = self._gram(X, rows), n - n // 5
@@ -78,6 +88,8 @@ class _Kernel(BaseEstimator):
         self.ridge_, self.n_iter_, self.residual_ = ridge, info.iterations, float(info.residual.max())
         self.compared_ = [choose.Row(*row) for row in found["search"]]  # ridge, score, mean squared error
         self.about_ = {**model.fitted(found, solver, Y[rows], alpha), "kind": self.kind}
+        scales = [uncertainty.prior_scale(Y[rows][:, [k]], alpha[:, [k]]) for k in range(Y.shape[1])]
+        self._scales = np.sqrt(np.array(scales) / (self.about_["prior_scale"] or 1))  # of each output, relative to their mean
         return self
 
     def _ridges(self):
@@ -96,6 +108,8 @@ class _Kernel(BaseEstimator):
         if callable(self.kernel):
             return self.kernel
         if self.kernel == "gcn":
+            if (self.head, self.gamma) != ("linear", 1.0):
+                raise ValueError(f"kernel='gcn' with head={self.head!r}, gamma={self.gamma}: a graph network has no such head")
             from molecules import graphs
             from molecules.layers import gcn
             layers, engine = gcn(X.degree, self.depth or 3, w_std=self.w_std, b_std=self.b_std), graphs.kernel_fn
@@ -151,7 +165,13 @@ class _Kernel(BaseEstimator):
     def _checked(self, X, y="no_validation", reset=True):
         """X, and y where it is given, checked: finite numbers, of the shape that was fitted."""
         if _is_graphs(X):
-            return X if isinstance(y, str) else (X, y)
+            if isinstance(y, str):
+                return X
+            y = check_array(y, ensure_2d=False, dtype=None if is_classifier(self) else "numeric")
+            check_consistent_length(X, y)
+            return X, y
+        if isinstance(X, (list, tuple)) and hasattr(X[0] if X else None, "shape"):  # of arrays
+            X = np.asarray(X)
         options = {"dtype": "numeric", "multi_output": not is_classifier(self), "allow_nd": True, "ensure_min_samples": 2}
         if isinstance(y, str):
             del options["multi_output"], options["ensure_min_samples"]
@@ -166,7 +186,7 @@ class _Kernel(BaseEstimator):
 
 
 class KernelRegressor(RegressorMixin, _Kernel):
-    """Kernel regression of numbers y (n,) or (n, c).
+    """Kernel regression of numbers y (n,) or (n, c), in whatever units: every output has its own standard deviation.
 
     Attributes: X_fit_, dual_coef_ (alpha, (n, c)), intercept_ (the mean of y), ridge_ (that was chosen), compared_ (ridges and
     their errors), n_iter_ (CG steps), residual_ (of the solve), n_features_in_ for X (n, d).
@@ -180,8 +200,9 @@ class KernelRegressor(RegressorMixin, _Kernel):
         return self._fit(X, (y - self.intercept_).reshape(len(y), -1))
 
     def predict(self, X, return_std=False):
-        """f (m,) or (m, c); with return_std also the predictive standard deviation (m,), of kind nngp: a solve a row."""
+        """f (m,) or (m, c); with return_std also its predictive standard deviation, of kind nngp: a solve a row."""
         f, sd = self._scores(X, return_std)
+        sd = sd if sd is None or self._flat else np.outer(sd, self._scales)
         f = (f[:, 0] if self._flat else f) + self.intercept_
         return (f, sd) if return_std else f
 
@@ -220,7 +241,10 @@ class KernelClassifier(ClassifierMixin, _Kernel):
         """Probabilities (m, classes): each output is normal, its standard deviation the error on rows left out; or with
         return_std=True the predictive one, of kind nngp: a solve a row."""
         f, sd = self._scores(X, return_std)
-        return model.probabilities(f, self.about_["error"] if sd is None else sd)
+        if sd is None and self.about_["error"] is None:
+            raise ValueError(f"no probabilities: ridge={self.ridge_:.1e} is within the rounding of K, so leave-one-out fails. "
+                             "Raise the ridge, or use return_std=True")
+        return uncertainty.probabilities(f, self.about_["error"] if sd is None else sd)
 
 
 def _is_graphs(x):

@@ -1,11 +1,12 @@
 """Images of your own: an .npz file, .npy files, or a folder that holds a folder of PNG or JPEG files for each class.
 
-  an .npz   arrays x and y, or x_train, y_train, x_test and y_test. x: (n, h, w) or (n, h, w, channels), bytes or other
-            numbers; or (n, d), which is one pixel with d channels. y: (n,), (n, 1) or one-hot (n, classes): whole numbers,
-            words or yes and no.
+  an .npz   arrays x and y, or x_train and y_train; and x_test and y_test, if there is a test set. x: (n, h, w) or (n, h, w,
+            channels), bytes or other numbers; or (n, d), which is one pixel with d channels. y: (n,), (n, 1) or one-hot (n,
+            classes): whole numbers, words or yes and no.
   .npy      a folder with these arrays as files, x_train.npy and so on. They are mapped into memory, so that of x only the
             rows that a run takes are read: for images that fill much of the memory
-  a folder  DIR/CLASS/*.png or *.jpg, or DIR/train/CLASS/... and DIR/test/CLASS/...; all grey, or all made RGB
+  a folder  DIR/CLASS/*.png or *.jpg, or DIR/train/CLASS/... and DIR/test/CLASS/...; all grey, or all made RGB; what is
+            transparent becomes white
 
 Classes are the different labels of the training images, sorted. Where there is no test set, a fifth of each class is one.
 
@@ -24,7 +25,8 @@ from tqdm import tqdm
 import data
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-HINT = "expected x and y, or x_train, y_train, x_test and y_test"
+MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
+HINT = "expected x and y, or x_train and y_train; and x_test and y_test, if there is a test set"
 
 
 class Own(NamedTuple):
@@ -79,12 +81,14 @@ def archive(path, resize=None):
     if resize:
         raise ValueError(f"--resize {resize} is for a folder of image files; {path} is an array")
     keys = inside(path)
-    wanted = ("x", "y") if "x" in keys else ("x_train", "y_train", "x_test", "y_test")
-    wanted = wanted[:2] if not {"x_test", "y_test"} & keys else wanted
+    wanted = ("x", "y") if "x" in keys else ("x_train", "y_train")
+    wanted += ("x_test", "y_test") if {"x_test", "y_test"} & keys else ()
     if set(wanted) - keys:
         raise ValueError(f"{path} holds {', '.join(sorted(keys)) or 'nothing'}; {HINT}")
     parts = [data.array(*(path, key) if os.path.isfile(path) else [os.path.join(path, f"{key}.npy")]) for key in wanted]
     pairs = []
+    if all(x.dtype.kind in "iu" and x.size for x in parts[::2]) and not all(map(bytes_only, parts[::2])):
+        parts[::2] = [x.astype(np.float32) for x in parts[::2]]  # both, though one of them may hold small numbers only
     for x, y, key in zip(parts[::2], parts[1::2], wanted[::2]):
         pairs.append((pictures(x, f"{path}, {key}"), classes(y, f"{path}, y{key[1:]}")))
         if len(pairs[-1][0]) != len(pairs[-1][1]):
@@ -108,13 +112,20 @@ def pictures(x, where):
     x = x[:, None, None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
     if x.dtype == np.uint8:
         return x
-    if x.dtype.kind != "f" and x.min() >= 0 and x.max() <= 255:
+    if x.dtype.kind != "f" and bytes_only(x):
         return x.astype(np.uint8)
+    with np.errstate(over="ignore"):  # too large for float32: infinite, and said
+        x = x.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
     if len(bad):
         raise ValueError(f"{where}: numbers that are not finite in {len(bad)} of {len(x)} images, the first is image "
                          f"{bad[0]}: remove them")
-    return x.astype(np.float32)
+    return x
+
+
+def bytes_only(x):
+    """Whether all numbers are those of bytes."""
+    return x.dtype == np.uint8 or x.min() >= 0 and x.max() <= 255
 
 
 def classes(y, where):
@@ -126,17 +137,29 @@ def classes(y, where):
     if y.ndim != 1 or y.dtype.kind not in "biufUS":
         raise ValueError(f"{got}; expected a label for each image: (n,), (n, 1), or one-hot rows")
     if y.dtype.kind == "f":
-        bad = np.flatnonzero(y != np.floor(y))  # NaN, too
+        bad = np.flatnonzero((y != np.floor(y)) | (abs(y) > 2**53))  # NaN, too
         if len(bad):
             raise ValueError(f"{where} has {y[bad[0]]} at row {bad[0]}; expected classes: whole numbers or words")
         y = y.astype(np.int64)
-    return y.astype(str) if y.dtype.kind == "S" else y
+    y = y.astype(str) if y.dtype.kind == "S" else y
+    if y.dtype.kind == "U" and (y == "").any():
+        raise ValueError(f"{where} has no label at row {np.flatnonzero(y == '')[0]}; expected classes: whole numbers or words")
+    return y
 
 
 def folder(path, resize=None):
     """((x, y) to train, (x, y) to test or None) of a folder."""
     inside = subfolders(path)
+    if {"train", "test"} < set(inside):
+        others = ", ".join(sorted({*inside} - {"train", "test"}))
+        raise ValueError(f"{path} holds train, test and {others}; expected train and test alone, or a folder for each class")
     parts = [os.path.join(path, part) for part in ("train", "test")] if {"train", "test"} == set(inside) else [path]
+    for name in [os.path.join(part, name) for part in parts for name in subfolders(part)]:
+        others = [one for one in sorted(os.listdir(name)) if not one.lower().endswith(SUFFIXES) and not one.startswith(".")]
+        if not files(name):
+            raise ValueError(f"{name} has no {', '.join(SUFFIXES)} files directly in it: convert what it holds, or remove it")
+        if others:
+            print(f"note: {len(others)} in {name} are not {', '.join(SUFFIXES)} and are left out, such as {others[0]}")
     found = [(file, name) for part in parts for name in subfolders(part) for file in files(os.path.join(part, name))]
     if not found:
         raise ValueError(f"{path} has no folder with {', '.join(SUFFIXES)} files in it; expected a folder for each class")
@@ -179,7 +202,8 @@ def new(path, like, resize=None):
         x = data.array(path, key, "--predict takes images: an .npy or .npz file, or a folder of PNG or JPEG files")
         x = x[..., None] if x.ndim == 3 else x[:, None, None] if x.ndim == 2 else x
         names, rows = ["image"], [[i] for i in range(len(x))]
-    x = x.astype(like.dtype) if x.dtype.kind == like.dtype.kind == "f" else x
+    if x.dtype.kind == "f" == like.dtype.kind or x.dtype.kind in "iu" and x.dtype != np.uint8 and whole(like):
+        x = x.astype(like.dtype)
     x = pictures(x, path) if x.dtype != like.dtype and like.dtype == np.uint8 and x.dtype.kind in "biu" and len(x) else x
     if x.dtype != like.dtype or x.shape[1:] != like.shape[1:] or not len(x):
         raise ValueError(f"{path} holds {x.dtype} {x.shape}; the model was trained on images {like.dtype} (m, "
@@ -189,19 +213,28 @@ def new(path, like, resize=None):
     return names, rows, x
 
 
+def whole(x):
+    """Whether these are whole numbers in float32, beyond bytes: so `pictures` keeps integers."""
+    return x.dtype == np.float32 and not bytes_only(x) and np.array_equal(x, np.floor(x))
+
+
 def opened(paths, resize=None):
     """The images in these files, uint8 (n, h, w, 1 or 3): grey if all of them are, else RGB."""
     out = []
     for path in tqdm(paths, unit=" images", desc="reading", disable=None, leave=False):
         try:
             with Image.open(path) as image:
-                if image.mode not in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"):
-                    raise ValueError(f"{path} has pixels of mode {image.mode}; expected 8 bits a channel: convert it")
-                image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-                image = image.resize((resize, resize), Image.Resampling.BOX) if resize else image
-                out.append(np.asarray(image))
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+                mode = image.mode
+                if mode in MODES:
+                    if "A" in mode or "transparency" in image.info:  # its background is white
+                        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                    image = image.convert("L" if mode in ("1", "L", "LA") else "RGB")
+                    image = image.resize((resize, resize), Image.Resampling.BOX) if resize else image
+                    out.append(np.asarray(image))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: remove or replace it") from error
+        if mode not in MODES:
+            raise ValueError(f"{path} has pixels of mode {mode}; expected 8 bits a channel: convert it")
         if out[-1].shape[:2] != out[0].shape[:2]:
             raise ValueError(f"{path} has {' x '.join(map(str, out[-1].shape[:2]))} pixels and {paths[0]} has "
                              f"{' x '.join(map(str, out[0].shape[:2]))}: bring all to one size with --resize H")

@@ -30,7 +30,6 @@ from own import images, tables, uncertainty
 PREDICTIONS = "predictions.csv"
 FORMAT = 3  # of the file
 SHOWN = 5  # predictions that are printed
-ROWS = 256  # whose class probabilities are computed at once
 
 
 def save(path, what, about, **arrays):
@@ -94,13 +93,6 @@ def deviation(about, K, K_test, k_test, quiet=True):
     return np.sqrt(about["prior_scale"] * uncertainty.variance(solver, K_test, k_test, about["ridge"]))
 
 
-def probabilities(f, sd):
-    """The probability of each class, (m, c), from scores f (m, c) and sd: (m,), or one number. Differences of two outputs
-    have the variance that they would have if outputs were independent, with this larger sd."""
-    sd = np.broadcast_to(sd, len(f)) * (f.shape[1] / (f.shape[1] - 1)) ** 0.5
-    return np.concatenate([uncertainty.class_probabilities(f[i:i + ROWS], sd[i:i + ROWS]) for i in range(0, len(f), ROWS)])
-
-
 def predict(args, network_kernel):
     """Classes of the images in args.predict by the model in args.load, written to predictions.csv in args.out.
 
@@ -120,7 +112,7 @@ def predict(args, network_kernel):
         K = tiles.gram(kernel_fn, x, about["tile"], quiet=args.quiet)
         sd = deviation(about, K, K_test, tiles.diagonal(kernel_fn, x_new, 16), args.quiet)
     if sd is not None or about["error"]:
-        p = probabilities(f, about["error"] if sd is None else sd)
+        p = uncertainty.probabilities(f, about["error"] if sd is None else sd)
     classes = np.array(about["names"] or range(f.shape[1]))
     added = {"class": classes[f.argmax(axis=1)]}
     if sd is not None:

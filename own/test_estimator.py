@@ -160,6 +160,37 @@ def test_estimator_of_graphs():
     assert np.allclose(fitted.predict(smiles.graphs(new)), K[8:, :8] @ np.linalg.solve(A, y - y.mean()) + y.mean(), atol=1e-4)
 
 
+def test_estimator_outputs_in_any_units():
+    """Each output of a regression has the predictions and the standard deviation that it has alone, in its own units."""
+    X, y, X_new, _ = rows(80)
+    Y = np.stack([y, 1000 * np.cos(X[:, 1])], axis=1)
+    both, sd = KernelRegressor(ridge=0.1, tol=1e-9).fit(X, Y).predict(X_new, return_std=True)
+    assert both.shape == sd.shape == (30, 2)
+    for k in (0, 1):
+        alone, its = KernelRegressor(ridge=0.1, tol=1e-9).fit(X, Y[:, k]).predict(X_new, return_std=True)
+        assert np.allclose(both[:, k], alone, rtol=1e-5) and np.allclose(sd[:, k], its, rtol=1e-4)
+
+
+def test_estimator_inputs_that_do_not_fit():
+    """Targets that are not finite or not as many as the graphs, a head that graphs have not, too few rows to hold out, inputs
+    of zeros, probabilities where none are known: a sentence each. A list of images is an array of them."""
+    from molecules import smiles
+    graphs, X, y = smiles.graphs(["CCO", "CCN", "CCC"]), np.random.default_rng(0).normal(size=(4, 3)), [0, 1, 0, 1]
+    singular = KernelClassifier(depth=1, ridge=0).fit(np.concatenate([X, X]), y + y)
+    for call, words in (
+            (lambda: KernelRegressor(kernel="gcn").fit(graphs, [1.0, np.nan, 2.0]), "NaN"),
+            (lambda: KernelRegressor(kernel="gcn").fit(graphs, [1.0, 2.0]), "inconsistent numbers of samples"),
+            (lambda: KernelRegressor(kernel="gcn", head="exp").fit(graphs, [1.0, 2.0, 3.0]), "graph network has no such head"),
+            (lambda: KernelClassifier(ridge="validation").fit(X, y), "holds out a fifth of the rows; expected 5 or more"),
+            (lambda: KernelRegressor(depth=1).fit(0 * X, y), "all inputs are 0"),
+            (lambda: singular.predict_proba(X), "no probabilities: ridge=.* leave-one-out fails")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    x, labels, x_test, _ = data.load("digits", n_train=20, n_test=5)
+    as_list = KernelClassifier(depth=1, ridge=0.1).fit(list(x), labels)
+    assert (as_list.predict(x_test) == KernelClassifier(depth=1, ridge=0.1).fit(x, labels).predict(x_test)).all()
+
+
 def test_estimator_holds_out_any_rows(monkeypatch):
     """Above choose.DENSE rows, rows drawn at random are held out, so that rows sorted by class do no harm; the answer is in
     the order of the rows, and a single ridge has an error, for the probabilities."""

@@ -16,7 +16,7 @@ from scipy.stats import norm
 import data
 import kernel
 import train_cifar
-from own import images, model
+from own import images, model, uncertainty
 
 
 def table(path):
@@ -69,7 +69,7 @@ def test_model_damaged(tmp_path):
 def test_model_probabilities_of_two_classes():
     """With two classes, one output says all: the probability is Phi(f / sd)."""
     f = np.array([[0.3, -0.3], [-0.01, 0.01], [0.0, 0.0]])
-    assert np.allclose(model.probabilities(f, 0.25), norm.cdf(f / 0.25), atol=1e-6)
+    assert np.allclose(uncertainty.probabilities(f, 0.25), norm.cdf(f / 0.25), atol=1e-6)
 
 
 def test_model_predictions_that_cannot_be_written(tmp_path, monkeypatch):
@@ -195,6 +195,40 @@ def test_own_archive_is_the_digits(tmp_path):
         assert own["test_accuracy"] == alone["test_accuracy"] and abs(own["test_mse"] / alone["test_mse"] - 1) < 1e-4
 
 
+def test_own_archive_has_a_test_set(tmp_path):
+    """x and y with x_test and y_test: these are tested. Whole numbers beyond bytes stay as they are, also where one of the
+    two has small ones only, and a model predicts new ones of the same dtype; but not bytes, which may be anything."""
+    x, y, x_test, y_test = data.load("digits", n_train=60, n_test=20)
+    for factor in (1, 100):
+        x_other = np.minimum(x_test.astype(np.int64) * factor, 255)
+        np.savez(tmp_path / "x.npz", x=x.astype(np.int64) * factor, y=y, x_test=x_other, y_test=y_test)
+        own = images.read(str(tmp_path / "x.npz"))
+        assert own.x_train.dtype == own.x_test.dtype == (np.uint8 if factor == 1 else np.float32)
+        assert np.array_equal(own.x_train, x * np.float32(factor)) and np.array_equal(own.x_test[..., 0], x_other[..., 0])
+    fit = ["--dataset", str(tmp_path / "x.npz"), "--ridge", "0.1", "--save", str(tmp_path / "m.npz")]
+    result = train(tmp_path, *fit)
+    assert result["config"]["n_test"] == 20
+    np.save(tmp_path / "new.npy", x_other)
+    load = ["--load", str(tmp_path / "m.npz"), "--predict", str(tmp_path / "new.npy")]
+    assert np.mean(np.array(train(tmp_path, *load)["scores"]).argmax(axis=1) == y_test) == result["test_accuracy"]
+    np.save(tmp_path / "new.npy", x_other.astype(np.uint8))
+    with pytest.raises(ValueError, match="holds uint8 .* trained on images float32"):
+        train(tmp_path, *load)
+
+
+def test_own_folder_with_other_files(tmp_path, capsys):
+    """Files that are no images are left out, which a note says; what is transparent becomes white."""
+    folder = pictures(tmp_path / "mine")
+    (folder / "class0" / "notes.txt").write_text("")
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[:4, :, 3] = 255  # black above, below transparent
+    Image.fromarray(clear).save(folder / "class1" / "clear.png")
+    own = images.read(str(folder))
+    assert "note: 1 in" in (said := capsys.readouterr().out) and "left out, such as notes.txt" in said
+    wanted = np.repeat([0, 255], 32 * 3).reshape(8, 8, 3)
+    assert sum(np.array_equal(image, wanted) for image in (*own.x_train, *own.x_test)) == 1
+
+
 def test_own_large_images_are_not_decorrelated(tmp_path, monkeypatch, capsys):
     """Images of more numbers than LARGEST are whitened by channel, which a note says; a --whiten that is given is kept."""
     monkeypatch.setattr(train_cifar, "LARGEST", 63)
@@ -207,6 +241,10 @@ def test_own_large_images_are_not_decorrelated(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda d: [shutil.rmtree(d / f"class{i}") for i in range(3)], "has no folder with"),
+    (lambda d: [one.rename(one.with_suffix(".webp")) for one in (d / "class1").iterdir()], "class1 has no .png, .jpg, .jpeg"),
+    (lambda d: [(d / f"class{i}").rename(d / name) for i, name in enumerate(("train", "test", "val"))],
+     "holds train, test and val; expected train and test alone"),
+    (lambda d: (d / "class1" / "2.png").write_bytes((d / "class1" / "2.png").read_bytes()[:20]), "2.png cannot be read"),
     (lambda d: shutil.rmtree(d / "class0") or shutil.rmtree(d / "class1"), "are of class 'class2'; expected two or more"),
     (lambda d: (d / "class1" / "2.png").write_bytes(b"no"), "2.png cannot be read as an image"),
     (lambda d: Image.new("L", (9, 8)).save(d / "class1" / "2.png"), "2.png has 8 x 9 pixels .* with --resize H"),
@@ -225,6 +263,10 @@ def test_own_folder_errors(tmp_path, spoil, words):
     ({"x": np.full((4, 2, 2), np.nan), "y": np.arange(4) % 2}, "numbers that are not finite in 4 of 4 images"),
     ({"x": np.ones((4, 2, 2)), "y": np.array([0, 1, np.nan, 1])}, "has nan at row 2; expected classes"),
     ({"x": np.ones((4, 2, 2)), "y": np.array([0, 1, None, 1])}, "without pickle"),
+    ({"x": np.ones((4, 2, 2)), "y": np.array([0, 1, np.inf, 1])}, "has inf at row 2; expected classes"),
+    ({"x": np.ones((4, 2, 2)), "y": np.array(["a", "b", "", "a"])}, "has no label at row 2"),
+    ({"x": np.full((4, 2, 2), 1e300), "y": np.arange(4) % 2}, "numbers that are not finite in 4 of 4 images"),
+    ({"x": np.ones((4, 2, 2)), "y": np.arange(4) % 2, "x_test": np.ones((1, 2, 2))}, "holds x, x_test, y; expected x and y"),
     ({"x_train": np.ones((4, 2, 2)), "y_train": np.arange(4) % 2, "x_test": np.ones((1, 2, 2)), "y_test": np.array([7])},
      "the test set has class 7"),
 ])

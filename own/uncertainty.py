@@ -26,6 +26,7 @@ import tiles
 
 TINY = 1e-100  # an sd of 0 counts as this
 COLUMNS = 256  # right-hand sides solved at once
+ROWS = 256  # whose class probabilities are computed at once
 
 
 def variance(solver, K_test, k_test, ridge, block=COLUMNS):
@@ -66,6 +67,14 @@ def class_probabilities(f, sd, nodes=64):
     return out / out.sum(axis=1, keepdims=True)
 
 
+def probabilities(f, sd):
+    """The probability of each class, (m, c), from scores f (m, c) and sd: (m,), or one number. The c outputs of a classifier
+    sum to 0, so two of them have correlation -1 / (c - 1): their difference has the variance that it would have if they were
+    independent, with sd times sqrt(c / (c - 1))."""
+    sd = np.broadcast_to(sd, len(f)) * (f.shape[1] / (f.shape[1] - 1)) ** 0.5
+    return np.concatenate([class_probabilities(f[i:i + ROWS], sd[i:i + ROWS]) for i in range(0, len(f), ROWS)])
+
+
 def calibration(f, sd, labels, y, bins=15):
     """How well the uncertainty fits the errors on test rows: {name: number}.
 
@@ -73,7 +82,7 @@ def calibration(f, sd, labels, y, bins=15):
     |accuracy - mean confidence|, confidence the largest P (Guo et al. 2017).   gaussian_nll: -log density
     of the targets y (m, c) under N(f, sd^2), mean over rows and outputs.
     """
-    p, sd = class_probabilities(f, sd), np.maximum(sd, TINY)
+    p, sd = probabilities(f, sd), np.maximum(sd, TINY)
     confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
     where = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = np.bincount(where, right - confidence, bins)

@@ -791,7 +791,7 @@ def test_proteins_commands(capsys, tmp_path, monkeypatch):
     for flags, words in ((["--ridge", "often"], "--ridge often: expected a number"),
                          (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
                          (["--tile", "0"], "at least 1"), (["--depth", "3,0"], "at least 1"),
-                         (["--w_std", "1,big"], "--w_std 1,big: expected a number, or several"),
+                         (["--w_std", "1,big"], "--w_std 1,big: expected a number >= 0, or several"),
                          (["--kernel", "linear", "--b_std", "0"], "--b_std with --kernel linear"),
                          (["--kernel", "linear", "--dep=3"], "--depth with --kernel linear"),
                          (["--select", "gcv"], "use --select loo or validation"),
