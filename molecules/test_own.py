@@ -104,6 +104,16 @@ def test_own_targets_are_recognised(tmp_path, capsys, cells, pair, said):
     assert np.array_equal(rows.y[:, 0], [number[cell] if cell in number else float(cell) for cell in column], equal_nan=True)
 
 
+def test_own_molecules_in_both_parts(tmp_path, capsys):
+    """Molecules that stand among the training and the test rows are counted in a note; without any there is none."""
+    for smiles, said in ((["CCO", "CCN"] * 10, "note: 2 of 2 test molecules of .* training molecules too, such as CC[ON]\n"),
+                         (["C" * (i + 1) for i in range(20)], "")):
+        path = write(tmp_path / "x.csv", ["smiles", "y"], smiles, range(20))
+        args = train_molecule.parse(["--dataset", path, "--target", "y", "--kernel", "fingerprint"])
+        train_molecule.divided(args, train_molecule.load(args))
+        assert re.fullmatch(f"(?!note).*\n{said}", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("column, flags, words", [
     ("1,2,3", [], "has the columns 'smiles', 'y', 'w': say with --target which to predict"),
     ("1,2,3", ["--target", "z"], "has no column 'z', but 'smiles', 'y', 'w'; give columns of it with --smiles and --target"),

@@ -224,6 +224,11 @@ def divided(args, rows):
     parts = smiles.split(rows, args.split, args.seed)
     derive(args, parts)
     parts = (parts[0][:args.n_train], *parts[1:])
+    train = {rows.smiles[i] for i in parts[0]}
+    both = [rows.smiles[i] for i in parts[2] if rows.smiles[i] in train]
+    if both and not args.quiet:
+        print(f"note: {len(both)} of {len(parts[2])} test molecules of {args.dataset} are training molecules too, such as "
+              f"{both[0]}")
     order = np.concatenate(parts)
     where = dict(zip(smiles.PARTS, np.split(np.arange(len(order)), np.cumsum([len(p) for p in parts])[:2])))
     if selected(args) != "validation":
