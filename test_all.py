@@ -1329,12 +1329,12 @@ def test_train_smoke(tmp_path):
 
 def test_train_is_a_dense_solve(tmp_path):
     """Accuracy and error are those of a dense float64 Cholesky solve of neural_tangents' kernel."""
-    result = train(tmp_path, "--n_train", "300", "--kernel", "cnn_vec", "--depth", "2", "--kind", "ntk",
-                   "--ridge", "1e-3", "--whiten", "channel", "--fit_on", "200")
-    x, labels, x_test, test_labels = data.load("digits", n_train=300)
-    x, x_test = (whitened(z, fit=x[:200]).astype(np.float64) for z in (x, x_test))
+    result = train(tmp_path, "--n_train", "150", "--n_test", "100", "--kernel", "cnn_vec", "--depth", "2", "--kind", "ntk",
+                   "--ridge", "1e-3", "--whiten", "channel", "--fit_on", "120")
+    x, labels, x_test, test_labels = data.load("digits", n_train=150, n_test=100)
+    x, x_test = (whitened(z, fit=x[:120]).astype(np.float64) for z in (x, x_test))
     K = reference("cnn_vec", "ntk", x, depth=2)
-    A = K + 1e-3 * np.diag(K).mean() * np.eye(300)
+    A = K + 1e-3 * np.diag(K).mean() * np.eye(150)
     f = reference("cnn_vec", "ntk", x_test, x, depth=2) @ np.linalg.solve(A, data.one_hot(labels))
     assert result["test_accuracy"] == np.mean(f.argmax(axis=1) == test_labels)
     assert abs(result["test_mse"] - np.mean((f - data.one_hot(test_labels)) ** 2)) < 1e-5
