@@ -44,7 +44,7 @@ def criterion(select, rows, copies=1):
     """`select`, or where it is None the criterion for a K of so many rows: loo up to DENSE rows, then validation.
 
     GCV is no default: it assumes that the diagonal of A^-1 is nearly constant, and images differ in contrast. On fc it
-    chose a ridge three times too large (results/README.md).
+    chose ridges two to six times too large (results/README.md).
     ValueError: gcv with copies.
     """
     if select == "gcv" and copies > 1:

@@ -158,7 +158,8 @@ def draw(path, title, rows):
 
 def main(argv=None):
     """Measure, simulate, print the table and draw the figure; returns what `table` returns."""
-    parser = experiment.Parser(prog="large.simulate", description="Time and efficiency of the kernel and of a step of CG on 8 "
+    parser = experiment.Parser(prog="python -m large.simulate",
+                               description="Time and efficiency of the kernel and of a step of CG on 8 "
                                "to 1,024 hosts, for the NTK of fc")
     parser.add_argument("--n", type=int, default=5_000_000, help="rows of K")
     parser.add_argument("--tile", type=int, default=8192, help="side of a tile")

@@ -8,7 +8,8 @@ the new molecules together, so that all have room for the largest molecule; a ke
 
 A class is predicted from f, the regression of its label 0 or 1: it is the positive one if f > 1/2. The probability of that is
 Phi((f - 1/2) / sd), if the output is normal with mean f and standard deviation sd. Without --variance, sd is the root mean
-squared error on rows that the fit left out: leave-one-out; or if labels are missing, of each task on the validation rows.
+squared error on rows that the fit left out: leave-one-out; or beyond choose.DENSE rows, or if labels are missing, of each
+task on the validation rows.
 
   n  training molecules   m  new molecules
 

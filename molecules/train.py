@@ -63,6 +63,7 @@ and split of OGB's archive, unpacked: snap.stanford.edu/ogb/data/graphproppred/c
 def flags():
     """The parser of the command line."""
     parser = experiment.Parser(
+        prog="python -m molecules.train",
         description="Exact kernel regression with infinitely wide graph networks on molecules.", epilog=SOURCES)
     rows = parser.add_argument_group("molecules")
     rows.add_argument("--dataset", default="nci", help=f"{', '.join(smiles.DATASETS)}; nci needs no file. Or your own data: "

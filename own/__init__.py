@@ -6,6 +6,6 @@
   estimator.py    KernelRegressor and KernelClassifier for scikit-learn: fit, predict, grid search
   tables.py       CSV files, read and checked; proteins/ and molecules/ read theirs with it
 
-Without this folder images are fitted and tested as before, but no model is saved and no variance computed; proteins and
-molecules need this folder.
+Without this folder images are fitted and tested as before, but none of your own; no model is saved and no variance computed.
+Proteins and molecules need this folder.
 """

@@ -6,6 +6,8 @@
 
   f(x) = k(x, X) alpha + mean of y,   (K + lambda I) alpha = y - mean of y,   lambda = ridge * mean(diag K)
 
+(of a classifier y is one-hot, minus 1/classes, and no mean is taken or added).
+
 Kernel, choice of the ridge, solver and uncertainty are those of train_cifar.py. Inputs are rows (n, d), images (n, h, w,
 channels), sequences (n, length, 20) as an Encoding of proteins/sequences.py makes them, graphs (molecules/smiles.Graphs; to
 fit and predict, for GridSearchCV cannot take rows of them), or a kernel matrix. They are taken as they are, except images:

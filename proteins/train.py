@@ -55,6 +55,7 @@ OWN = ("sequence", "column", "set", "digest")  # recorded with a file of your ow
 def flags():
     """The parser of the command line."""
     parser = experiment.Parser(
+        prog="python -m proteins.train",
         description="Exact kernel regression with infinitely wide networks on proteins.",
         epilog=f"FLIP's files: {' and '.join(sorted({archive for archive, _ in sequences.FILES.values()}))}, from "
                f"{sequences.SOURCE} (there without the prefix flip_gb1_). --data is the folder that holds them, packed or "

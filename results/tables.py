@@ -42,6 +42,8 @@ def load(path):
             config = run["config"] = {**ABSENT, **run["config"]}
             config["flips"] = bool(config["flips"])  # symmetric and explicit flips give the same predictions
             zca, fit_on = str(config["whiten"]).startswith("zca"), config.get("fit_on")
+            if "validation" in run and fit_on is None:  # an older run, fitted on what it trained on
+                fit_on = config["n_train"]
             config["zca_eps"] = config["zca_eps"] if zca else None
             most = min(FIT_ON, DATASETS.get(config["dataset"], (0, FIT_ON))[1])  # the default
             config["fit_on"] = fit_on if zca and fit_on not in (None, most) else None
