@@ -57,8 +57,9 @@ def test_pictures_curves(tmp_path, monkeypatch):
     points = pictures.draw_curves(tmp_path)
     has_text(tmp_path / "curves.svg", "cnn_vec", "myrtle10", "test accuracy")
     assert 4 <= len(points) <= 8 and all(len(of) >= 3 for of in points.values())
-    report.figure(tables.load(pictures.RUNS), "cifar10", "")
-    for figure, number in zip(drawn, (len(points), 20), strict=True):
+    groups = tables.load(pictures.RUNS)
+    report.figure(groups, "cifar10", "")
+    for figure, number in zip(drawn, (len(points), tables.laws(groups, "cifar10").count("(1 + n")), strict=True):
         solid, dashed = ([line.get_xdata() for axes in figure.axes for line in axes.lines if line.get_linestyle() == style and
                           line.get_marker() == "None"] for style in ("-", "--"))
         assert len(solid) == len(dashed) == number

@@ -253,11 +253,14 @@ def test_scaling_networks_that_were_chosen(tmp_path):
 
 
 def test_scaling_of_other_whitenings(tmp_path):
-    """Runs whose whitening was fitted on another number of images are no repetitions; the default may be given or not."""
-    runs = [fake_run(100, 0.5, 1, whiten="zca", fit_on=fit_on) for fit_on in (None, 50_000, 500)]
+    """Runs whose whitening was fitted on another number of images are no repetitions. The default may be given or not; older
+    runs, whose ridges stand under another name, had another one: as many as they train on."""
+    runs = [fake_run(100, 0.5, 1, whiten="zca", fit_on=fit_on) for fit_on in (None, 50_000, 500, None)]
+    for run in runs[:3]:
+        run["search"] = run.pop("validation")
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-    first, second = tables.load(tmp_path / "runs.jsonl")
-    assert [len(first), len(second)] == [1, 1] and second[0]["config"]["fit_on"] == 500
+    groups = tables.load(tmp_path / "runs.jsonl")
+    assert [(len(group), group[0]["config"]["fit_on"]) for group in groups] == [(1, None), (1, 500), (1, 100)]
 
 
 def test_scaling_of_all_images(tmp_path):
