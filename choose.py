@@ -6,8 +6,8 @@
               row has copies (flips, crops), all of them are left out at once: the errors on the copies g of an image
               are [A^-1]_gg^-1 alpha_g, and that on the image itself counts.
   gcv         n |alpha|^2 / (tr A^-1)^2, with the mean of A^-1's diagonal in place of each element (Golub, Heath and
-              Wahba 1979). Its trace is the mean of <z, A^-1 z> over PROBES random signs z (Hutchinson 1990), which
-              are columns of the same solve.
+              Wahba 1979). Its trace is the mean of <z, A^-1 z> over random signs z (Hutchinson 1990), which are
+              columns of the same solve: PROBES of them, or more where K is small.
   validation  the mean squared error on rows that are held out, of the regression fitted on the others
 
 loo gives up no row and has no noise of a split, but needs the eigenvectors of K: K = Q S Q^T, at most DENSE rows. With
@@ -36,7 +36,7 @@ import pcg
 RIDGES = [10 ** (k / 2) for k in range(2, -13, -1)]  # of --ridge auto: 10 down to 1e-6
 SEARCH = 1e-3  # residual to which ridges are compared
 DENSE = 4096  # rows, at most, for eigenvectors: 10 s and 0.4 GB on two cores
-PROBES = 8  # random signs for the trace of A^-1
+PROBES = 8  # random signs for the trace of A^-1, at least
 CRITERIA = ("loo", "gcv", "validation")
 
 
@@ -125,40 +125,50 @@ def leave_one_out(spectrum, y, ridges, score=None, copies=1):
     return table
 
 
-def generalised(solver, y, ridges, seed=0):
-    """[Row, ...] by GCV, from the largest ridge down.  solver: a regression.Solver.
+def generalised(solver, y, ridges, seed=0, intercept=False):
+    """[Row, ...] by GCV, from the largest ridge down.  solver: a regression.Solver.   intercept: as of `Spectrum`.
 
     K must not hold copies of rows: left alone, each predicts the other.
     """
     n, c = y.shape
-    probes = np.random.default_rng(seed).choice([-1.0, 1.0], (n, PROBES))
+    count = max(PROBES, 2**14 // n)  # their error falls with the root of n times their number
+    exact = n**0.5 * np.eye(n)  # as many as rows: then the trace is summed
+    probes = exact if count >= n else np.random.default_rng(seed).choice([-1.0, 1.0], (n, count))
 
     def row(ridge, alpha):
         alpha, z = alpha[:, :c], alpha[:, c:]
         trace = np.einsum("np,np->p", probes, z).mean()
+        if intercept and ridge:  # one direction more, that of the ones, is fitted whole: there A^-1 is 1 / lambda, as K 1 = 0
+            trace -= 1 / (ridge * solver.scale)
         return Row(ridge, None, float(n * np.sum(alpha**2) / c / trace**2),
                    n - ridge * solver.scale * trace)
     return [row(*one) for some in solver.solutions(np.concatenate([y, probes], axis=1), ridges, SEARCH)
             for one in some]
 
 
-def validation(solver, y, ridges, n_fit, held_out, score=None):
+def validation(solver, y, ridges, n_fit, held_out, score=None, intercept=False):
     """[Row, ...] on rows held out, from the largest ridge down.
 
     n_fit: how many rows are fitted, the first.   held_out: numbers of rows after them, or for rows that are not
     of K (K_val, y_val), their kernel with the rows of K and their targets.
     score: (predictions (m, c), their rows) -> number; rows are None for rows that are not of K.
+    intercept: as of `Spectrum`; here that of the rows fitted, y = K alpha + shift with 1^T alpha = 0.
     """
-    table = []
-    for some in solver.leading(n_fit).solutions(y[:n_fit], ridges, SEARCH):
-        alpha = np.concatenate([alpha for _, alpha in some], axis=1)
+    table, ones, shift = [], np.ones((n_fit, int(intercept))), 0
+    for some in solver.leading(n_fit).solutions(np.concatenate([y[:n_fit], ones], axis=1), ridges, SEARCH):
+        found = [alpha for _, alpha in some]
+        if intercept:  # the last column is that of the ones
+            shifts = [alpha[:, :-1].sum(axis=0) / alpha[:, -1].sum() for alpha in found]
+            found = [alpha[:, :-1] - alpha[:, -1:] * of for alpha, of in zip(found, shifts)]
+            shift = np.concatenate(shifts)
+        alpha = np.concatenate(found, axis=1)
         if isinstance(held_out, tuple):
             rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
         else:  # the rows held out are K times alpha padded with zeros
             alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, alpha.shape[1]))])
             rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
         table += [Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
-                  for (ridge, _), f in zip(some, np.split(f, len(some), axis=1))]
+                  for (ridge, _), f in zip(some, np.split(f + shift, len(some), axis=1))]
     return table
 
 

@@ -131,8 +131,8 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     if many and select and not table:
         some = many.first(K, y, ridges, copies, by, prior, intercept)
     solver = solver_class()(K, ridges=some, tol=tol, c=y.shape[1], **options)
-    compare = {"gcv": lambda some: choose.generalised(solver, y, some, options.get("seed", 0)),
-               "validation": lambda some: choose.validation(solver, y, some, *held_out, score)}.get(select)
+    compare = {"gcv": lambda some: choose.generalised(solver, y, some, options.get("seed", 0), intercept),
+               "validation": lambda some: choose.validation(solver, y, some, *held_out, score, intercept)}.get(select)
     if compare:
         begin = tol if select == "validation" else None
         table = many.walk(solver, y, compare, some, ridges, by, begin) if many else compare(ridges)

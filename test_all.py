@@ -807,7 +807,7 @@ def test_choose_leaves_out_all_copies():
 @quick
 def test_choose_gcv_is_its_formula():
     """GCV from a block solve with random signs is n |alpha|^2 / (tr A^-1)^2 of a dense inverse, to what its probes
-    leave of the trace, and chooses a neighbour of the same ridge at least."""
+    leave of the trace, and chooses the same ridge; for few rows it is exact."""
     x, labels = digits(300)
     K = tiles.gram(kernel.kernel_fn("fc", "nngp"), x, tile=128, quiet=True)
     A, y, ridges = K.dense().astype(np.float64), data.one_hot(labels), [1.0, 0.1, 0.01, 1e-3]
@@ -819,9 +819,35 @@ def test_choose_gcv_is_its_formula():
         assert row.ridge == ridge and abs(row.mse / want[-1] - 1) < 0.05
         assert abs(row.dimension - np.trace(A @ inverse)) < 0.03 * 300
     assert choose.best(table).ridge == ridges[int(np.argmin(want))]
+    few = choose.generalised(regression.Solver(K.leading(100), rank=50), y[:100], [0.1])[0]
+    inverse = np.linalg.inv(A[:100, :100] + 0.1 * np.diag(A)[:100].mean() * np.eye(100))
+    assert abs(few.mse * np.trace(inverse)**2 / 100 / np.mean(np.sum((inverse @ y[:100]) ** 2, axis=0)) - 1) < 1e-2
 
 
 @quick
+def test_choose_with_an_intercept():
+    """With intercept, a linear K of centred features chooses as ridge regression with an intercept: by validation the errors
+    are those of scikit-learn's, fitted on the other rows alone; by GCV those of the hat matrix, whose trace counts it."""
+    from sklearn.linear_model import Ridge
+    rng = np.random.default_rng(0)
+    X, y, ridges = rng.normal(size=(90, 4)), rng.normal(size=(90, 2)), [1.0, 0.1]
+    y[60:] += 3  # a mean that the rows fitted do not know
+    centred, y = X - X.mean(axis=0), y - y.mean(axis=0)
+    K = tiles.known(centred @ centred.T)
+    solver = regression.Solver(K, rank=4)
+    for row in choose.validation(solver, y, ridges, 60, np.arange(60, 90), intercept=True):
+        absolute = row.ridge * np.einsum("nd,nd->n", centred, centred)[:60].mean()
+        f = Ridge(alpha=absolute).fit(X[:60], y[:60]).predict(X[60:])
+        assert abs(row.mse / np.mean((f - y[60:]) ** 2) - 1) < 1e-3
+    for row in choose.generalised(solver, y, ridges, intercept=True):
+        features = np.concatenate([centred, np.ones((90, 1))], axis=1)
+        penalty = row.ridge * solver.scale * np.diag([1, 1, 1, 1, 0])
+        hat = features @ np.linalg.solve(features.T @ features + penalty, features.T)
+        residual = y - hat @ y
+        assert abs(row.mse / (90 * np.mean(np.sum(residual**2, axis=0)) / np.trace(np.eye(90) - hat) ** 2) - 1) < 1e-3
+        assert abs(row.dimension - np.trace(hat)) < 1e-2
+
+
 @quick
 def test_choose_validation_is_dense_solves():
     """Without a room, too: the errors on the rows held out are those of dense solves, from the largest ridge down, and of

@@ -33,6 +33,9 @@ def test_variance():
     variance = uncertainty.variance(solver, K_test, prior, 0.05, block=16)
     expected = prior + lam - np.einsum("mn,nm->m", k, np.linalg.solve(A, k.T))
     assert np.allclose(variance, expected, rtol=1e-4)
+    tiny = uncertainty.variance(solver, K_test, prior, 1e-6)
+    A_tiny = A + (1e-6 / 0.05 - 1) * lam * np.eye(len(A))
+    assert np.allclose(tiny, prior + 1e-6 / 0.05 * lam - np.einsum("mn,nm->m", k, np.linalg.solve(A_tiny, k.T)), rtol=1e-2)
     alpha, _ = solver(y, 0.05, 1e-10)
     s2 = uncertainty.prior_scale(y, alpha)
 

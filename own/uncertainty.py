@@ -33,15 +33,17 @@ def variance(solver, K_test, k_test, ridge, block=COLUMNS):
     """(k(x, x) + lambda - k(x, X) A^-1 k(X, x)) of each test row, (m,), without the factor s^2.
 
     k_test: k(x, x), (m,).   K_test: (m, n).   block: right-hand sides solved at once.
-    One solve for each test row, to a residual of choose.SEARCH / 10: the error of the variance is quadratic in it.
+    One solve for each test row. The error of the variance is quadratic in its residual, but divided by the ridge: so the
+    residual to reach is choose.SEARCH / 10, or the ridge where that is smaller.
     """
+    tol = max(min(choose.SEARCH / 10, ridge), 1e-9)
     m, out = K_test.shape[0], np.empty(K_test.shape[0])
     with tqdm(total=m, unit=" rows", desc="variance", disable=solver.quiet or None,
               leave=False) as bar:
         for start in range(0, m, block):
             stop = min(m, start + block)
             k = K_test.rows(start, stop).T
-            explained = np.einsum("nm,nm->m", k, solver(k, ridge, choose.SEARCH / 10)[0])
+            explained = np.einsum("nm,nm->m", k, solver(k, ridge, tol)[0])
             out[start:stop] = np.maximum(k_test[start:stop] - explained, 0) + ridge * solver.scale  # 0 but for rounding
             bar.update(stop - start)
     return out
