@@ -426,7 +426,8 @@ def test_tiles_product_in_float64():
 
 @quick
 def test_tiles_errors():
-    """NaN in the inputs, a v of the wrong shape, no rows, a matrix beyond memory: one sentence each."""
+    """NaN in the inputs, or numbers too small for float32, a v of the wrong shape, no rows, a matrix beyond memory: one sentence
+    each."""
     fn, x = kernel.kernel_fn("fc", "nngp"), np.ones((4, 3), np.float32)
     K = tiles.gram(fn, x)
     with pytest.raises(ValueError, match=r"v has shape \(3, 1\).*needs \(4, c\)"):
@@ -435,6 +436,8 @@ def test_tiles_errors():
         K.leading(5)
     with pytest.raises(ValueError, match="at least 1"):
         tiles.gram(fn, x[:0])
+    with pytest.raises(ValueError, match="too small for float32: multiply the inputs by a constant"):
+        tiles.gram(fn, np.float32(1e-18) * x)
     x[2, 1] = np.nan
     with pytest.raises(ValueError, match="not finite: look for NaN"):
         tiles.gram(fn, x)
