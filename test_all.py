@@ -426,7 +426,7 @@ def test_tiles_product_in_float64():
 
 @quick
 def test_tiles_errors():
-    """NaN in the inputs, or numbers too small for float32, a v of the wrong shape, no rows, a matrix beyond memory: one sentence
+    """NaN in the inputs, numbers too small for float32, a v of the wrong shape, no rows, a matrix beyond memory: one sentence
     each."""
     fn, x = kernel.kernel_fn("fc", "nngp"), np.ones((4, 3), np.float32)
     K = tiles.gram(fn, x)
