@@ -280,7 +280,7 @@ def deviations(layers, x):
     for layer in layers:
         rule = LAYERS[layer[0]]
         if rule.variance:
-            stds.append(jnp.sqrt(diagonal(K)))
+            stds.append(jnp.sqrt(jnp.maximum(diagonal(K), 0)))  # a mean of what cancels may round to less
         side = Side(x, stds[-1] if rule.variance else None, notes)
         K, _ = rule.apply(layer, K, K, side, side)  # T is not needed: K stands in
     return stds

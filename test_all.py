@@ -239,6 +239,14 @@ def test_kernel_of_black_images(name, depth):
         assert relative_error(K, expected) < 1e-5
 
 
+def test_kernel_of_images_that_cancel():
+    """Images of mean 0 that are pooled before the first relu have a variance that is rounding, of either sign: no NaN."""
+    x = np.random.default_rng(0).normal(size=(40, 4, 4, 1)).astype(np.float32)
+    x -= x.mean(axis=(1, 2), keepdims=True)
+    for K in kernel.kernel_fn([("gap",), ("dense", 1.0, 0.0), ("relu",), ("dense", 1.0, 0.0)], kernel.KINDS)(x):
+        assert np.abs(K).max() < 1e-6
+
+
 def finite_network(layers, rng, x, width):
     """NNGP and NTK, (n, n) each, of one random network of this width: the mean over the last weights of f(x) f(x')^T, and
     <df(x) / d theta, df(x') / d theta> by backpropagation. Weights are N(0, 1), scaled by w_std / sqrt(fan-in) where they

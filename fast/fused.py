@@ -243,7 +243,7 @@ def deviations(convs, v, sequences):
         border = jnp.pad(v[:-1], ((1, 1), (1, 1), (0, 0)))
         v = conv[0] * sum(border[i:i + n, j:j + w] for i in range(3) for j in range(3)) + conv[1]
         v = jnp.pad(jnp.where(outside, jnp.zeros_like(v), v), ((0, 1), (0, 0), (0, 0)))
-        return v / 2, jnp.sqrt(v)
+        return v / 2, jnp.sqrt(jnp.maximum(v, 0))
     _, stds = lax.scan(conv_relu, v, coefficients(convs, v.dtype))
     return stds * 0.5**0.5, jnp.where(stds > 0, 1 / jnp.where(stds > 0, stds, 1), 0)
 
