@@ -1767,7 +1767,8 @@ def test_train_interrupted(tmp_path, store):
 
 def test_train_interrupted_in_a_callback():
     """Ctrl-C ends the run with one line also where its exception is swallowed, as in a callback of the garbage collector."""
-    code = ("import argparse, experiment, gc, time\ndef busy(*_):\n    print(1, flush=True)\n    time.sleep(100)\n"
+    code = ("import argparse, experiment, gc, time\nexperiment.PATIENCE = 1\n"
+            "def busy(*_):\n    print(1, flush=True)\n    time.sleep(100)\n"
             "def deaf():\n    gc.callbacks.append(busy)\n    while True:\n        gc.collect()\n"
             "experiment.run(deaf, argparse.Namespace(devices=1))")
     running = begun([sys.executable, "-c", code])

@@ -1002,7 +1002,7 @@ import tiles
 from large import processes
 index, port = map(int, sys.argv[1:])
 processes.GRACE = 0.1
-team, tiles.MEET, sums, shown = processes.start(f"127.0.0.1:{port}", 2, index), 0.2, [], []
+team, tiles.MEET, sums, shown = processes.start(f"127.0.0.1:{port}", 2, index), 0.06, [], []
 
 class Bar(tiles.tqdm):
     def __init__(self, **options):
@@ -1016,7 +1016,7 @@ class Rows:
     def __len__(self):
         return 40
     def __getitem__(self, rows):
-        time.sleep(0.25 * index)
+        time.sleep(0.08 * index)
         return np.ones((len(rows), 3), np.float32)
 
 reduce = lambda array: sums.append(1) or team.all_reduce(array)

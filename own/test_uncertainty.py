@@ -5,6 +5,7 @@ Each test states its claim in its first line. JAX is set up by test_all.py, whic
 
 from test_all import digits, inputs, train  # isort: skip
 import numpy as np
+import pytest
 from scipy.stats import multivariate_normal, norm
 
 import kernel
@@ -33,15 +34,23 @@ def test_variance():
     variance = uncertainty.variance(solver, K_test, prior, 0.05, block=16)
     expected = prior + lam - np.einsum("mn,nm->m", k, np.linalg.solve(A, k.T))
     assert np.allclose(variance, expected, rtol=1e-4)
-    tiny = uncertainty.variance(solver, K_test, prior, 1e-6)
-    A_tiny = A + (1e-6 / 0.05 - 1) * lam * np.eye(len(A))
-    assert np.allclose(tiny, prior + 1e-6 / 0.05 * lam - np.einsum("mn,nm->m", k, np.linalg.solve(A_tiny, k.T)), rtol=1e-2)
     alpha, _ = solver(y, 0.05, 1e-10)
     s2 = uncertainty.prior_scale(y, alpha)
 
     def log_likelihood(s2):
         return sum(multivariate_normal(cov=s2 * A).logpdf(column) for column in y.T)
     assert log_likelihood(s2) > max(log_likelihood(0.99 * s2), log_likelihood(1.01 * s2))
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 1e-4])
+def test_variance_at_small_ridges(ridge):
+    """Where many eigenvalues of K are below the ridge, the variance is hardly more than lambda: it is right to 1 % even so."""
+    x = np.random.default_rng(0).normal(size=(340, 3))
+    K = np.exp(-((x[:, None] - x[None]) ** 2).sum(axis=-1) / 8).astype(np.float32)
+    train, test = tiles.known(K[:300, :300]), tiles.known(K[300:, :300], symmetric=False)
+    found = uncertainty.variance(regression.Solver(train, rank=60), test, np.ones(40), ridge)
+    A, k = K[:300, :300] + ridge * np.eye(300), K[300:, :300].astype(np.float64)
+    assert np.allclose(found, 1 + ridge - np.einsum("mn,nm->m", k, np.linalg.solve(A, k.T)), rtol=1e-2)
 
 
 def test_probabilities():

@@ -34,9 +34,9 @@ def variance(solver, K_test, k_test, ridge, block=COLUMNS):
 
     k_test: k(x, x), (m,).   K_test: (m, n).   block: right-hand sides solved at once.
     One solve for each test row. The error of the variance is quadratic in its residual, but divided by the ridge: so the
-    residual to reach is choose.SEARCH / 10, or the ridge where that is smaller.
+    residual to reach is choose.SEARCH / 10, or a hundredth of the ridge where that is smaller.
     """
-    tol = max(min(choose.SEARCH / 10, ridge), 1e-9)
+    tol = min(choose.SEARCH / 10, max(ridge / 100, 1e-8))
     m, out = K_test.shape[0], np.empty(K_test.shape[0])
     with tqdm(total=m, unit=" rows", desc="variance", disable=solver.quiet or None,
               leave=False) as bar:
