@@ -132,13 +132,15 @@ def generalised(solver, y, ridges, seed=0, intercept=False):
     """
     n, c = y.shape
     count = max(PROBES, 2**14 // n)  # their error falls with the root of n times their number
-    exact = n**0.5 * np.eye(n)  # as many as rows: then the trace is summed
-    probes = exact if count >= n else np.random.default_rng(seed).choice([-1.0, 1.0], (n, count))
+    if count < n:
+        probes = np.random.default_rng(seed).choice([-1.0, 1.0], (n, count))
+    else:  # as many as rows give the trace itself
+        probes = n**0.5 * np.eye(n)
 
     def row(ridge, alpha):
         alpha, z = alpha[:, :c], alpha[:, c:]
         trace = np.einsum("np,np->p", probes, z).mean()
-        if intercept and ridge:  # one direction more, that of the ones, is fitted whole: there A^-1 is 1 / lambda, as K 1 = 0
+        if intercept and ridge:  # it fits the direction of the ones whole, where A^-1 is 1 / lambda, for K 1 = 0
             trace -= 1 / (ridge * solver.scale)
         return Row(ridge, None, float(n * np.sum(alpha**2) / c / trace**2),
                    n - ridge * solver.scale * trace)

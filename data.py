@@ -181,7 +181,7 @@ def intact(path, what, cure="fetch or write it again"):
     try:
         yield
     except (OSError, *DAMAGED) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it names a place before its start
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is to read before the start, where damage says
             raise
         raise ValueError(f"{path} {what} ({error}): {cure}") from error
 
@@ -277,15 +277,20 @@ class Whitening(NamedTuple):
         return (_whitened if isinstance(x, np.ndarray) else _on_device)(self, x, bool(self.unit))
 
 
+def centred(x):
+    """z of zca_unit: each image minus its own mean, divided by its norm. An image of one colour, of which only rounding is
+    left, becomes 0."""
+    size = (x * x).sum(axis=(1, 2, 3), keepdims=True) ** 0.5
+    z = x - x.mean(axis=(1, 2, 3), keepdims=True)
+    norm = (z * z).sum(axis=(1, 2, 3), keepdims=True) ** 0.5
+    flat = (norm <= FLAT * size).astype(x.dtype)
+    return z * (1 - flat) / (norm + flat)
+
+
 def _whitened(whitening, x, unit):
     mean, sd, W, _, _ = whitening
     x = x.astype(np.float32)
-    if unit:
-        size = (x * x).sum(axis=(1, 2, 3), keepdims=True) ** 0.5
-        x = x - x.mean(axis=(1, 2, 3), keepdims=True)
-        norm = (x * x).sum(axis=(1, 2, 3), keepdims=True) ** 0.5
-        flat = (norm <= FLAT * size).astype(np.float32)  # an image of one colour, which becomes 0: what is left is rounding
-        x = x * (1 - flat) / (norm + flat)
+    x = centred(x) if unit else x
     mean, sd = (y.reshape((1,) * (4 - y.ndim) + y.shape) for y in (mean, sd))
     x = (x - mean) / sd
     shape = x.shape if W.shape[0] == W.shape[1] else (len(x), 1, 1, W.shape[1])
@@ -336,11 +341,7 @@ def whitening(protocol, x, flips=False, quiet=True, components=None):
     for start in tqdm(range(0, len(x), 2048), desc=f"whitening, {protocol}", unit=" blocks of 2,048 images",
                       disable=quiet or None, leave=False):
         z = (x[start:start + 2048] - mean) / sd[0]
-        if unit:
-            size = np.sqrt((z * z).sum(axis=(1, 2, 3), keepdims=True))
-            z -= z.mean(axis=(1, 2, 3), keepdims=True)
-            norm = np.sqrt((z * z).sum(axis=(1, 2, 3), keepdims=True))
-            z /= np.where(norm > FLAT * size, norm, np.inf)
+        z = centred(z) if unit else z
         C = blas.dsyrk(1 / len(x), z.reshape(len(z), -1).T, beta=1.0, c=C, overwrite_c=True)  # its upper half
     C = np.triu(C) + np.triu(C, 1).T
     if flips:

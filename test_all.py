@@ -446,6 +446,8 @@ def test_tiles_errors():
         tiles.gram(fn, x[:0])
     with pytest.raises(ValueError, match="too small for float32: multiply the inputs by a constant"):
         tiles.gram(fn, np.float32(1e-18) * x)
+    far = tiles.gram(lambda a, b: jnp.exp(-((a - b.T) ** 2)), np.array([[0], [0], [9], [9]], np.float32), tile=2)
+    assert 0 < far.tiles[0, 1].max() < 1e-30  # between rows that are far apart that is no error
     x[2, 1] = np.nan
     with pytest.raises(ValueError, match="not finite: look for NaN"):
         tiles.gram(fn, x)

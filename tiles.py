@@ -274,10 +274,10 @@ class TiledMatrix:
         if not np.isfinite(tile).all():
             raise ValueError(f"tile {key} of the kernel has {np.sum(~np.isfinite(tile))} entries that "
                              "are not finite: look for NaN or infinity in the inputs")
-        if tile.dtype == np.float32 and 0 < tile.max() < 1e-30:
-            raise ValueError(f"entries of the kernel are {tile.max():.0e} at most, too small for float32: multiply the inputs "
-                             "by a constant")
         if self.symmetric and key[0] == key[1]:
+            if tile.dtype == np.float32 and 0 < tile.max() < 1e-30:
+                raise ValueError(f"k(x, x) is {tile.max():.0e} at most, too small for float32: multiply the inputs by a "
+                                 "constant")
             tile = np.triu(tile) + np.triu(tile, 1).T
         self.tiles[key] = np.array(tile)  # a copy: the device's buffer is padded and will be used again
 

@@ -224,7 +224,7 @@ def test_own_folder_with_other_files(tmp_path, capsys):
     clear[:4, :, 3] = 255  # black above, below transparent
     Image.fromarray(clear).save(folder / "class1" / "clear.png")
     own = images.read(str(folder))
-    assert "note: 1 in" in (said := capsys.readouterr().out) and "left out, such as notes.txt" in said
+    assert "holds 1 files or folders that" in (said := capsys.readouterr().out) and "left out, such as notes.txt" in said
     wanted = np.repeat([0, 255], 32 * 3).reshape(8, 8, 3)
     assert sum(np.array_equal(image, wanted) for image in (*own.x_train, *own.x_test)) == 1
 
