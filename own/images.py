@@ -159,8 +159,8 @@ def folder(path, resize=None):
         if not files(name):
             raise ValueError(f"{name} has no {', '.join(SUFFIXES)} files directly in it: convert what it holds, or remove it")
         if others:
-            print(f"note: {name} holds {len(others)} files or folders that are no {', '.join(SUFFIXES)} and are left out, such "
-                  f"as {others[0]}")
+            print(f"note: {name} holds {len(others)} files or folders that are no {', '.join(SUFFIXES)} and are left out, "
+                  f"such as {others[0]}")
     found = [(file, name) for part in parts for name in subfolders(part) for file in files(os.path.join(part, name))]
     if not found:
         raise ValueError(f"{path} has no folder with {', '.join(SUFFIXES)} files in it; expected a folder for each class")
