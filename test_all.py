@@ -1,6 +1,7 @@
 """Every claim of the core, in the order in which to read it; the first line of each test is its claim.
 
-  pytest -q -n 2 --benchmark-disable                        all tests: these, and those of the rooms
+  pytest -q -n 3 --benchmark-disable                        all tests, also those of the rooms; one process more than
+                                                            there are cores, as some tests wait
   pytest -q --benchmark-disable -m quick                    a part of the core, in under a minute
   pytest -q --benchmark-disable test_all.py                 the core: kernel, tiles, pcg, regression, choose, augment,
                                                             data, train, docs; -k kernel is one section
@@ -57,7 +58,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread ea
     threadpool_limits(1)
 # what one process of the tests has compiled, the others, and the scripts that tests start, need not compile again
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(HERE, ".pytest_cache", "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 
