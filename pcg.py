@@ -378,15 +378,16 @@ class LowRank:
         # BLAS's own threads go on spinning for a while after each call, and the product with K that
         # comes next, on all cores, took twice as long for it: threads are ours here
         with tiles.one_thread(), ThreadPoolExecutor(tiles.cores()) as pool:
-            parts = pool.map(lambda part: t[part].T @ self._F(part), self._parts())
+            each = map if self.F.size * max(8, ends[-1]) < tiles.FEW else pool.map
+            parts = each(lambda part: t[part].T @ self._F(part), self._parts())
             within = np.split(_sum(self.team, sum(parts, np.zeros((ends[-1], k)))).T, ends[:-1], axis=1)
-            within = np.concatenate(list(pool.map(cho_solve, middles, within)), axis=1)
+            within = np.concatenate(list(each(cho_solve, middles, within)), axis=1)
 
             def finish(part):
                 away = self._F(part) @ within
                 for one, place in zip(inverses, places):
                     t[part, place] -= away[:, place] / one.w[part, None]
-            list(pool.map(finish, self._parts()))
+            list(each(finish, self._parts()))
         return np.split(_sum(self.team, z), ends[:-1], axis=1)
 
     def _gram(self, w):

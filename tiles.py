@@ -49,6 +49,7 @@ except ImportError:  # large/ may be deleted: then a container's limits on cores
 TILE = 1024  # default side: 4 MB in float32, small in memory and yet so large that a call to a device costs nothing
 PART = 64, 1024  # rows and columns converted to float64 at a time, small enough to stay in cache. One column of v: eight
 # times the rows, for then the overhead of Python shows (1.35 times faster); 32 columns or more: four times (1.2)
+FEW = 2**24  # products of an entry and a number that take less time in one thread: below about 2,000 rows and ten columns
 PIECE = 2**26  # bytes, at most, that processes sum at a time
 MEET = 300  # seconds between two meetings of the processes while tiles are computed: a sum gives up after half an hour
 LOG = logging.getLogger("progress")  # what this process is doing; large/processes.py writes it to a file
@@ -390,6 +391,7 @@ class TiledMatrix:
         One pass over the tiles, each by one thread: BLAS's own threads would wait for each other, 40 times slower.
         """
         check_vectors(v, self.shape)
+        few = self.entries * max(8, v.shape[1]) < FEW
         y, vT = np.zeros((self.shape[0], v.shape[1])), np.ascontiguousarray(v.T)
 
         def product(key):
@@ -397,7 +399,7 @@ class TiledMatrix:
             both = self.symmetric and key[0] != key[1]
             return rows, cols, *multiplied(tile, vT[:, cols], vT[:, rows] if both else None)
         with one_thread(), ThreadPoolExecutor(self._threads) as pool:
-            for rows, cols, y_i, y_j in pool.map(product, self.keys()):
+            for rows, cols, y_i, y_j in (map if few else pool.map)(product, self.keys()):
                 y[rows] += y_i
                 if y_j is not None:
                     y[cols] += y_j
