@@ -183,7 +183,8 @@ def intact(path, what, cure="fetch or write it again"):
     except (OSError, *DAMAGED) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is to read before the start, where damage says
             raise
-        raise ValueError(f"{path} {what} ({error}): {cure}") from error
+        text = "it is another kind of file, or a pickle" if "allow_pickle" in str(error) else error
+        raise ValueError(f"{path} {what} ({text}): {cure}") from error
 
 
 def array(path, key=None, hint=HINT):
@@ -233,9 +234,9 @@ def said(path):
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OSError(f"{path} could not be written: {error.strerror}. Whatever was finished is kept: "
-                      f"{'free some space' if full else 'make the folder writable'} and run the same "
-                      "command again") from error
+        raise OSError(f"{path} could not be written: {error.strerror}. "
+                      f"{'Free some space' if full else 'Make the folder writable'} and run the same command again; what is "
+                      "finished in a --store is kept") from error
 
 
 @contextmanager

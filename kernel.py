@@ -350,7 +350,8 @@ def kernel_fn(name, kind, **options):
     kind: "nngp", "ntk", or a tuple of them for a tuple of matrices in one pass.
     options: depth, w_std, b_std, head, gamma of `network`.
     x1, x2: (n, h, w, channels), or (n, d) for fc. Computed in float32, or in float64 if x1 is that and jax_enable_x64 is
-    set. fn(x) is fn(x, x), exactly symmetric. fn may be jitted, vmapped and pmapped.
+    set. Of integers JAX keeps 32 bits; tiles.py refuses larger ones. fn(x) is fn(x, x), exactly symmetric. fn may be jitted,
+    vmapped and pmapped.
     Raises ValueError: unknown name or kind, images that do not fit the network.
     """
     layers = network(name, **options)

@@ -22,7 +22,7 @@ import numpy as np
 
 import choose
 import pcg
-from tiles import LOG
+from tiles import LOG, free_memory
 
 ROUNDING = 2.0**-24  # of a float32 entry of K, relative
 PRECONDITIONERS = {"lowrank": pcg.low_rank, "jacobi": pcg.jacobi,
@@ -124,6 +124,9 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     """
     select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
     if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):  # a mask: no single spectrum
+        if select == "loo" and 40 * K.shape[0]**2 > free_memory():
+            raise MemoryError(f"--select loo needs the eigenvectors of K: {40e-9 * K.shape[0]**2:.1f} GB of memory for "
+                              f"{K.shape[0]:,} rows; this host has {free_memory() / 1e9:.1f} GB free. Use --select validation")
         spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)

@@ -435,8 +435,8 @@ def test_tiles_product_in_float64():
 
 @quick
 def test_tiles_errors():
-    """NaN in the inputs, numbers too small for float32, a v of the wrong shape, no rows, a matrix beyond memory: one sentence
-    each."""
+    """NaN in the inputs, numbers too small for float32, integers that JAX would cut, a v of the wrong shape, no rows, a matrix
+    beyond memory: one sentence each."""
     fn, x = kernel.kernel_fn("fc", "nngp"), np.ones((4, 3), np.float32)
     K = tiles.gram(fn, x)
     with pytest.raises(ValueError, match=r"v has shape \(3, 1\).*needs \(4, c\)"):
@@ -447,6 +447,11 @@ def test_tiles_errors():
         tiles.gram(fn, x[:0])
     with pytest.raises(ValueError, match="too small for float32: multiply the inputs by a constant"):
         tiles.gram(fn, np.float32(1e-18) * x)
+    for large in (x.astype(np.int64) * 2**31, np.where(x == 1, 2**32, 0).astype(np.uint64)):
+        with jax.enable_x64(False), pytest.raises(ValueError, match=r"x holds \d+, an integer beyond u?int32: take x.astype"):
+            tiles.gram(kernel.kernel_fn("fc", "nngp", depth=1), large)
+    with jax.enable_x64(False):  # smaller ones are as good as float32
+        assert np.array_equal(tiles.gram(fn, x.astype(np.int64)).dense(), K.dense())
     far = tiles.gram(lambda a, b: jnp.exp(-((a - b.T) ** 2)), np.array([[0], [0], [9], [9]], np.float32), tile=2)
     assert 0 < far.tiles[0, 1].max() < 1e-30  # between rows that are far apart that is no error
     x[2, 1] = np.nan
@@ -1625,6 +1630,10 @@ def refused(running, words):
     (["--crops", "0"], "--crops 0: expected at least 1"),
     (["--plan", "--rate", "-5"], "--rate -5.0: expected at least 1"),
     (["--plan", "--variance"], "--plan counts one solve: leave out --sizes, --variance and --plot"),
+    (["--plan", "--select", "loo"], "--plan counts a search by validation rows and the low-rank preconditioner: leave out"),
+    (["--plan", "--precondition", "none"], "--plan counts .* leave out --select and --precondition"),
+    (["--plan", "--load", "m.npz", "--predict", "x.npy"], "--plan with --load: choose one"),
+    (["--head", "exp", "--gamma", "0"], "ValueError: head='exp', gamma=0.0: expected one of .*, and gamma > 0"),
     (["--crops", "10"], "ValueError: .*1 <= crops <= 9"),
     (["--n_train", "20", "--fit_on", "3000"], "ValueError: --fit_on 3000, but there are 1437 training images"),
     (["--devices", "0"], "--devices 0: expected at least 1"),

@@ -228,9 +228,16 @@ def _pmap(fn, devices):
 
 
 def block(x, rows, device):
-    """x[rows] as an array for a device: a NumPy array, or a JAX array that is there."""
+    """x[rows] as an array for a device: a NumPy array, or a JAX array that is there.
+    ValueError: integers that JAX, which keeps 32 bits of them, would change."""
     part = x[rows]
-    return part.on(device) if hasattr(part, "on") else np.asarray(part)
+    if hasattr(part, "on"):
+        return part.on(device)
+    part = np.asarray(part)
+    dtype = jax.dtypes.canonicalize_dtype(part.dtype)
+    if part.dtype.kind in "iu" and dtype != part.dtype and not np.array_equal(part.astype(dtype), part):
+        raise ValueError(f"x holds {part.flat[abs(part).argmax()]}, an integer beyond {dtype}: take x.astype(np.float32)")
+    return part
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,11 @@ def load(args):
     args.names = getattr(images, "names", None)
     x, labels, x_test, test_labels = data.load(images, args.data, args.n_train, args.n_test, args.seed, n_fit=n_fit)
     n = args.n_train or len(x)
+    if args.flips and x.shape[2] == 1:
+        raise ValueError(f"--flips: what {args.dataset} holds is one pixel wide, each its own mirror image: leave it out")
+    if args.names and not args.quiet:
+        from own import images as own
+        own.note_copies(args.dataset, x[:n], x_test)
     if (args.fit_on or 0) > len(x):
         raise ValueError(f"--fit_on {args.fit_on}, but there are {len(x)} training images")
     args.fit_on = min(n_fit, len(x))
@@ -170,7 +175,8 @@ def load(args):
 
 def layers(args):
     """The network of these flags, as kernel.network lists it."""
-    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
+    gamma = 1.0 if args.gamma is None else args.gamma
+    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, gamma)
 
 
 def network_kernel(engine, layers, flips, kind):
@@ -186,14 +192,17 @@ def on_disk(args):
     return args.store not in (None, "none")
 
 
+def identity(args):
+    """What decides an entry of K but its inputs and its kind, as a store keeps it."""
+    return {"layers": layers(args), "engine": args.engine, "whiten": args.whiten, "zca_eps": args.zca_eps,
+            "fitted_on": args.fitted_on, **({"components": args.components} if args.components else {}),
+            **({"flips": args.flips} if args.flips == "symmetric" else {})}  # of the kernel; explicit ones are rows
+
+
 def kernels(args, kernel_of, kinds, x, x_test, team):
     """[(K, K_test) of each kind]."""
-    about = {"layers": layers(args), "engine": args.engine, "whiten": args.whiten, "zca_eps": args.zca_eps,
-             "fitted_on": args.fitted_on, **({"components": args.components} if args.components else {})}
-    if args.flips == "symmetric":
-        about["flips"] = args.flips  # of the kernel; explicit ones are rows
-    return experiment.matrices(kernel_of, kinds, {"train": x, "test": x_test}, args.store, about, args.tile,
-                            devices=experiment.devices(args.devices), quiet=args.quiet, team=team)
+    return experiment.matrices(kernel_of, kinds, {"train": x, "test": x_test}, args.store, identity(args), args.tile,
+                               devices=experiment.devices(args.devices), quiet=args.quiet, team=team)
 
 
 def diagonals(args, kinds, matrices, x, team):
@@ -262,7 +271,7 @@ def checkpoint(args, team, kind, n, states, ridge, tol, y):
     if not on_disk(args):
         return None
     from large import store
-    about = {"n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()),
+    about = {**identity(args), "n": n, "ridge": ridge, "tol": tol, "rows": len(y), "y": zlib.crc32(y.tobytes()),
              "precondition": args.precondition, "rank": args.rank, "seed": args.seed}
     name = zlib.crc32(json.dumps(about).encode())
     states.append(store.Checkpoint(os.path.join(args.store, f"solve-{kind}", f"{name:08x}.npz"), about, team))
@@ -342,10 +351,15 @@ def parse(argv):
     unknown = set(args.whiten) - set(data.WHITENING)
     if unknown:
         parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
+    if args.plan and args.load:
+        parser.error("--plan with --load: choose one; predictions are not planned")
     if (args.plan or args.load) and len(experiment.settings(args)) > 1:
         parser.error("--plan and --load take one network: one value for each of its flags")
     if args.plan and (len(args.sizes) > 1 or args.variance or args.plot):
         parser.error("--plan counts one solve: leave out --sizes, --variance and --plot")
+    if args.plan and (args.select not in (None, "validation") or args.precondition != "lowrank"):
+        parser.error("--plan counts a search by validation rows and the low-rank preconditioner: leave out --select and "
+                     "--precondition")
     if args.dataset not in data.DATASETS and not os.path.exists(args.dataset):
         parser.error(f"--dataset {args.dataset}: expected one of {', '.join(data.DATASETS)}, or the path of an .npz file or "
                      "of a folder of .npy files or images")

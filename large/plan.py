@@ -221,7 +221,9 @@ def of_images(args):
     """`main` for a run of train_cifar.py: --plan."""
     experiment.compare(args, None)
     _, (shape, n_train, n_test, args.classes) = train_cifar.source(args)
+    data.enough(args.fit_on, n_train, "fit_on", args.dataset)
     args.fit_on = min(args.fit_on or train_cifar.FIT_ON, n_train)
+    train_cifar.views(args, 1, 1, shape[0] // 8)  # raises ValueError: more crops than there are
     data.enough(args.n_train, n_train, "n_train", args.dataset)
     data.enough(args.n_test, n_test, "n_test", args.dataset)
     n_train, n_test = args.n_train or n_train, args.n_test or n_test

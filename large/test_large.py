@@ -478,10 +478,10 @@ def test_store_on_a_full_and_on_a_read_only_disk(tmp_path):
     out = subprocess.run(["unshare", "-rm", sys.executable, "-c", DRIVER], cwd=tmp_path, capture_output=True, text=True,
                          env={**os.environ, "PYTHONPATH": HERE})
     assert out.returncode == 0, out.stderr
-    kept = "could not be written: {}. Whatever was finished is kept: {} and run the same command again".format
+    kept = "could not be written: {}. {} and run the same command again; what is finished in a --store is kept".format
     full, read_only, first, second = (out.stdout.splitlines()[k] for k in (0, 3, 6, 9))
-    assert full.endswith(kept("No space left on device", "free some space"))
-    assert read_only.endswith(kept("Read-only file system", "make the folder writable"))
+    assert full.endswith(kept("No space left on device", "Free some space"))
+    assert read_only.endswith(kept("Read-only file system", "Make the folder writable"))
     assert out.stdout.count("every tile is intact") == 4 and len(out.stdout.splitlines()) == 12
     first, second = (re.fullmatch(r"found (\d+) of (\d+), sum (.*)", line).groups() for line in (first, second))
     assert 0 < int(first[0]) < int(first[1]) == int(second[0]) and first[2] == second[2]
@@ -610,6 +610,19 @@ def failing(number):
     return replacing
 
 
+def test_train_checkpoints_of_one_kernel():
+    """Whatever changes K or the solve names another checkpoint, so that none is used for another kernel."""
+    def path(*flags):
+        args = train_cifar.parse(["--store", "K", "--ridge", "1", *flags])
+        args.whiten, args.zca_eps, args.depth, args.w_std, args.b_std, args.head, args.gamma, args.fitted_on = (
+            args.whiten[0], args.zca_eps[0], args.depth[0], args.w_std[0], args.b_std[0], args.head[0], args.gamma[0], "0")
+        return train_cifar.checkpoint(args, tiles.ALONE, args.kind, 9, [], 1.0, args.tol, np.ones((9, 2))).path
+    paths = [path(), path(), *(path(*flags.split()) for flags in (
+        "--depth 2", "--w_std 1.1", "--b_std 0.5", "--head cosine", "--kernel cnn_vec", "--kind ntk", "--engine plain",
+        "--flips", "--whiten channel", "--zca_eps 3", "--components 5", "--seed 1", "--tol 1e-3", "--rank 9"))]
+    assert paths[0] == paths[1] and len(set(paths)) == len(paths) - 1
+
+
 def test_pcg_checkpoint(tmp_path, capsys, monkeypatch):
     """A checkpoint returns the state that was saved, but only for the same solve. It is not written at every step, nor in a
     store that may only be read. A damaged one, whichever byte is wrong, is reported and not used. Once removed, nothing
@@ -638,7 +651,7 @@ def test_pcg_checkpoint(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().out == f"{tmp_path}/solve may not be written: the state of solves is not kept\n"
         store.DENIED.clear()
         patch.setattr(data, "replacing", failing(errno.ENOSPC))
-        with pytest.raises(OSError, match="free some space"):
+        with pytest.raises(OSError, match="Free some space"):
             store.Checkpoint(path, about, tiles.ALONE).save({"x": np.zeros(3)}, True)
     (tmp_path / "solve" / "a.npz.12ab34cd.tmp").write_bytes(b"half")
     kept.remove()
@@ -1284,7 +1297,8 @@ def test_plan_of_five_million(tmp_path, capsys):
     assert out["total_seconds"] == out["data_seconds"] + out["kernel_seconds"] + out["solve_seconds"]
     n_entries = out["entries"] / (out["entries_per_second"] / 2 * 512)
     assert out["kernel_seconds"] >= n_entries * 0.99
-    for flags, words in ((["--n_train", "1438"], "n_train=1438: expected 1 to 1437"), (["--n_test", "361"], "n_test=361: ")):
+    for flags, words in ((["--n_train", "1438"], "n_train=1438: expected 1 to 1437"), (["--n_test", "361"], "n_test=361: "),
+                         (["--crops", "10"], "1 <= crops <= 9"), (["--fit_on", "1438"], "fit_on=1438: expected 1 to 1437")):
         with pytest.raises(ValueError, match=words):  # as the run itself would
             train_cifar.main(["--plan", *flags])
 

@@ -74,7 +74,7 @@ def dense(part, smiles, w_std=2**0.5, b_std=0.0, names=("morgan",)):
 
 def test_own_file_is_the_named_data(tmp_path, capsys):
     """A file with other names of columns gives the result of the same rows as --dataset esol, and the run records its path,
-    its columns and its sha256."""
+    its columns and its sha256, all three also under the name by which results/ tells data sets apart."""
     smiles, y = nci()
     write(tmp_path / "delaney-processed.csv", ["measured log solubility in mols per litre", "smiles"], y, smiles)
     named = train_molecules(tmp_path, "--dataset", "esol", "--data", str(tmp_path), *SMALL)
@@ -83,8 +83,9 @@ def test_own_file_is_the_named_data(tmp_path, capsys):
     own = train_molecules(tmp_path, "--dataset", path, "--smiles", "structure", "--target", "logS, mol/l", *SMALL)
     assert f"{path}: numbers in logS, mol/l\n" in capsys.readouterr().out
     assert all(own[key] == named[key] for key in ("test_rmse", "ridge", "search", "loo_mse"))
-    recorded = {"dataset": path, "smiles": "structure", "target": ["logS, mol/l"], "score": "rmse",
-                "digest": hashlib.sha256(open(path, "rb").read()).hexdigest()[:12]}
+    digest = hashlib.sha256(open(path, "rb").read()).hexdigest()[:12]
+    recorded = {"dataset": f"{path} logS, mol/l {digest}", "smiles": "structure", "target": ["logS, mol/l"], "score": "rmse",
+                "digest": digest}
     assert {key: own["config"][key] for key in recorded} == recorded
 
 
@@ -105,8 +106,10 @@ def test_own_targets_are_recognised(tmp_path, capsys, cells, pair, said):
 
 
 def test_own_molecules_in_both_parts(tmp_path, capsys):
-    """Molecules that stand among the training and the test rows are counted in a note; without any there is none."""
-    for smiles, said in ((["CCO", "CCN"] * 10, "note: 2 of 2 test molecules of .* training molecules too, such as CC[ON]\n"),
+    """Molecules that stand among the training and the test rows are counted in a note, and so are those that stand among the
+    training rows twice; without any there is none."""
+    for smiles, said in ((["CCO", "CCN"] * 10, "note: 2 of 2 test molecules of .* training molecules too, such as CC[ON]\n"
+                                               "note: 14 of 16 training molecules of .* repeat another, .*\n"),
                          (["C" * (i + 1) for i in range(20)], "")):
         path = write(tmp_path / "x.csv", ["smiles", "y"], smiles, range(20))
         args = train_molecule.parse(["--dataset", path, "--target", "y", "--kernel", "fingerprint"])

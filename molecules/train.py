@@ -230,6 +230,9 @@ def divided(args, rows):
     if both and not args.quiet:
         print(f"note: {len(both)} of {len(parts[2])} test molecules of {args.dataset} are training molecules too, such as "
               f"{both[0]}")
+    if len(train) < len(parts[0]) and not args.quiet:
+        print(f"note: {len(parts[0]) - len(train)} of {len(parts[0])} training molecules of {args.dataset} repeat another, so "
+              "that errors on molecules left out are too small")
     order = np.concatenate(parts)
     where = dict(zip(smiles.PARTS, np.split(np.arange(len(order)), np.cumsum([len(p) for p in parts])[:2])))
     if selected(args) != "validation":
@@ -458,14 +461,16 @@ SCORES = {"rmse": rmse, "auc": per_task(roc_auc_score), "ap": per_task(average_p
 
 
 def config(args, kind, n):
-    """The settings that decide the result; results/ reads the encoding under the name `whiten`."""
+    """The settings that decide the result; results/ reads the encoding under the name `whiten`, and as `dataset` of a file of
+    one's own its path, targets and digest."""
     encoding = [args.split]
     if args.kernel != "fingerprint":
         encoding += [args.weights, args.pool] + ["jump"] * args.jump
     if args.kernel != "gcn" and args.fingerprints != ["morgan"]:
         encoding += args.fingerprints
+    dataset = [args.dataset] if args.dataset in smiles.DATASETS else [args.dataset, *args.target, args.digest]
     return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
-            "whiten": " ".join(encoding)}
+            "dataset": " ".join(dataset), "whiten": " ".join(encoding)}
 
 
 def describe(result):

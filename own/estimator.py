@@ -127,13 +127,15 @@ class _Kernel(BaseEstimator):
         """The data.Whitening of images X, or None."""
         if getattr(X, "ndim", 0) != 4 or self.kernel == "precomputed" or callable(self.kernel) or self.whiten == "none":
             return None
-        protocol, zca_eps = WHITENING.get(str(self.kernel), ("channel", None))
-        if self.whiten != "auto" or math.prod(X.shape[1:]) > LARGEST:
-            protocol, zca_eps = "channel" if self.whiten == "auto" else self.whiten, 0.1
+        best, zca_eps = WHITENING.get(str(self.kernel), ("channel", None))
+        protocol = self.whiten if self.whiten != "auto" else best if math.prod(X.shape[1:]) <= LARGEST else "channel"
+        zca_eps = zca_eps if protocol == best else 0.1
         return data.whitening(protocol, X)(zca_eps if self.zca_eps is None else self.zca_eps)
 
     def _inputs(self, X):
         """X as a tile asks for it: rows (n, d) are images of one pixel; images are whitened a tile at a time."""
+        if getattr(X, "dtype", np.dtype(float)).kind in "iu" and X.dtype.itemsize > 4 and not callable(self.kernel):
+            X = X.astype(np.float32)  # JAX would keep 32 bits
         if self.whitening_ is not None:
             return augment.expand(len(X)).of(X, self.whitening_)
         return X[:, None, None] if getattr(X, "ndim", 0) == 2 and not callable(self.kernel) else X

@@ -16,6 +16,7 @@ Proved by: own/test_own.py
 """
 
 import os
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,18 @@ def read(path, seed=0, resize=None):
     return Own(train[0], y_train, test[0], y_test, names, path)
 
 
+def note_copies(path, x, x_test):
+    """Says how many test images are training images too, and how many training images are copies of others."""
+    known = [hash(image.tobytes()) for image in x]
+    train = set(known)
+    both = sum(hash(image.tobytes()) in train for image in x_test)
+    if both:
+        print(f"note: {both} of {len(x_test)} test images of {path} are training images too")
+    if len(train) < len(known):
+        print(f"note: {len(known) - len(train)} of {len(known)} training images of {path} are copies of others, so that "
+              "errors on images left out are too small")
+
+
 def fifth(y, seed):
     """Which rows are the test set, (n,) bool: a fifth of each class, rounded, but never all of it."""
     rng, out = np.random.default_rng(seed), np.zeros(len(y), bool)
@@ -101,7 +114,9 @@ def inside(path, hint=HINT):
     if os.path.isdir(path):
         return {name[:-4] for name in os.listdir(path) if name.endswith(".npy")}
     with data.intact(path, "is not a complete .npz archive without pickle", "write it again, with numpy.savez"):
-        with np.load(data.existing(path, hint), allow_pickle=False) as file:  # an .npy has no keys, and fails, too
+        if not zipfile.is_zipfile(data.existing(path, hint)):
+            raise ValueError("it is another kind of file, or cut; tables in CSV are for proteins.train and molecules.train")
+        with np.load(path, allow_pickle=False) as file:
             return set(file)
 
 

@@ -8,6 +8,7 @@ import functools
 import pickle
 import re
 
+import jax
 import numpy as np
 import pytest
 from sklearn.base import clone
@@ -173,7 +174,8 @@ def test_estimator_outputs_in_any_units():
 
 def test_estimator_inputs_that_do_not_fit():
     """Targets that are not finite or not as many as the graphs, a head that graphs have not, too few rows to hold out, inputs
-    of zeros, probabilities where none are known: a sentence each. A list of images is an array of them."""
+    of zeros, probabilities where none are known: a sentence each. A list of images is an array of them. Integers that JAX
+    would cut give what floats do. A whitening by its name is that of auto, if auto takes it."""
     from molecules import smiles
     graphs, X, y = smiles.graphs(["CCO", "CCN", "CCC"]), np.random.default_rng(0).normal(size=(4, 3)), [0, 1, 0, 1]
     singular = KernelClassifier(depth=1, ridge=0).fit(np.concatenate([X, X]), y + y)
@@ -189,6 +191,14 @@ def test_estimator_inputs_that_do_not_fit():
     x, labels, x_test, _ = data.load("digits", n_train=20, n_test=5)
     as_list = KernelClassifier(depth=1, ridge=0.1).fit(list(x), labels)
     assert (as_list.predict(x_test) == KernelClassifier(depth=1, ridge=0.1).fit(x, labels).predict(x_test)).all()
+    named, auto, other = (
+        KernelClassifier(depth=1, ridge=0.1, whiten=whiten, zca_eps=eps).fit(x, labels).decision_function(x_test)
+        for whiten, eps in (("zca", None), ("auto", None), ("zca", 0.1)))
+    assert (named == auto).all() and (auto != other).any()
+    large = np.random.default_rng(0).integers(0, 10**13, size=(9, 3))
+    with jax.enable_x64(False):
+        one, same = (KernelRegressor(depth=1, ridge=0.1).fit(z, large[:, 0]).predict(z) for z in (large, large.astype(float)))
+    assert np.allclose(one, same, rtol=1e-5)
 
 
 def test_estimator_holds_out_any_rows(monkeypatch):

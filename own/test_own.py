@@ -277,13 +277,36 @@ def test_own_archive_errors(tmp_path, arrays, words):
         train(tmp_path, "--dataset", str(tmp_path / "x.npz"))
 
 
+def test_own_copies_are_counted(tmp_path, capsys):
+    """Images that stand in both parts, and copies among the training images, are counted in notes; if there are none, there is
+    no note."""
+    x, y, x_test, y_test = data.load("digits", n_train=40, n_test=20)
+    for more, test, said in ((x[:0], x_test, []), (x[:2], np.concatenate([x_test, x[:3]]), [
+            "3 of 23 test images of {} are training images too",
+            "2 of 42 training images of {} are copies of others, so that errors on images left out are too small"])):
+        np.savez(tmp_path / "x.npz", x_train=np.concatenate([x, more]), y_train=np.concatenate([y, y[:len(more)]]),
+                 x_test=test, y_test=np.concatenate([y_test, y[:len(test) - 20]]))
+        train_cifar.main(["--dataset", str(tmp_path / "x.npz"), "--ridge", "1", "--depth", "1", "--out", str(tmp_path)])
+        notes = [line[6:] for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        assert notes == [one.format(tmp_path / "x.npz") for one in said]
+
+
+def test_own_vectors_have_no_mirror_images(tmp_path):
+    """--flips is refused for rows of numbers, of which it would only change what a ridge means."""
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(20, 5)), y=np.arange(20) % 2)
+    for flips in ("symmetric", "explicit"):
+        with pytest.raises(ValueError, match="--flips: what .*x.npz holds is one pixel wide"):
+            train(tmp_path, "--dataset", str(tmp_path / "x.npz"), "--flips", flips)
+
+
 def test_own_archive_damaged(tmp_path):
-    """An archive cut short, and one array in place of an archive: one sentence that names the file."""
+    """An archive cut short, one array or a table in place of an archive: one sentence that names the file."""
     np.savez(tmp_path / "x.npz", x=np.ones((9, 4, 4)), y=np.arange(9))
     (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:500])
     np.save(tmp_path / "y.npy", np.ones((9, 4)))
-    for name in ("x.npz", "y.npy"):
-        with pytest.raises(ValueError, match=f"{name} is not a complete .npz archive without pickle"):
+    (tmp_path / "z.csv").write_text("x,y\n1,2\n")
+    for name in ("x.npz", "y.npy", "z.csv"):
+        with pytest.raises(ValueError, match=f"{name} is not a complete .npz archive without pickle .*tables in CSV are for "):
             train(tmp_path, "--dataset", str(tmp_path / name))
 
 

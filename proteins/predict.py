@@ -53,6 +53,7 @@ def predict(args, network_kernel):
     train = arrays["sequences"].tolist()
     encoding = sequences.fit(train, about["encoding"], max(map(len, known), default=0))
     kept = usable(args.predict, encoding, new, [line for line, _ in lines])
+    sequences.note_unseen(encoding, train, [new[i] for i in kept], f"rows of {args.predict}")
     x, x_new = encoding(train), encoding([new[i] for i in kept])
     kernel_fn, devices = network_kernel(tuple(map(tuple, about["layers"])), about["kind"]), experiment.devices(args.devices)
     K_test = tiles.cross(kernel_fn, x_new, x, about["tile"], devices, args.quiet).merged()

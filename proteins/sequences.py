@@ -138,8 +138,8 @@ def _parted(sequences, targets, parts):
 
 
 def _checked(split, what, quiet, least=1):
-    """The split, if it has `least` rows to fit and to test, or a ValueError; with a note of test rows that are training rows
-    too."""
+    """The split, if it has `least` rows to fit and to test, or a ValueError; with notes of test rows that are training rows
+    too, and of training rows that have the same sequence."""
     fit, test = split.n_fit, split.sequences[split.n_train:]
     if min(fit, len(test)) < least:
         number = ("one", "two")[least - 1]
@@ -149,6 +149,9 @@ def _checked(split, what, quiet, least=1):
     both = [sequence for sequence in test if sequence in train]
     if both and not quiet:
         print(f"note: {len(both)} of {len(test)} test rows of {what} are training rows too, such as {both[0]}")
+    if len(train) < split.n_train and not quiet:
+        print(f"note: {split.n_train - len(train)} of {split.n_train} training rows of {what} repeat the sequence of another, "
+              "so that errors on rows left out are too small")
     return split
 
 
@@ -329,6 +332,17 @@ def fit(sequences, name, longest=0):
     encoding = Encoding(name, most, positions, None, most)
     return encoding if name != "centred" else encoding._replace(
         mean=encoding(sequences).mean(axis=0, dtype=np.float64).astype(np.float32))
+
+
+def note_unseen(encoding, train, new, what):
+    """Says how many new sequences differ from the training sequences where those are all equal, which no kernel can see."""
+    if encoding.length and new:
+        unseen = letters(new, encoding.length) != letters(train[:1], encoding.length)
+        unseen[:, encoding.positions] = False
+        rows = np.flatnonzero(unseen.any(axis=1))
+        if len(rows):
+            print(f"note: {len(rows)} of {len(new)} {what} have a residue where all training rows have another, such as "
+                  f"{short(new[rows[0]])} at position {unseen[rows[0]].argmax() + 1}: it has no effect")
 
 
 def blosum():

@@ -7,6 +7,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import itertools
 import re
 
 from test_all import flip  # isort: skip
@@ -87,7 +88,7 @@ def test_own_file_is_the_named_split(tmp_path):
 def test_own_fifth_is_drawn(tmp_path, capsys):
     """Without --set a fifth of the rows, drawn with the seed, is for testing, and the run says so: every row is in one part, a
     seed gives the same rows again and another seed other rows, training rows too. Test rows that are training rows are
-    counted."""
+    counted, and training rows that repeat another."""
     content = written(tmp_path / "a.csv", ("sequence", "target"), *peptides(), *peptides()[:30]).read_bytes()
     first, again, other = (seqs.own("a.csv", content, seed=seed, quiet=False) for seed in (0, 0, 1))
     assert first.sequences == again.sequences and first.n_train == 72 and first.n_fit == 58 and len(first.targets) == 90
@@ -97,11 +98,27 @@ def test_own_fifth_is_drawn(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "note: 18 of the 90 rows of a.csv, a fifth, drawn with seed 0, are kept for testing" in out
     assert both and f"note: {both} of 18 test rows of a.csv are training rows too" in out
+    again = 72 - len(set(first.sequences[:72]))
+    assert again and f"note: {again} of 72 training rows of a.csv repeat the sequence of another" in out
     flags = ["--dataset", tmp_path / "a.csv", "--kernel", "linear", "--encoding", "onehot", "--transform", "raw", "--ridge", 1,
              "--tile", 8]
     sizes = protein(tmp_path, *flags, "--sizes", "20,40", "--n_test", 10)
     alone = protein(tmp_path, *flags, "--n_train", 20, "--n_test", 10)
     assert sizes[20]["config"] == alone["config"] and abs(sizes[20]["test_rmse"] / alone["test_rmse"] - 1) < 1e-6
+
+
+def test_own_positions_that_never_vary(tmp_path, capsys):
+    """A residue where all training rows have another one is counted in a note, for test rows and for new rows: no kernel sees
+    it."""
+    rows = [(f"M{a}{b}K", k, "train") for k, (a, b) in enumerate(itertools.product("ACD", "EFG"))]
+    path = written(tmp_path / "a.csv", ("sequence", "target", "set"), *rows, ("MAEK", 1, "test"), ("WAEK", 2, "test"))
+    train_protein.main(list(map(str, ["--dataset", path, "--set", "set", *FAST, "--encoding", "onehot", "--transform", "raw",
+                                      "--ridge", 0.1, "--save", tmp_path / "m.npz", "--out", tmp_path])))
+    note = "have a residue where all training rows have another, such as"
+    assert f"note: 1 of 2 test rows of {path} {note} 'WAEK' at position 1: it has no effect" in capsys.readouterr().out
+    f = predicted(tmp_path, written(tmp_path / "new.csv", ("sequence",), ["MCFK"], ["MCFA"], ["MAFK"]))["predictions"]
+    assert f"note: 1 of 3 rows of {tmp_path}/new.csv {note} 'MCFA' at position 4" in capsys.readouterr().out
+    assert f[0] == f[1] != f[2]
 
 
 def test_own_linear_is_scikit_learn(tmp_path):

@@ -198,7 +198,10 @@ def main(argv=None):
     for sizes, encoding in encodings(args, split):
         spent = dict(seconds)
         with regression.phase("kernel", spent):
-            x, x_test = (encoding(rows) for rows in parts(args, split, sizes[-1]))
+            train, test = parts(args, split, sizes[-1])
+            if not args.quiet:
+                sequences.note_unseen(encoding, train, test, f"test rows of {args.split}")
+            x, x_test = encoding(train), encoding(test)
             matrices = kernels(args, kinds, encoding, x, x_test)
         for kind, (K, K_test) in zip(kinds, matrices):
             for n in sizes:
@@ -294,7 +297,8 @@ def layers(args, encoding):
     if args.kernel == "linear":  # one layer; its w_std undoes the means over channels and positions
         positions = len(encoding.positions) if encoding.length else 1  # if lengths vary, seq_flatten divides by sqrt(l l')
         return [("mask",), ("seq_flatten",), ("dense", (positions * len(sequences.RESIDUES)) ** 0.5, 0.0)]
-    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, args.gamma or 1.0)
+    gamma = 1.0 if args.gamma is None else args.gamma
+    return kernel.network(args.kernel, args.depth, args.w_std, args.b_std, args.head, gamma)
 
 
 def network_kernel(args, kind, encoding):

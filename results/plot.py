@@ -6,10 +6,13 @@ Left, for up to choose.DENSE rows: leave-one-out error, test error and effective
 was chosen. Right: the same system solved with every preconditioner.   Proved by: results/test_pictures.py
 """
 
+import os
+
 import numpy as np
 from matplotlib.figure import Figure  # opens no window and has no global state
 
 import choose
+import data
 import regression
 
 
@@ -36,7 +39,8 @@ def draw(path, title, K, K_test, prior, y, ridge, y_test, copies=1, tol=1e-6, **
         figure.suptitle(title)
         for ax in figure.axes:
             ax.spines["top"].set_visible(False)
-        figure.savefig(path, dpi=150)
+        with data.replacing(path) as file:
+            figure.savefig(file, dpi=150, format=os.path.splitext(path)[1][1:])
 
 
 def errors(axes, spectrum, y, ridge, K_test=None, y_test=None, copies=1):

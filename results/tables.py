@@ -40,6 +40,9 @@ def load(path):
     for number, run in lines(path):
         try:
             config = run["config"] = {**ABSENT, **run["config"]}
+            if run.get("cg_converged") is False:
+                print(f"note: {path}, line {number}: the solve did not converge, so that run is left out")
+                continue
             config["flips"] = bool(config["flips"])  # symmetric and explicit flips give the same predictions
             zca, fit_on = str(config["whiten"]).startswith("zca"), config.get("fit_on")
             if "validation" in run and fit_on is None:  # an older run, fitted on what it trained on

@@ -263,6 +263,14 @@ def test_scaling_of_other_whitenings(tmp_path):
     assert [(len(group), group[0]["config"]["fit_on"]) for group in groups] == [(1, None), (1, 500), (1, 100)]
 
 
+def test_scaling_of_runs_that_did_not_converge(tmp_path, capsys):
+    """A run whose solve did not converge is left out, which a note says."""
+    runs = [fake_run(100, 0.5), {**fake_run(100, 0.1, 1), "cg_converged": False}]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    assert [[run["test_accuracy"] for run in group] for group in tables.load(tmp_path / "runs.jsonl")] == [[0.5]]
+    assert "line 2: the solve did not converge, so that run is left out" in capsys.readouterr().out
+
+
 def test_scaling_of_all_images(tmp_path):
     """With all training images a seed chooses nothing: of two such runs the last counts, and there is no sd. Crops differ."""
     lines = [fake_run(50_000, 0.6 + seed / 10, seed, crops=crops) for crops in (1, 2) for seed in (0, 1)]
