@@ -224,7 +224,8 @@ def network(name, depth=None, w_std=W_STD, b_std=B_STD, head="linear", gamma=1.0
 
 
 def checked(layers):
-    """The list itself.  ValueError: a layer that is unknown or has another number of parameters, no layer that ends."""
+    """The list itself.  ValueError: a layer that is unknown or has another number of parameters, no layer that ends, a layer
+    after it that needs positions."""
     known = {"(" + ", ".join([f'"{name}"', *["number"] * one.parameters]) + ("" if one.parameters else ",") + ")"
              for name, one in LAYERS.items()}
     bad = [one for one in layers if one[0] not in LAYERS or LAYERS[one[0]].parameters != len(one) - 1]
@@ -232,6 +233,10 @@ def checked(layers):
         ends = " or ".join(name for name, one in LAYERS.items() if one.ends)
         raise ValueError(f"in the list of layers {bad or layers}: expected some of {', '.join(sorted(known))}, among them "
                          f"{ends}")
+    end = next(k for k, one in enumerate(layers) if LAYERS[one[0]].ends)
+    late = [one for one in layers[end + 1:] if one[0] == "conv" or LAYERS[one[0]].pairs or LAYERS[one[0]].ends]
+    if late:
+        raise ValueError(f"in the list of layers {late[0]} comes after {layers[end]}, which leaves one position")
     if layers[0][0] in INPUTS:
         INPUTS[layers[0][0]].check(layers)
     return layers

@@ -76,7 +76,7 @@ ROWS = 256  # of F converted to float64 at a time: they stay in cache
 
 def textbook(matvec, y, ridge=0.0, tol=1e-6, max_iters=1000):
     """x with |y - (K + ridge I) x| <= tol |y|, one right-hand side (n,): conjugate gradients as in every textbook."""
-    x, r = np.zeros_like(y), y.copy()
+    x, r = np.zeros(len(y)), np.array(y, np.float64)
     d, rr = r.copy(), r @ r
     for _ in range(max_iters):
         if np.sqrt(rr) <= tol * np.linalg.norm(y):

@@ -350,6 +350,8 @@ def test_kernel_inputs():
     (lambda: kernel.kernel_fn([("dense", 1.0), ("gap",)], "ntk"), r"\('dense', 1.0\).*\(\"dense\", number, number\)"),
     (lambda: kernel.kernel_fn([("relu",)], "ntk"), r"\('relu',\).*expected .* among them flatten or gap"),
     (lambda: kernel.kernel_fn(kernel.network("fc"), "ntk", depth=2), "a list of layers has its own"),
+    (lambda: kernel.kernel_fn([("flatten",), ("conv", 1.0, 0.0)], "ntk"), r"\('conv', .* comes after \('flatten',\), which"),
+    (lambda: kernel.kernel_fn([("gap",), ("relu",), ("pool",)], "ntk"), r"\('pool',\) comes after \('gap',\), which leaves"),
 ])
 def test_kernel_errors(call, words):
     """What does not fit is refused in one sentence: what was got, what was expected."""
@@ -443,6 +445,9 @@ def test_tiles_errors():
         K.matvec(np.ones((3, 1)))
     with pytest.raises(ValueError, match=r"leading\(5\)"):
         K.leading(5)
+    for column in (-1, 4):
+        with pytest.raises(IndexError, match=f"columns 0 to 4 of a 4 x 4 matrix|columns {column} to"):
+            K.columns([0, column])
     with pytest.raises(ValueError, match="at least 1"):
         tiles.gram(fn, x[:0])
     with pytest.raises(ValueError, match="too small for float32: multiply the inputs by a constant"):
@@ -525,6 +530,7 @@ def test_pcg_textbook():
     """The textbook's method and `solve` without a preconditioner make the same steps: Cholesky's answer, each."""
     K, y = spectrum(80, 1e3), np.random.default_rng(0).normal(size=80)
     x = pcg.textbook(lambda v: K @ v, y, 1e-3, tol=1e-9)
+    assert np.allclose(pcg.textbook(lambda v: v, np.arange(3)), np.arange(3))  # integers too
     assert np.abs(x - np.linalg.solve(K + 1e-3 * np.eye(80), y)).max() < 1e-6 * np.abs(x).max()
     five = [pcg.textbook(lambda v: K @ v, y, 1e-3, max_iters=5)]
     with pytest.warns(UserWarning, match="not converged"):

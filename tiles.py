@@ -351,6 +351,8 @@ class TiledMatrix:
         than these, the entries of its own tiles, and PIECE bytes.
         """
         indices, n, count = np.asarray(indices), self.shape[0], self.team.count
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.shape[1]:
+            raise IndexError(f"columns {indices.min()} to {indices.max()} of a {n} x {self.shape[1]} matrix")
         if not own or count == 1:
             out = np.zeros((n, len(indices)), np.float32 if own else np.float64)
             for first, which, entries in self._entries(indices):

@@ -406,7 +406,7 @@ def flags():
     images = parser.add_argument_group("images")
     images.add_argument("--dataset", default="digits", help=f"{', '.join(data.DATASETS)}; or your own: the path of an .npz "
                         "file (x, y, and x_test, y_test if there is a test set), of a folder with these arrays as .npy files, "
-                        "which are read as far as needed, or of a folder with a folder of PNG or JPEG files for each class")
+                        "or of a folder with a folder of PNG or JPEG files for each class")
     images.add_argument("--resize", type=int, metavar="H", help="bring the files of such a folder to H x H pixels")
     images.add_argument("--data", metavar="DIR", help="folder that holds the data set's files")
     images.add_argument("--n_train", type=int, help="training images; None is all")

@@ -29,13 +29,16 @@ from own import model, tables, uncertainty
 NETWORK = ("kernel", "kind", "depth", "w_std", "b_std", "pool", "jump", "weights", "fingerprints", "tile")
 
 
-def fitted(result, solver, targets, alpha, mean, K_val, y):
+def fitted(result, solver, targets, alpha, mean, K_val, y, left=None):
     """What a model keeps of a fit, as a dict; a number for each task in lists.
 
     targets, alpha: (n, tasks), in the units of y.   K_val: (rows, n), or None.   y: as of train.one_size.
+    left: predictions of the training rows, each by the others, (n, tasks), or None.
     """
     about = model.fitted(result, solver, targets, alpha)
-    if "loo_mse" not in result and K_val is not None:
+    if left is not None:
+        error = left_out(left, y["train"])
+    elif K_val is not None:
         error = left_out(K_val.matvec(alpha) + mean, y["val"])
     else:
         error = about["error"] and [about["error"]] * len(mean)

@@ -252,8 +252,8 @@ def test_model_of_tasks_with_missing_labels(tmp_path):
 
 
 def test_model_is_sure_of_classes(tmp_path, capsys):
-    """The probability of a class is Phi((f - 1/2) / sd): sd is the leave-one-out error, or with --variance the predictive sd.
-    A fit that left no rows out gives none, and says so; an NTK has no variance."""
+    """The probability of a class is Phi((f - 1/2) / sd): sd is the leave-one-out error, of each task its own, or with
+    --variance the predictive sd. A fit that left no rows out gives none, and says so; an NTK has no variance."""
     smiles, y = nci()
     path = write(tmp_path / "x.csv", ["smiles", "y"], smiles, np.where(y > np.median(y), "4.5", "-2"))
     flags = ["--dataset", path, "--target", "y", *SMALL, "--save", str(tmp_path / "m.npz")]
@@ -266,6 +266,10 @@ def test_model_is_sure_of_classes(tmp_path, capsys):
     assert np.allclose(np.array(found["p(4.5)"], float), norm.cdf((f - 0.5) / result["loo_mse"]**0.5), rtol=1e-5)
     sure, found = predict(tmp_path, new, "--variance")
     assert np.allclose(np.array(found["p(4.5)"], float), norm.cdf((f - 0.5) / np.array(found["sd"], float)), rtol=1e-4)
+    write(tmp_path / "x.csv", ["smiles", "y", "rare"], smiles, y > np.median(y), np.arange(len(y)) % 3 == 0)
+    alone = [train_molecules(tmp_path, *flags, "--target", task, "--ridge", "0.1")["loo_mse"]**0.5 for task in ("y", "rare")]
+    train_molecules(tmp_path, *flags, "--target", "y,rare", "--ridge", "0.1", "--kind", "nngp")
+    assert model.load(str(tmp_path / "m.npz"), "molecules")[0]["error"] == pytest.approx(alone, rel=1e-4)
     train_molecules(tmp_path, *flags, "--ridge", "0.1", "--kind", "ntk")
     with pytest.raises(ValueError, match="--variance with a model of kind ntk"):
         predict(tmp_path, new, "--variance")

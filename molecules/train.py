@@ -426,11 +426,18 @@ def one_size(args, blocks, y):
     """Choose the ridge, solve and predict for one size; returns the result as a dict, and with --save what a model keeps of
     the fit (predict.py), else None.  blocks, y: as for `problem`, and "test" in both."""
     K, targets, (mean, unit), options = problem(args, blocks, y)
+    measure, fit, left = options["score"], None, None
+
+    def score(f, rows):
+        nonlocal left  # the last are those at the ridge that was chosen
+        left = unit * f + mean if rows is not None else left
+        return measure(f, rows)
+    options["score"] = score
     alpha, f, result, solver = regression.fit(K, blocks["test"], targets, args.ridge, tol=args.tol, **options)
-    fit = None
     if args.save:
         from molecules import predict
-        fit = predict.fitted(result, solver, unit * targets, unit * alpha, mean, blocks.get("val"), y)
+        fit = predict.fitted(result, solver, unit * targets, unit * alpha, mean, blocks.get("val"), y,
+                             left if "loo_mse" in result else None)
     return {f"test_{args.score}": SCORES[args.score](unit * f + mean, y["test"]), "tasks": len(mean),
             "labels": int(np.sum(~np.isnan(y["train"]))), **result}, fit
 

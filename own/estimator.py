@@ -20,6 +20,7 @@ Proved by: own/test_estimator.py
 """
 
 import importlib
+import inspect
 import math
 
 import numpy as np
@@ -70,8 +71,12 @@ class _Kernel(BaseEstimator):
         tags.input_tags.three_d_array = True
         return tags
 
-    def _fit(self, X, Y):
-        """Solve for targets Y (n, c), centred; sets the attributes that end in an underscore."""
+    def _fit(self, X, Y, unit=1.0):
+        """Solve for targets unit * Y (n, c), centred; one ridge for all Y. Sets the attributes that end in an underscore."""
+        given = [name for name, value in self.get_params().items() if name in ("depth", "w_std", "b_std", "head", "gamma")
+                 and value != inspect.signature(type(self)).parameters[name].default]
+        if given and (callable(self.kernel) or self.kernel == "precomputed"):
+            raise ValueError(f"{', '.join(given)}: of named networks, and this kernel is none; leave out")
         self.X_fit_, n = X, len(X)
         self.whitening_ = self._whitening(X)
         ridges, select = self._ridges()
@@ -85,6 +90,7 @@ class _Kernel(BaseEstimator):
         ridge, solver, found = regression.choose_ridge(
             K, Y[rows], ridges * (1 + need), select, held_out=(fitted, np.arange(fitted, n)), tol=self.tol, seed=seed)
         alpha, info = solver(Y[rows], ridge, self.tol)
+        alpha, Y = unit * alpha, unit * Y
         self.dual_coef_ = np.empty_like(alpha)
         self.dual_coef_[rows] = alpha
         self.ridge_, self.n_iter_, self.residual_ = ridge, info.iterations, float(info.residual.max())
@@ -118,9 +124,8 @@ class _Kernel(BaseEstimator):
         else:
             if isinstance(self.kernel, str) and self.kernel.startswith("seq_"):
                 importlib.import_module("proteins.layers")  # adds its layers to kernel.py's
-            named, engine = isinstance(self.kernel, str), next(iter(ENGINES.values()))
-            layers = kernels.network(self.kernel, self.depth, self.w_std, self.b_std, self.head, self.gamma) if named else [
-                tuple(layer) for layer in self.kernel]
+            engine = next(iter(ENGINES.values()))
+            layers = kernels.network(self.kernel, self.depth, self.w_std, self.b_std, self.head, self.gamma)
         return kernels.compiled(engine, tuple(layers), self.kind)
 
     def _whitening(self, X):
@@ -190,7 +195,8 @@ class _Kernel(BaseEstimator):
 
 
 class KernelRegressor(RegressorMixin, _Kernel):
-    """Kernel regression of numbers y (n,) or (n, c), in whatever units: every output has its own standard deviation.
+    """Kernel regression of numbers y (n,) or (n, c), in whatever units: every output has its own standard deviation, and where
+    there are several each is divided by its own for the choice of their ridge.
 
     Attributes: X_fit_, dual_coef_ (alpha, (n, c)), intercept_ (the mean of y), ridge_ (that was chosen), compared_ (ridges and
     their errors), n_iter_ (CG steps), residual_ (of the solve), n_features_in_ for X (n, d).
@@ -201,7 +207,10 @@ class KernelRegressor(RegressorMixin, _Kernel):
         X, y = self._checked(X, y)
         y = np.asarray(y, np.float64)
         self.intercept_, self._flat = y.mean(axis=0), y.ndim == 1
-        return self._fit(X, (y - self.intercept_).reshape(len(y), -1))
+        Y = (y - self.intercept_).reshape(len(y), -1)
+        sd = Y.std(axis=0)
+        unit = np.where(sd > 0, sd, 1) if len(sd) > 1 else 1.0  # the ridge is not chosen for the largest numbers
+        return self._fit(X, Y / unit, unit)
 
     def predict(self, X, return_std=False):
         """f (m,) or (m, c); with return_std also its predictive standard deviation, of kind nngp: a solve a row."""

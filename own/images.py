@@ -3,8 +3,8 @@
   an .npz   arrays x and y, or x_train and y_train; and x_test and y_test, if there is a test set. x: (n, h, w) or (n, h, w,
             channels), bytes or other numbers; or (n, d), which is one pixel with d channels. y: (n,), (n, 1) or one-hot (n,
             classes): whole numbers, words or yes and no.
-  .npy      a folder with these arrays as files, x_train.npy and so on. They are mapped into memory, so that of x only the
-            rows that a run takes are read: for images that fill much of the memory
+  .npy      a folder with these arrays as files, x_train.npy and so on. They are mapped into memory, so that of bytes, if
+            there is a test set, only the rows that a run takes are read: for images that fill much of the memory
   a folder  DIR/CLASS/*.png or *.jpg, or DIR/train/CLASS/... and DIR/test/CLASS/...; all grey, or all made RGB; what is
             transparent becomes white
 
@@ -125,6 +125,9 @@ def pictures(x, where):
     if x.dtype.kind not in "biuf" or x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise ValueError(f"{where} is {x.dtype} {x.shape}; expected numbers (n, h, w), (n, h, w, channels) or (n, d)")
     x = x[:, None, None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
+    if x.shape[1] in (1, 3, 4) and x.shape[2] == x.shape[3] > 4:
+        raise ValueError(f"{where} is {x.shape}, with channels first; expected (n, h, w, channels): take "
+                         "x.transpose(0, 2, 3, 1)")
     if x.dtype == np.uint8:
         return x
     if x.dtype.kind != "f" and bytes_only(x):

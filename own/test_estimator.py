@@ -162,7 +162,8 @@ def test_estimator_of_graphs():
 
 
 def test_estimator_outputs_in_any_units():
-    """Each output of a regression has the predictions and the standard deviation that it has alone, in its own units."""
+    """Each output of a regression has the predictions and the standard deviation that it has alone, in its own units, which do
+    not decide the ridge."""
     X, y, X_new, _ = rows(80)
     Y = np.stack([y, 1000 * np.cos(X[:, 1])], axis=1)
     both, sd = KernelRegressor(ridge=0.1, tol=1e-9).fit(X, Y).predict(X_new, return_std=True)
@@ -170,6 +171,9 @@ def test_estimator_outputs_in_any_units():
     for k in (0, 1):
         alone, its = KernelRegressor(ridge=0.1, tol=1e-9).fit(X, Y[:, k]).predict(X_new, return_std=True)
         assert np.allclose(both[:, k], alone, rtol=1e-5) and np.allclose(sd[:, k], its, rtol=1e-4)
+    Y[:, 1] = np.random.default_rng(0).normal(size=80)
+    ridges = [KernelRegressor(depth=1).fit(X, Y * [1, unit]).ridge_ for unit in (1, 1e3, 1e-3)]
+    assert len(set(ridges)) == 1
 
 
 def test_estimator_inputs_that_do_not_fit():
@@ -217,6 +221,9 @@ def test_estimator_holds_out_any_rows(monkeypatch):
     ({"ridge": "often"}, "ridge='often': expected a number >= 0, several of them, or auto, loo, gcv, validation"),
     ({"ridge": [1, -1]}, r"ridge=\[1, -1\]: expected a number"),
     ({"kernel": "resnet"}, "resnet.* unknown"),
+    ({"kernel": [("flatten",), ("dense", 1.0, 0.0)], "depth": 2}, "depth, .* are for named networks; a list of layers has"),
+    ({"kernel": lambda a, b: a @ b.T, "w_std": 1.0, "depth": 2}, "depth, w_std: of named networks, and this kernel is none"),
+    ({"kernel": "precomputed", "b_std": 1.0}, "b_std: of named networks, and this kernel is none"),
     ({"kernel": "precomputed"}, r"K has shape \(120, 5\); expected \(n, n\)")])
 def test_estimator_errors(options, words):
     """What is wrong with a parameter is said in one sentence, when fit sees it."""

@@ -260,6 +260,7 @@ def test_own_folder_errors(tmp_path, spoil, words):
 @pytest.mark.parametrize("arrays, words", [
     ({"a": np.ones(3)}, "holds a; expected x and y"),
     ({"x": np.ones((4, 2, 2)), "y": np.arange(3)}, "4 images in x and 3 labels"),
+    ({"x": np.ones((4, 3, 8, 8)), "y": np.arange(4)}, r"with channels first; .*: take x.transpose\(0, 2, 3, 1\)"),
     ({"x": np.full((4, 2, 2), np.nan), "y": np.arange(4) % 2}, "numbers that are not finite in 4 of 4 images"),
     ({"x": np.ones((4, 2, 2)), "y": np.array([0, 1, np.nan, 1])}, "has nan at row 2; expected classes"),
     ({"x": np.ones((4, 2, 2)), "y": np.array([0, 1, None, 1])}, "without pickle"),

@@ -249,8 +249,6 @@ def results(groups, dataset):
                     config["crops"] > 1 or config["n_train"] < max(in_curve.get(key, [0])))):
             continue
         ridges = sorted({run["ridge"] for run in runs})
-        at_once = [run for run in runs
-                   if run.get("entries_computed", run.get("entries")) == run.get("entries")]
         copies = config["crops"] * (1 + config["flips"])
 
         def median(value, runs=runs):
@@ -259,11 +257,16 @@ def results(groups, dataset):
             name(key), f"{config['n_train']:,}" + (f" × {copies}" if copies > 1 else ""), f"{config['n_test']:,}",
             len(runs), percent([test_error(run) for run in runs]),
             " … ".join(f"{ridge:.2g}" for ridge in (ridges[:1] + ridges[1:][-1:])),
-            median(lambda run: run["cg_iterations"]), median(lambda run: run["seconds"]["kernel"], at_once),
+            median(lambda run: run["cg_iterations"]), median(lambda run: run["seconds"]["kernel"], at_once(runs)),
             median(lambda run: run["seconds"]["ridge"] + run["seconds"]["solve"]),
             f"{max(run['peak_memory_gb'] for run in runs):.1f}"])
     return table(["kernel", "images to train", "to test", "seeds", "accuracy % ± sd", "ridge", "CG steps",
                   "kernel s", "ridge + solve s", "memory GB"], rows)
+
+
+def at_once(runs):
+    """The runs that computed all entries, and found none in a store."""
+    return [run for run in runs if run.get("entries_computed", run.get("entries")) == run.get("entries")]
 
 
 def cost(groups, dataset):
@@ -330,7 +333,10 @@ def front(groups, dataset):
                     and tuple(runs[0]["config"][k] for k in ("kernel", "kind", "flips")) == wanted]
         if matching:
             runs = max(matching, key=lambda runs: (runs[0]["config"]["n_train"], -min(test_error(run) for run in runs)))
-            config, seconds = runs[0]["config"], statistics.median(run["seconds"]["kernel"] for run in runs)
+            config, whole = runs[0]["config"], at_once(runs)
+            whole = [run for run in whole if run.get("device") == whole[-1].get("device")]
+            seconds = [run["seconds"]["kernel"] for run in whole]
+            time = f"{statistics.median(seconds) / 60:.1f} min, {whole[-1].get('device')}" if whole else ""
             rows.append([name(tuple(config[k] for k in CURVE)), f"{config['n_train']:,}", f"{config['n_test']:,}",
-                         percent([test_error(run) for run in runs]), f"{seconds / 60:.1f} min, {runs[-1].get('device')}"])
+                         percent([test_error(run) for run in runs]), time])
     return table(["kernel", "images", "test images", "accuracy, %", "time of K, device"], rows)

@@ -212,6 +212,8 @@ def test_scaling_tables_of_known_runs(tmp_path, capsys):
     assert report.main([*paths, "--check"]) == 1 and "old" in page.read_text()
     assert report.main(paths) == 0 and report.main([*paths, "--check"]) == 0
     assert "| fc NTK | 1,000 | 10,000 | 51.00 ± 1.41 |" in front.read_text()
+    runs_of = [fake_run(1000, 0.5), {**fake_run(1000, 0.5, 1), "entries_computed": 1}]
+    assert tables.at_once(runs_of) == runs_of[:1]  # the other's time is that of a part of K
     text = page.read_text()
     assert "| fc NTK | 1,000 | 10,000 | 2 | 51.00 ± 1.41 | 0.1 | 7 | 2 | 7 | 1.5 |" in text
     assert "| n | cnn_vec NTK, flips |\n" in text and "| 400 | 77.64 |\n" in text
