@@ -358,7 +358,7 @@ def images(stages, ending, full, states, mirrors, sequences, x1, x2):
             return lax.fori_loop(0, 8, lambda k, carry: one_row(8 * i + k, lambda a: (K[:, k, None],), carry), carry)
         zeros = ((jnp.zeros((n1, pairs), x1.dtype),) * states,
                  empty(stages, h, w, step, pairs, states, x1.dtype))
-        if w == 1 and ending == "flatten":  # the last eight may reach beyond n1: those rows are dropped
+        if w == mirrors == 1 and ending == "flatten":  # the last eight may reach beyond n1: those rows are dropped
             return lax.fori_loop(0, -(-rows // 8), eight_rows, zeros)[0]
         return lax.fori_loop(0, rows, lambda i, carry: one_row(i, input_sheets(by_image[0][i], x2), carry), zeros)[0]
     out = lax.map(column_block, (jnp.arange(len(blocks[2]), dtype=jnp.int32), blocks))  # (blocks, n1, pairs) each

@@ -229,6 +229,13 @@ def test_fused_flips(name, shape, monkeypatch):
             assert x2 is not None or np.array_equal(K, K.T)
 
 
+def test_fused_flips_of_one_column():
+    """flips=True holds also where images are one pixel wide, and each is its own mirror image."""
+    x = np.random.default_rng(0).normal(size=(12, 6, 1, 2))
+    K = fused.kernel_fn("cnn_vec", "nngp", flips=True, depth=1)(x)
+    assert relative_error(K, 2 * plain("cnn_vec", x, depth=1)[0]) < 1e-12
+
+
 @pytest.mark.parametrize("name, flips", [("cnn_vec", False), (POOLED, True)], ids=network_id)
 def test_fused_on_a_gpu(name, flips, monkeypatch):
     """gpu.py in Pallas' interpreter equals kernel.py, to 1e-5 in float32 and 1e-12 in float64, with biases, for images that

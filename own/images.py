@@ -20,7 +20,7 @@ import zipfile
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import data
@@ -245,6 +245,7 @@ def opened(paths, resize=None):
             with Image.open(path) as image:
                 mode = image.mode
                 if mode in MODES:
+                    image = ImageOps.exif_transpose(image)  # upright, as viewers show it
                     if "A" in mode or "transparency" in image.info:  # its background is white
                         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                     image = image.convert("L" if mode in ("1", "L", "LA") else "RGB")

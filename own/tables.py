@@ -47,11 +47,17 @@ def text(path, content):
 def lines(path, content, limit=None):
     """(names of columns, [(line number, fields), ...]) of a CSV file, given its bytes; the first `limit` rows.
 
-    ValueError: not UTF-8, a line with more or fewer fields than the header.
+    ValueError: not UTF-8, no names in the first line, fields that are not separated by commas, a line with more or fewer of
+    them than the header.
     """
     reader, found = csv.reader(io.StringIO(text(path, content), newline="")), []
     try:
         columns = [name.strip() for name in next(reader, [])]
+        other = next((mark for mark in ";\t|" if mark in "".join(columns)), None)
+        if not any(columns) and content.strip():
+            raise ValueError("it is empty; expected the names of the columns")
+        if len(columns) == 1 and other:
+            raise ValueError(f"fields are separated by {other!r}; expected commas, and a point in decimals")
         for line in reader:
             if len(found) == limit:
                 break

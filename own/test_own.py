@@ -217,16 +217,21 @@ def test_own_archive_has_a_test_set(tmp_path):
 
 
 def test_own_folder_with_other_files(tmp_path, capsys):
-    """Files that are no images are left out, which a note says; what is transparent becomes white."""
+    """Files that are no images are left out, which a note says; what is transparent becomes white; what a camera has stored
+    turned is upright."""
     folder = pictures(tmp_path / "mine")
     (folder / "class0" / "notes.txt").write_text("")
     clear = np.zeros((8, 8, 4), np.uint8)
     clear[:4, :, 3] = 255  # black above, below transparent
     Image.fromarray(clear).save(folder / "class1" / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned clockwise
+    Image.fromarray(clear[..., 3]).save(folder / "class1" / "turned.png", exif=turned)
     own = images.read(str(folder))
     assert "holds 1 files or folders that" in (said := capsys.readouterr().out) and "left out, such as notes.txt" in said
-    wanted = np.repeat([0, 255], 32 * 3).reshape(8, 8, 3)
-    assert sum(np.array_equal(image, wanted) for image in (*own.x_train, *own.x_test)) == 1
+    below = np.repeat([0, 255], 32 * 3).reshape(8, 8, 3)
+    for wanted in (below, below.swapaxes(0, 1)):  # white below; on the right, where the turned one has it above
+        assert sum(np.array_equal(image, wanted) for image in (*own.x_train, *own.x_test)) == 1
 
 
 def test_own_large_images_are_not_decorrelated(tmp_path, monkeypatch, capsys):
