@@ -31,6 +31,7 @@ import time
 import timeit
 import tracemalloc
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1592,10 +1593,14 @@ def test_train_compares_as_runs_alone_do(tmp_path):
 @pytest.mark.parametrize("name", kernel.IMAGES)
 def test_train_defaults(name):
     """Every network has a whitening of its own, and a flag that is given wins."""
-    args = train_cifar.parse(["--kernel", name])
-    assert (args.whiten[0], args.zca_eps[0]) == train_cifar.WHITENING[name]
-    assert train_cifar.parse(["--kernel", name, "--whiten", "channel"]).whiten == ["channel"]
-    assert train_cifar.parse(["--kernel", name, "--zca_eps", "7"]).zca_eps == [7.0]
+    def whitenings(*flags):
+        args = train_cifar.parse(["--kernel", name, *flags])
+        settings = [SimpleNamespace(**{**vars(args), **one}) for one in experiment.settings(args)]
+        return [(one.whiten, train_cifar.eps(one)) for one in settings]
+    best = train_cifar.WHITENING[name]
+    assert whitenings() == [best] and whitenings("--zca_eps", "7") == [(best[0], 7.0)]
+    other = {"zca": "zca_unit", "zca_unit": "zca"}[best[0]]
+    assert whitenings("--whiten", f"channel,{other},{best[0]},none") == [("channel", None), (other, 0.1), best, ("none", None)]
 
 
 @quick

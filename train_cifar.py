@@ -17,6 +17,7 @@ leave-one-out where K is small (choose.py).
 """
 
 import argparse
+import importlib
 import json
 import os
 import zlib
@@ -62,6 +63,9 @@ def main(argv=None):
     args.quiet, args.verbose = args.quiet or team.index > 0, args.verbose and team.index == 0
     if team.index == 0:
         experiment.writable(args.out)
+    for flag, room in ("save", "own.model"), ("variance", "own.uncertainty"), ("plot", "results.plot"):
+        if getattr(args, flag):  # missing rooms are said before hours of work
+            importlib.import_module(room)
     run, seconds, kinds = experiment.provenance(team.count), {}, kernel.KINDS if args.kind == "both" else (args.kind,)
 
     with regression.phase("data", seconds):
@@ -79,6 +83,7 @@ def main(argv=None):
     with regression.phase("choose", seconds):
         compared = experiment.compare(args, partial(evaluate, args, kinds[0], view, x_train, y, labels, fits, team))
         # now each flag has one value, the best
+        args.zca_eps = eps(args)
         whiten = fits[args.whiten](args.zca_eps)
 
     with regression.phase("kernel", seconds):  # K = k(X, X) and k(x, X), a pair for each kind
@@ -173,6 +178,13 @@ def load(args):
     return (x[:n].copy() if n < len(x) else x, labels[:n], x_test, test_labels), fits
 
 
+def eps(args):
+    """--zca_eps, or if it was not given that of WHITENING for its protocol, 0.1 for another; None for those without."""
+    protocol, zca_eps = WHITENING[args.kernel]
+    default = {"zca": 0.1, "zca_unit": 0.1, protocol: zca_eps}.get(args.whiten)
+    return default if args.zca_eps is None else args.zca_eps
+
+
 def layers(args):
     """The network of these flags, as kernel.network lists it."""
     gamma = 1.0 if args.gamma is None else args.gamma
@@ -240,7 +252,7 @@ def evaluate(args, kind, view, x_train, y, labels, fits, team, setting):
     choose.DENSE rows at most."""
     one = argparse.Namespace(**{**vars(args), **setting})
     n = min(args.sizes[0], max(5, choose.DENSE // view.copies))
-    x, rows = view.of(x_train, fits[one.whiten](one.zca_eps))[np.arange(n * view.copies)], n * view.copies
+    x, rows = view.of(x_train, fits[one.whiten](eps(one)))[np.arange(n * view.copies)], n * view.copies
     K = tiles.gram(network_kernel(one.engine, layers(one), one.flips, kind), x, min(args.tile, -(-rows // 4)),
                    experiment.devices(args.devices), args.quiet, team=team).merged()
     prior, = diagonals(one, (kind,), [K], x, team)
@@ -344,10 +356,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     experiment.check(parser, args, "n_test", "devices", "hosts", "resize", "fit_on", "components", "crops", "rank", "tile",
                      "max_iters", "average", "rate")
-    protocol, zca_eps = WHITENING[args.kernel]
     args.by_default = args.whiten == args.zca_eps == [None]
-    args.whiten = [value or protocol for value in args.whiten]
-    args.zca_eps = [zca_eps if args.whiten == [protocol] else 0.1] if args.zca_eps == [None] else args.zca_eps
+    args.whiten = [value or WHITENING[args.kernel][0] for value in args.whiten]
     unknown = set(args.whiten) - set(data.WHITENING)
     if unknown:
         parser.error(f"--whiten {','.join(args.whiten)}: expected {', '.join(data.WHITENING)}, or several of these")
@@ -418,7 +428,8 @@ def flags():
                         "C = U S U^T = mean of z z^T: zca, z = image - mean image; zca_unit, z = image minus its own "
                         "mean, divided by its norm, as in published results. channel: minus mean, divided by sd of each "
                         "channel; none: pixels / 255. None: the best for the kernel (results/README.md)")
-    images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel, or 0.1")
+    images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel with its own --whiten, "
+                        "else 0.1")
     images.add_argument("--components", type=int, metavar="K", help="of both zca, for fc: keep the first K principal "
                         "components only, which makes the kernel cheaper; None: all")
     images.add_argument("--fit_on", type=int, metavar="N", help="fit the whitening on N training images; it may exceed "
@@ -435,7 +446,8 @@ def flags():
     network = parser.add_argument_group("kernel")
     network.add_argument("--kernel", default="fc", choices=kernel.IMAGES)
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
-                         help="both: two runs on one pass over the kernel, for the price of ntk")
+                         help="both: two runs on one pass over the kernel, for the price of ntk; where a flag has several "
+                         "values, they share the best of nngp")
     network.add_argument("--depth", help="hidden layers of fc (None is 3), convolutions of cnn_vec and cnn_gap (None is "
                          "8). This and the next four, like --whiten and --zca_eps, take several values with commas: "
                          "the best is chosen as the ridge is")

@@ -33,6 +33,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
+from rdkit import Chem
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import choose
@@ -225,14 +226,8 @@ def divided(args, rows):
     parts = smiles.split(rows, args.split, args.seed)
     derive(args, parts)
     parts = (parts[0][:args.n_train], *parts[1:])
-    train = {rows.smiles[i] for i in parts[0]}
-    both = [rows.smiles[i] for i in parts[2] if rows.smiles[i] in train]
-    if both and not args.quiet:
-        print(f"note: {len(both)} of {len(parts[2])} test molecules of {args.dataset} are training molecules too, such as "
-              f"{both[0]}")
-    if len(train) < len(parts[0]) and not args.quiet:
-        print(f"note: {len(parts[0]) - len(train)} of {len(parts[0])} training molecules of {args.dataset} repeat another, so "
-              "that errors on molecules left out are too small")
+    if not args.quiet:
+        note_copies(args, rows, parts)
     order = np.concatenate(parts)
     where = dict(zip(smiles.PARTS, np.split(np.arange(len(order)), np.cumsum([len(p) for p in parts])[:2])))
     if selected(args) != "validation":
@@ -241,6 +236,20 @@ def divided(args, rows):
             raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has its own "
                              "matrix, of the rows with its label; use --select validation")
     return order, where
+
+
+def note_copies(args, rows, parts):
+    """Says how many test molecules are training molecules too, and how many training molecules repeat another, however they
+    are written."""
+    train, _, test = ([Chem.MolToSmiles(rows.mols[i]) for i in part] for part in parts)
+    known = set(train)
+    both = [rows.smiles[i] for i, name in zip(parts[2], test) if name in known]
+    if both:
+        print(f"note: {len(both)} of {len(test)} test molecules of {args.dataset} are training molecules too, such as "
+              f"{both[0]}")
+    if len(known) < len(train):
+        print(f"note: {len(train) - len(known)} of {len(train)} training molecules of {args.dataset} repeat another, so that "
+              "errors on molecules left out are too small")
 
 
 def derive(args, parts):
@@ -358,7 +367,7 @@ def sum_of_parts(of_parts, n, scales):
     blocks = [[block.leading(n).merged() for block in part] for part in of_parts]
     if len(blocks) == 1:
         return blocks[0]
-    return [replace(same[0], tiles={key: sum(np.float32(scale) * block.tiles[key] for scale, block in zip(scales, same))
+    return [replace(same[0], tiles={key: sum(np.float32(scale) * block.cut(key)[2] for scale, block in zip(scales, same))
                                     for key in same[0].keys()}) for same in zip(*blocks)]
 
 

@@ -239,7 +239,7 @@ def test_proteins_targets(name):
     ("sequence,target,set,validation\nMA,1,,\n", "line 2: set ''; expected train or test"),
     ("sequence,target,set,validation\nMA,1,train,2\n", "line 2: validation '2'; expected True, yes, 1; or False"),
     ("Sequence,target,set,validation\nMA,1,train,\n", "has no column 'sequence', but 'Sequence', 'target', 'set'"),
-    ("sequence;target;set;validation\nMA;1.5;train;\n", "has no column 'sequence', but 'sequence;target;set;"),
+    ("sequence;target;set;validation\nMA;1.5;train;\n", "line 1: fields are separated by ';'; expected commas"),
     ("sequence,target,set,validation\nMA,1,test,\nML,2,test,True\n", "0 rows to fit, 0 to validate and 2 to test"),
     ("sequence,target,set,validation\nMA,1,train,yes\nML,2,test,\n", "0 rows to fit, 1 to validate and 1 to test"),
     ("sequence,target,set,validation\nMA,1.5,train,\nML,0,5,test,\n", "line 3: 5 fields, and 4 in the header"),

@@ -374,7 +374,7 @@ def compare(args, split, kind):
         for setting in group:
             z = sequences.transform(setting["target"], y[:fitted])[0](y)[:, None]
             ridges = (choose.leave_one_out(spectrum, z, args.ridge, score(y)) if loo else choose.validation(
-                solver, z, args.ridge, fitted, np.arange(fitted, len(y)), score(y)))
+                solver, z, args.ridge, fitted, np.arange(fitted, len(y)), score(y), has_intercept(network)))
             table.append([{flag: setting[flag] for flag in several}, *choose.best(ridges)[:3]])
             if not args.quiet:
                 print(" ".join(f"{flag}={value}" for flag, value in by_flag(table[-1][0]).items())
