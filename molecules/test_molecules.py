@@ -164,7 +164,7 @@ def test_graphs_nodes_that_look_alike(monkeypatch):
     hashed, bins, made = graphs.hashed, graphs.bins, []
     monkeypatch.setattr(graphs, "bins", lambda *args: made.append(bins(*args)) or made[-1])
 
-    @optimised
+    @jax.jit
     def computed(x1, x2, factor):
         """K and T, and the bins from which they were computed; all hashes are multiplied by `factor`."""
         monkeypatch.setattr(graphs, "hashed", lambda rows: factor * hashed(rows))
