@@ -453,6 +453,8 @@ def test_tiles_errors():
         tiles.gram(fn, x[:0])
     with pytest.raises(ValueError, match="too small for float32: multiply the inputs by a constant"):
         tiles.gram(fn, np.float32(1e-18) * x)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="too small for float32: multiply the inputs by a constant"):
+        tiles.diagonal(fn, np.float32(1e-18) * x)
     for large in (x.astype(np.int64) * 2**31, np.where(x == 1, 2**32, 0).astype(np.uint64)):
         with jax.enable_x64(False), pytest.raises(ValueError, match=r"x holds \d+, an integer beyond u?int32: take x.astype"):
             tiles.gram(kernel.kernel_fn("fc", "nngp", depth=1), large)

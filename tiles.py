@@ -115,7 +115,14 @@ def diagonal(kernel_fn, x, tile=64, devices=None, team=ALONE):
     if not np.isfinite(out).all():
         raise ValueError(f"{np.sum(~np.isfinite(out))} of {len(out)} elements k(x, x) are not finite: look for NaN or "
                          "infinity in the inputs")
+    _large_enough(out.max(), jnp.result_type(float))
     return out
+
+
+def _large_enough(most, dtype):
+    """ValueError: `most`, the largest k(x, x), is so small that its products vanish in float32."""
+    if dtype == np.float32 and 0 < most < 1e-30:
+        raise ValueError(f"k(x, x) is {most:.0e} at most, too small for float32: multiply the inputs by a constant")
 
 
 @lru_cache(maxsize=8)
@@ -283,9 +290,7 @@ class TiledMatrix:
             raise ValueError(f"tile {key} of the kernel has {np.sum(~np.isfinite(tile))} entries that "
                              "are not finite: look for NaN or infinity in the inputs")
         if self.symmetric and key[0] == key[1]:
-            if tile.dtype == np.float32 and 0 < tile.max() < 1e-30:
-                raise ValueError(f"k(x, x) is {tile.max():.0e} at most, too small for float32: multiply the inputs by a "
-                                 "constant")
+            _large_enough(tile.max(), tile.dtype)
             tile = np.triu(tile) + np.triu(tile, 1).T
         self.tiles[key] = np.array(tile)  # a copy: the device's buffer is padded and will be used again
 

@@ -89,8 +89,8 @@ def create(folder, about, rows, columns=None, process=0):
         if len(changed):
             raise ValueError(
                 f"{folder} was made from other inputs: {len(changed)} of the {shared} {name} that both have "
-                f"differ, the first is number {changed[0]}. Possible causes: other files, --seed, --whiten or augmentation, "
-                "or a whitening fitted on other images (see --fit_on). Give this run a store of its own")
+                f"differ, the first is number {changed[0]}. Possible causes: other files, another --seed, other flags "
+                "for inputs (of images also --whiten, --fit_on, augmentation). Give this run a store of its own")
         if len(new) > len(old):
             write(os.path.join(folder, f"{name}.npy"), header(new.dtype, new.shape), new.tobytes())
         longer = max(old, new, key=len)

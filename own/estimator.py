@@ -134,6 +134,10 @@ class _Kernel(BaseEstimator):
             return None
         best, zca_eps = WHITENING.get(str(self.kernel), ("channel", None))
         protocol = self.whiten if self.whiten != "auto" else best if math.prod(X.shape[1:]) <= LARGEST else "channel"
+        if self.zca_eps is not None and not protocol.startswith("zca"):
+            raise ValueError(f"zca_eps={self.zca_eps} with whiten={protocol!r}"
+                             + (", which auto is for this kernel or images so large" if self.whiten == "auto" else "")
+                             + "; expected whiten='zca' or 'zca_unit', or zca_eps=None")
         zca_eps = zca_eps if protocol == best else 0.1
         return data.whitening(protocol, X)(zca_eps if self.zca_eps is None else self.zca_eps)
 

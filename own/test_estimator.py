@@ -199,6 +199,8 @@ def test_estimator_inputs_that_do_not_fit():
         KernelClassifier(depth=1, ridge=0.1, whiten=whiten, zca_eps=eps).fit(x, labels).decision_function(x_test)
         for whiten, eps in (("zca", None), ("auto", None), ("zca", 0.1)))
     assert (named == auto).all() and (auto != other).any()
+    with pytest.raises(ValueError, match="zca_eps=1 with whiten='channel', which auto is for .* images so large; expected"):
+        KernelClassifier(zca_eps=1).fit(np.ones((2, 65, 64, 1)), [0, 1])
     large = np.random.default_rng(0).integers(0, 10**13, size=(9, 3))
     with jax.enable_x64(False):
         one, same = (KernelRegressor(depth=1, ridge=0.1).fit(z, large[:, 0]).predict(z) for z in (large, large.astype(float)))
