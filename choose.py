@@ -14,6 +14,9 @@ loo gives up no row and has no noise of a split, but needs the eigenvectors of K
 them every ridge costs n^2: [A^-1]_ij = sum over k of Q_ik Q_jk / (S_k + lambda). They also give the effective
 dimension Tr K A^-1 = sum over k of S_k / (S_k + lambda), the number of directions of K that the ridge lets through.
 
+Where targets are centred (own/, proteins/, molecules/), their mean is that of all rows, also where one is left out.
+Its error is then too small by up to about 1/n of itself, the more so the larger the ridge.
+
   n  rows of K   c  outputs   N  images (rows that are not copies)   ridge is relative: one number for every kernel
 
 With the room large/, each product with K serves all ridges, and of a large K only a few are tried (large/one_pass.py).
