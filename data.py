@@ -9,7 +9,8 @@
 
 Training rows are shuffled by `seed`, and the classes are dealt out in turn: for every k the first k rows are a balanced
 training set, and a larger n_train begins with the smaller one. Test rows are the same for every seed: the first n_test of
-the test file (CIFAR-5m: large/cifar5m.py). Pickled files are refused.
+the test file (CIFAR-5m: large/cifar5m.py). Of data of one's own every part has the classes in the proportions of the whole,
+n_test rows too. Pickled files are refused.
 
     x_train, y_train, x_test, y_test = data.load("cifar10", "cifar-10-batches-bin", n_train=1000)
 
@@ -51,21 +52,21 @@ DAMAGED = (ValueError, TypeError, KeyError, AttributeError, SyntaxError, EOFErro
            tokenize.TokenError, zlib.error, zipfile.BadZipFile)  # what NumPy and zipfile raise when they read a damaged file
 
 
-def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
+def load(name, folder=None, n_train=None, n_test=None, seed=0, n_fit=0):
     """x_train, y_train, x_test, y_test of a data set named above, or of the four arrays that an own.images.Own begins with.
 
     folder: where its files are; without one, cifar10 is looked for and downloaded in ./data.
     n_train, n_test: rows wanted, None for all.   seed: of the order of the training rows.
     n_fit: training rows to return in all, for fitting a whitening; rows beyond n_train follow the others.
-    balanced: deal the classes out in turn until they run out; else shuffle only.
     Raises ValueError: unknown name, more rows than there are, a damaged file, wrong labels.   FileNotFoundError.
     """
     if isinstance(name, str) and name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASETS)}")
     if name == "cifar5m":
         from large import cifar5m
-        return cifar5m.load(folder or "data", n_train, n_test, seed, balanced, n_fit)
-    if not isinstance(name, str):
+        return cifar5m.load(folder or "data", n_train, n_test, seed, n_fit)
+    own = not isinstance(name, str)
+    if own:
         train, test, name = name[:2], name[2:4], name.path
     elif name == "digits":
         train, test = _digits()
@@ -83,12 +84,14 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, balanced=True, n_
             test = checked(array(path, "images"), array(path, "labels"), path)
     enough(n_train, len(train[1]), "n_train", name)
     enough(n_test, len(test[1]), "n_test", name)
-    rows = order(train[1], seed, balanced)[:n_train and max(n_train, n_fit)]
-    return train[0][rows], train[1][rows], test[0][:n_test], test[1][:n_test]
+    rows = order(train[1], seed, not own)[:n_train and max(n_train, n_fit)]
+    test_rows = np.sort(order(test[1], 0, False)[:n_test]) if own and n_test else slice(n_test)
+    return train[0][rows], train[1][rows], test[0][test_rows], test[1][test_rows]
 
 
 def order(labels, seed, balanced=True, blocks=None):
-    """A shuffled order of the rows; balanced: the first row of every class, then the second of every class ...
+    """A shuffled order of the rows.  balanced: the first row of every class, then the second of every class ... until they run
+    out. Otherwise the first row of every class, and then each class in proportion to its number of rows.
 
     blocks: a block number for each row. Rows of one block then stay near each other, so that the first n rows lie in few
     blocks.
@@ -98,12 +101,11 @@ def order(labels, seed, balanced=True, blocks=None):
     if blocks is not None:
         rank = rng.permutation(blocks.max() + 1)
         shuffled = shuffled[np.argsort(rank[blocks[shuffled]], kind="stable")]
-    if not balanced:
-        return shuffled
-    turn = np.empty(len(labels), np.int64)
+    turn = np.empty(len(labels))
     for label in np.unique(labels):
         where = np.flatnonzero(labels[shuffled] == label)
-        turn[where] = np.arange(len(where))
+        turn[where[1:]] = np.arange(1.5, len(where)) / (1 if balanced else len(where))
+        turn[where[0]] = 0
     return shuffled[np.lexsort((rng.random(len(labels)), turn))]
 
 

@@ -1054,7 +1054,8 @@ def test_data_digits():
 
 @quick
 def test_data_order():
-    """Every prefix is balanced to one image, sizes are nested, seeds differ, all rows come once."""
+    """Every prefix is balanced to one image, sizes are nested, seeds differ, all rows come once; not balanced, the first rows
+    have all classes, and all other stretches their proportions."""
     _, y, _, _ = data.load("digits", n_train=1000)
     for n in (10, 37, 500, 1000):
         counts = np.bincount(data.load("digits", n_train=n)[1], minlength=10)
@@ -1063,8 +1064,13 @@ def test_data_order():
     labels = np.repeat(np.arange(10), 7)
     assert sorted(data.order(labels, 0)) == list(range(70))
     assert (data.order(labels, 0) != data.order(labels, 1)).any()
-    plain = labels[data.order(labels, 0, balanced=False)]
-    assert sorted(plain) == sorted(labels) and len(set(plain[:10])) < 10
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    shares = data.order(labels, 0, balanced=False)
+    assert sorted(shares) == list(range(1000)) and (shares != data.order(labels, 1, balanced=False)).any()
+    shares = labels[shares]
+    assert set(shares[:3]) == {0, 1, 2}
+    for start in range(0, 1000, 200):
+        assert abs(np.bincount(shares[start:start + 200], minlength=3) - [180, 18, 2]).max() <= 2
 
 
 @pytest.fixture

@@ -235,7 +235,8 @@ def selection(args, labels, copies, needed=True):
     if needed and select == "validation" and n_fit == n:
         raise ValueError(f"n_train={n}: a validation split needs at least 5 images; give one number with --ridge")
     present, classes = np.unique(labels[n_fit:]), len(np.unique(labels))
-    if needed and select == "validation" and 2 * len(present) < min(classes, n - n_fit):  # the other classes ran out
+    expected = min(classes, n - n_fit)
+    if needed and select == "validation" and (2 * len(present) < expected or len(present) == 1 < expected):  # others ran out
         text = f"the last {n - n_fit} training images, which are held out, are of {len(present)} of {classes} classes"
         if args.select or copies > 1:
             raise ValueError(f"{text}: they cannot choose a ridge. Take fewer with --n_train, or give one number with --ridge")

@@ -21,13 +21,13 @@ BLOCK = 1024  # images read together: 3 MB
 PARTS = 5  # files for training; the sixth is for testing
 
 
-def load(folder, n_train=None, n_test=None, seed=0, balanced=True, n_fit=0):
+def load(folder, n_train=None, n_test=None, seed=0, n_fit=0):
     """x_train, y_train, x_test, y_test; arguments and errors as in data.load."""
-    return (*_read(folder, range(PARTS), n_train, seed, "n_train", balanced, n_fit),
-            *_read(folder, [PARTS], n_test, 0, "n_test", balanced))
+    return (*_read(folder, range(PARTS), n_train, seed, "n_train", n_fit),
+            *_read(folder, [PARTS], n_test, 0, "n_test"))
 
 
-def _read(folder, parts, n, seed, what, balanced, n_fit=0):
+def _read(folder, parts, n, seed, what, n_fit=0):
     """n images of these parts (None: all) and their labels, and further training images until there are n_fit."""
     paths = [os.path.join(folder, f"part{part}.npz") for part in parts]
     labels, blocks = [], []
@@ -40,7 +40,7 @@ def _read(folder, parts, n, seed, what, balanced, n_fit=0):
         blocks.append((blocks[-1][-1] + 1 if blocks else 0) + np.arange(len(labels[-1])) // BLOCK)
     data.enough(n, sum(map(len, labels)), what, folder)
     starts = np.cumsum([0] + [len(y) for y in labels])
-    rows = data.order(np.concatenate(labels), seed, balanced, np.concatenate(blocks))[:n and max(n, n_fit)]
+    rows = data.order(np.concatenate(labels), seed, blocks=np.concatenate(blocks))[:n and max(n, n_fit)]
     x, y = np.empty((len(rows), 32, 32, 3), np.uint8), np.empty(len(rows), np.int64)
     for path, start, part in zip(paths, starts, labels):
         places = np.flatnonzero((start <= rows) & (rows < start + len(part)))  # in x, of the rows that this file holds
