@@ -84,12 +84,12 @@ class Spectrum:
             cure = 4 * self.noise / self.scale
             raise pcg.Indefinite(
                 f"ridge {ridge:.1e} is within the rounding of K, whose lowest eigenvalue is {self.S[0]:.1e}: its "
-                f"regression would fit that rounding. Raise the ridge to {cure:.1e}", cure)
+                "regression would fit that rounding", cure)
         if self.scale <= 0:
             raise ValueError("k(x, x) is 0 for every row: all inputs are 0, or too small for float32")
         shifted = self.S + ridge * self.scale
         if shifted[0] <= 0:
-            raise pcg.Indefinite("K is singular and the ridge is 0. Raise the ridge to 1e-6", 1e-6)
+            raise pcg.Indefinite("K is singular and the ridge is 0", 1e-6)
         return 1 / shifted
 
     def errors(self, y, ridge, copies=1):

@@ -322,7 +322,7 @@ def whitening(protocol, x, flips=False, quiet=True, components=None):
     eigenvalues: images become vectors. With all d, these would be W z but for a rotation.
     Cost: n d^2 operations for C and 10 d^3 for its eigenvectors, in float64: 50,000 images of d = 3,072 take 20 s on
     two cores.
-    Raises ValueError: unknown protocol; zca_eps = 0 where C is singular; components that there are not.
+    Raises ValueError: unknown protocol; zca_eps = 0 where C is singular; components not in 1 ... d - 1.
     """
     if protocol not in WHITENING:
         raise ValueError(f"whitening {protocol!r} is unknown; choose one of {', '.join(WHITENING)}")
@@ -334,7 +334,7 @@ def whitening(protocol, x, flips=False, quiet=True, components=None):
     if protocol == "channel":
         squares = sum(((x[start:start + 2048] - channels) ** 2).sum(axis=(0, 1, 2)) for start in range(0, len(x), 2048))
         sd = np.sqrt(squares / (x.size / len(channels)))
-        sd[sd == 0] = 1  # a constant channel carries nothing
+        sd[sd <= 1e-9 * abs(channels)] = 1  # a constant channel carries nothing, and its mean may be rounded
         return lambda zca_eps=None: Whitening(channels.astype(np.float32), sd.astype(np.float32), no_W, unit, colour)
     mean, sd = np.zeros(x.shape[1:]), np.full(1, 1 if unit else 255, np.float32)
     if not unit:
@@ -361,7 +361,7 @@ def whitening(protocol, x, flips=False, quiet=True, components=None):
         shifted = np.maximum(S, 0) + zca_eps * S.mean()
         if not shifted[-components if components else 0] > 1e-12 * S.mean():
             raise ValueError(f"zca_eps={zca_eps}: the covariance of {len(x)} images is singular; whitening it needs "
-                             "zca_eps > 0 (0.1 is usual)")
+                             "zca_eps > 0")
         if components:
             W = U[:, -components:] / np.sqrt(shifted[-components:])
         else:

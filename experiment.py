@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from contextlib import contextmanager
 
 import jax
@@ -34,6 +35,7 @@ import kernel
 import tiles
 
 SETTINGS = {"whiten": str, "zca_eps": float, "depth": int, "w_std": float, "b_std": float, "head": str, "gamma": float}
+POSITIVE = ("w_std", "gamma")  # of these; the others may be 0
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOMS = ("fast", "large", "own", "proteins", "molecules", "results")
 PATIENCE = 5  # seconds
@@ -91,13 +93,14 @@ def check(parser, args, *positive):
         try:
             if isinstance(text, (str, int)):
                 setattr(args, flag, [kind(value) for value in str(text).split(",")])
-                if kind is float and not all(0 <= value < float("inf") for value in getattr(args, flag)):
+                if kind is float and not all(0 <= value < float("inf") and (value or flag not in POSITIVE)
+                                             for value in getattr(args, flag)):
                     raise ValueError
             elif hasattr(args, flag):
                 setattr(args, flag, [None])
         except ValueError:
-            parser.error(f"--{flag} {text}: expected {'a whole number' if kind is int else 'a number >= 0'}, or several "
-                         "separated by commas")
+            what = "a whole number" if kind is int else "a number > 0" if flag in POSITIVE else "a number >= 0"
+            parser.error(f"--{flag} {text}: expected {what}, or several separated by commas")
     if not 0 < args.tol < 1:
         parser.error(f"--tol {args.tol}: expected a number between 0 and 1")
     if args.seed < 0:
@@ -300,8 +303,8 @@ def guard(*expected, store=None):
 
 def interrupted(store):
     """What a run says that Ctrl-C has ended."""
-    return (f"interrupted: finished tiles and the state of the solve are in {store}; run the same command again to go on"
-            if store else "interrupted: nothing was kept; with --store DIR a run goes on where it was")
+    return (f"interrupted: what was finished is in {store}; run the same command again to go on"
+            if store else "interrupted: nothing was kept; runs with --store DIR go on where they were")
 
 
 def end(message, code):
@@ -328,6 +331,7 @@ def run(main, args):
     """main() on --devices devices, or every core that this process may use."""
     tiles.use_cores(args.devices)
     store = None if getattr(args, "store", None) in (None, "none") else args.store
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"  # one line
     on_interrupt(store)
     with guard(ValueError, OSError, MemoryError, ArithmeticError, ImportError, store=store):
         main()

@@ -431,6 +431,7 @@ def stax():
 def reference_fn(name, kind, **options):
     """The same network built with neural_tangents.stax; same signature and result as kernel_fn."""
     nt, layers = stax(), network(name, **options)
+    chosen(kind, None, None)
     kernel = nt.serial(*[REFERENCE[one[0]](nt, *one[1:]) for one in layers if REFERENCE[one[0]]])[2]
     inputs = REFERENCE.get("inputs of " + layers[0][0], lambda layers, x1, x2: ((x1, x2), {}))
 

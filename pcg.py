@@ -119,9 +119,9 @@ class State(NamedTuple):
 class Indefinite(ArithmeticError):
     """K + ridge I is not positive definite beyond rounding.  cure: a ridge that is enough, absolute or relative as given."""
 
-    def __init__(self, message, cure):
-        super().__init__(message)
-        self.cure = cure
+    def __init__(self, why, cure, ridge="ridge"):
+        super().__init__(f"{why}. Raise the {ridge} to {cure:.1e} or more")
+        self.why, self.cure = why, cure
 
 
 def solve(matvec, y, ridge=0.0, precondition=None, tol=1e-6, max_iters=1000, x0=None, quiet=True,
@@ -273,11 +273,11 @@ def _resumed(saved, preconditioned):
 
 def _warn(info, tol, unfinished):
     reached, steps = info.residual.max(), info.iterations
-    why = ("Raise --max_iters, --rank or --ridge" if unfinished else
+    why = ("Raise max_iters, the rank or the ridge" if unfinished else
            f"{np.sum(info.residual > tol)} of {len(info.residual)} columns stopped falling: in float64, at "
-           f"condition {info.condition:.0e}, rounding allows no more. Raise --ridge or --rank")
+           f"condition {info.condition:.0e}, rounding allows no more. Raise the ridge or the rank")
     warnings.warn(f"not converged: residual {reached:.1e} after {steps} steps, asked for {tol:.0e}. {why}, "
-                  "or ask for less with --tol.", stacklevel=3)
+                  "or ask for less: a larger tol", stacklevel=3)
 
 
 def _indefinite(product, d, curvature, ridge, step):
@@ -289,11 +289,13 @@ def _indefinite(product, d, curvature, ridge, step):
     quotient = curvature / np.maximum(_dot(d, d), 1e-300)
     lowest, highest = yield from _extremes(product, d[:, quotient.argmin()])
     lowest = min(lowest, quotient.min())
+    if highest <= 0:  # y lies where K is 0
+        _, highest = yield from _extremes(product, np.random.default_rng(0).choice([-1.0, 1.0], len(d)))
     cure = ridge + max(-1.5 * lowest, 1e-6 * highest)
     return Indefinite(
         f"K + ridge I is not positive definite: with an absolute ridge of {ridge:.2e} it has an eigenvalue "
         f"of {lowest:.1e} (found at step {step}). Rows that are alike make K singular, and rounding of its "
-        f"entries makes it indefinite. Raise the ridge to {cure:.1e} or more", cure)
+        f"entries makes it indefinite", cure)
 
 
 def _extremes(product, start, steps=40):

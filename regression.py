@@ -53,7 +53,8 @@ class Solver:
         self.K, self.name, self.ready, self.scale = K, name, ready, self.prior.mean()
         self.max_iters, self.quiet, self.verbose, self.keep, self.tol = max_iters, quiet, verbose, keep, tol
         if ready is None and name == "lowrank":
-            size, model = 4 * pcg.BLOCK if K.reads_all else pcg.block(K.shape[0]), None if rank else _large("rank")
+            size = 4 * pcg.BLOCK if K.reads_all else pcg.block(K.shape[0])
+            model = _large("rank") if np.size(ridges) and not rank else None
             worth = model and model.worth(K, np.atleast_1d(ridges) * self.scale, tol, c, size)
             rank = rank or (None if worth else max(1, min(K.shape[0] // 8, 1000)))  # simple, where nothing is known of costs
             self.ready = pcg.low_rank(K, rank, seed, worth, size, quiet)
@@ -79,8 +80,7 @@ class Solver:
 
     def relative(self, error):
         """A pcg.Indefinite in terms of the relative ridge."""
-        cure = error.cure / self.scale
-        return pcg.Indefinite(f"{error}: --ridge {cure:.1e}", cure)
+        return pcg.Indefinite(error.why, error.cure / self.scale, "relative ridge (--ridge)")
 
     def solutions(self, y, ridges, tol):
         """Yields [(ridge, alpha), ...] from the largest ridge, the easiest, down. Ends at a ridge for which A is not positive
@@ -125,8 +125,9 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     select, spectrum, table, prior = select if len(ridges) > 1 else None, None, [], options.get("prior")
     if select == "loo" or K.shape[0] <= choose.DENSE and not hasattr(K, "mask"):  # a mask: no single spectrum
         if select == "loo" and 40 * K.shape[0]**2 > free_memory():
-            raise MemoryError(f"--select loo needs the eigenvectors of K: {40e-9 * K.shape[0]**2:.1f} GB of memory for "
-                              f"{K.shape[0]:,} rows; this host has {free_memory() / 1e9:.1f} GB free. Use --select validation")
+            raise MemoryError(f"leave-one-out needs the eigenvectors of K: {40e-9 * K.shape[0]**2:.1f} GB of memory for "
+                              f"{K.shape[0]:,} rows; this host has {free_memory() / 1e9:.1f} GB free. Choose the ridge by "
+                              "validation (--select)")
         spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)

@@ -9,7 +9,7 @@
 
 Oracles: neural_tangents, finite wide networks, dense float64 formulas, scikit-learn, plain loops.
 Four CPU devices; strict about dtypes and shapes. Tests on CIFAR-10 skip where it is not beside us. Nothing here needs a room:
-what fast/, large/, proteins/, molecules/ and results/ claim is proved in their test_*.py, which import this file first.
+what fast/, large/, own/, proteins/, molecules/ and results/ claim is proved in their test_*.py, which import this file first.
 """
 
 import dataclasses
@@ -437,6 +437,17 @@ def test_tiles_product_in_float64():
 
 
 @quick
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.float16, bool])
+def test_tiles_of_small_numbers(dtype):
+    """Inputs of 8 and 16 bits give what they give in float32, whatever the kernel does to them: no byte wraps round."""
+    def kernel_fn(a, b):
+        return jnp.exp(-((a[:, None] - b[None]) ** 2).sum(axis=-1) / 9e3)
+    x = np.random.default_rng(0).integers(0, 120, (9, 3)).astype(dtype)
+    assert np.array_equal(tiles.gram(kernel_fn, x).dense(), tiles.gram(kernel_fn, x.astype(np.float32)).dense())
+    assert np.array_equal(tiles.diagonal(kernel_fn, x), np.ones(9))
+
+
+@quick
 def test_tiles_errors():
     """NaN in the inputs, numbers too small for float32, integers that JAX would cut, a v of the wrong shape, no rows, a matrix
     beyond memory: one sentence each."""
@@ -597,7 +608,7 @@ def test_pcg_condition():
 def test_pcg_says_so():
     """Too few steps, a tolerance beyond rounding, an indefinite K, NaN: said, each in one sentence."""
     K, y = spectrum(200, 1e8), np.random.default_rng(0).normal(size=(200, 2))
-    with pytest.warns(UserWarning, match="not converged: residual .* after 5 steps, .*--max_iters"):
+    with pytest.warns(UserWarning, match="not converged: residual .* after 5 steps, .* Raise max_iters, the rank or"):
         assert not pcg.solve(lambda v: K @ v, y, 1e-8, max_iters=5)[1].converged
     with pytest.warns(UserWarning, match="2 of 2 columns stopped falling: .* rounding allows no more. Raise"):
         info = pcg.solve(lambda v: K @ v, y, 1e-3, tol=1e-17, max_iters=5000)[1]
@@ -685,6 +696,9 @@ def test_pcg_indefinite():
         assert pcg.solve(lambda v: K @ v, y, cure, max_iters=5000)[1].converged
     with pytest.raises(pcg.Indefinite):
         pcg.solve(lambda v: -v, y, 0.5)
+    with pytest.raises(pcg.Indefinite, match="Raise the ridge to [1-9]") as error:  # y lies where K is 0
+        pcg.solve(lambda v: np.ones((4, 4)) @ v, np.array([1.0, -1, 1, -1]))
+    assert 0 < error.value.cure < 1e-4
 
 
 
@@ -935,7 +949,7 @@ def test_choose_ridges_that_are_too_small(capsys):
     with pytest.raises(pcg.Indefinite, match="within the rounding of K") as error:
         choose.leave_one_out(choose.Spectrum(K.dense()), y, [1e-9])
     assert choose.leave_one_out(choose.Spectrum(K.dense()), y, [error.value.cure])
-    with pytest.raises(pcg.Indefinite, match=r"--ridge \d") as error:
+    with pytest.raises(pcg.Indefinite, match=r"Raise the relative ridge \(--ridge\) to \d") as error:
         solver(y, 1e-9)
     assert -lowest < error.value.cure < -4 * lowest and solver(y, error.value.cure)[1].converged
 
@@ -1247,6 +1261,8 @@ def test_data_whitening():
     assert np.abs(z.T @ z / 500 - np.eye(48)).max() < 1e-3
     s = whitened(x)
     assert np.allclose(s.mean((0, 1, 2)), 0, atol=1e-4) and np.allclose(s.std((0, 1, 2)), 1, atol=1e-4)
+    flat = np.stack([x[..., 0] / 255, np.full(x.shape[:3], 0.7)], axis=3)  # float64, whose mean is rounded
+    assert data.whitening("channel", flat)().sd[1] == 1
     assert np.allclose(whitened(x, "none"), x / 255, atol=1e-6)
     for protocol in data.WHITENING:
         assert np.allclose(whitened(x[:1], protocol, x, 0.3)[0], whitened(x[:9], protocol, x, 0.3)[0], atol=1e-5)
@@ -1632,7 +1648,7 @@ def refused(running, words):
     (["--flips", "explicit", "--select", "gcv"], "ValueError: --select gcv with 2 copies"),
     (["--whiten", "pca"], "--whiten pca: expected none, channel, zca, zca_unit"),
     (["--depth", "1,x"], "--depth 1,x: expected a whole number, or several separated by commas"),
-    (["--w_std", "0"], "ValueError: w_std=0.0, b_std=0.0: expected w_std > 0 and b_std >= 0"),
+    (["--w_std", "0"], "--w_std 0: expected a number > 0, or several"),
     (["--head", "softmax"], "ValueError: head='softmax', .* expected one of linear, cosine, relu, exp"),
     (["--whiten", "zca", "--zca_eps", "nan"], "--zca_eps nan: expected a number >= 0, or several"),
     (["--plan", "--depth", "1,2"], "--plan and --load take one network: one value for each of its flags"),
@@ -1642,7 +1658,7 @@ def refused(running, words):
     (["--store", ""], "--store is empty: expected a value, or leave it out"),
     (["--tol", "nan"], "--tol nan: expected a number between 0 and 1"),
     (["--zca_eps", "inf"], "--zca_eps inf: expected a number >= 0, or several"),
-    (["--w_std", "-1"], "--w_std -1: expected a number >= 0, or several"),
+    (["--w_std", "-1"], "--w_std -1: expected a number > 0, or several"),
     (["--seed", "-1"], "--seed -1: expected a whole number >= 0"),
     (["--tile", "0"], "--tile 0: expected at least 1"),
     (["--n_test", "-7"], "--n_test -7: expected at least 1"),
@@ -1652,7 +1668,7 @@ def refused(running, words):
     (["--plan", "--select", "loo"], "--plan counts a search by validation rows and the low-rank preconditioner: leave out"),
     (["--plan", "--precondition", "none"], "--plan counts .* leave out --select and --precondition"),
     (["--plan", "--load", "m.npz", "--predict", "x.npy"], "--plan with --load: choose one"),
-    (["--head", "exp", "--gamma", "0"], "ValueError: head='exp', gamma=0.0: expected one of .*, and gamma > 0"),
+    (["--head", "exp", "--gamma", "0"], "--gamma 0: expected a number > 0, or several"),
     (["--crops", "10"], "ValueError: .*1 <= crops <= 9"),
     (["--n_train", "20", "--fit_on", "3000"], "ValueError: --fit_on 3000, but there are 1437 training images"),
     (["--devices", "0"], "--devices 0: expected at least 1"),
@@ -1793,7 +1809,7 @@ def test_train_interrupted(tmp_path, store):
     out, err = running.communicate(timeout=60)
     last = err.splitlines()[-1]
     assert running.returncode == 130 and "Traceback" not in err and last.startswith("interrupted: "), err
-    assert (f"are in {tmp_path / 'K'}; run the same command" if store else "with --store DIR") in last
+    assert (f"is in {tmp_path / 'K'}; run the same command" if store else "with --store DIR") in last
 
 
 def test_train_interrupted_in_a_callback():

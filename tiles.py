@@ -235,12 +235,15 @@ def _pmap(fn, devices):
 
 
 def block(x, rows, device):
-    """x[rows] as an array for a device: a NumPy array, or a JAX array that is there.
+    """x[rows] as an array for a device: a NumPy array, or a JAX array that is there. Numbers of 8 or 16 bits become float32:
+    JAX would compute k in as few, and 3 - 5 is 254 among bytes.
     ValueError: integers that JAX, which keeps 32 bits of them, would change."""
     part = x[rows]
     if hasattr(part, "on"):
         return part.on(device)
     part = np.asarray(part)
+    if part.dtype.itemsize < 4 and part.dtype.kind in "biuf":
+        return part.astype(np.float32)
     dtype = jax.dtypes.canonicalize_dtype(part.dtype)
     if part.dtype.kind in "iu" and dtype != part.dtype and not np.array_equal(part.astype(dtype), part):
         raise ValueError(f"x holds {part.flat[abs(part).argmax()]}, an integer beyond {dtype}: take x.astype(np.float32)")
@@ -525,8 +528,8 @@ def check_memory(what, need):
     have = free_memory()
     if need > have:
         raise MemoryError(f"{what} needs {need / 1e9:.1f} GB of memory; this host has {have / 1e9:.1f} GB "
-                          "free. Keep tiles on disk with --store DIR, compute them for every product with "
-                          "--store none, add processes, or lower --n_train.")
+                          "free. Take fewer rows (--n_train); or in a script keep tiles on disk (--store DIR), and in "
+                          "train_cifar.py compute them for every product (--store none) or add processes")
 
 
 def one_thread():

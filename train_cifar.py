@@ -162,6 +162,9 @@ def load(args):
     n = args.n_train or len(x)
     if args.flips and x.shape[2] == 1:
         raise ValueError(f"--flips: what {args.dataset} holds is one pixel wide, each its own mirror image: leave it out")
+    if x.shape[1:3] == (1, 1) and args.kernel != "fc":
+        raise ValueError(f"--kernel {args.kernel}: {args.dataset} holds images of one pixel, where a convolution is dense. "
+                         "Take --kernel fc, or images (n, h, w, channels)")
     if args.names and not args.quiet:
         from own import images as own
         own.note_copies(args.dataset, x[:n], x_test)
@@ -440,12 +443,14 @@ def flags():
                         "the kernel k(x, x') + k(x, mirror image of x'), the same predictions from half of the "
                         "entries; explicit: as more rows")
     images.add_argument("--crops", type=int, default=1,
-                        help="crops an image to train on, the first being itself; padding is height / 8")
-    images.add_argument("--average", type=int, metavar="N", help="predict also by the mean over N crops of a test "
-                        "image, the first being itself, and unless --flips, where they are equal, of their mirror "
-                        "images; a second accuracy")
+                        help="number of crops of each training image, the first the image itself; padding is height / 8")
+    images.add_argument("--average", type=int, metavar="N", help="also report the accuracy of predictions averaged over N "
+                        "crops of each test image, the first the image itself, and, without --flips, over their mirror "
+                        "images (with --flips those have equal predictions)")
     network = parser.add_argument_group("kernel")
-    network.add_argument("--kernel", default="fc", choices=kernel.IMAGES)
+    network.add_argument("--kernel", default="fc", choices=kernel.IMAGES,
+                         help="fc: dense layers; cnn_vec, cnn_gap: convolutions, then dense or the mean over pixels; myrtle: "
+                         "convolutions and pooling")
     network.add_argument("--kind", default="nngp", choices=[*kernel.KINDS, "both"],
                          help="both: two runs on one pass over the kernel, for the price of ntk; where a flag has several "
                          "values, they share the best of nngp")
@@ -465,9 +470,9 @@ def flags():
                         f"the training images, {HELD_OUT:,} at most")
     solver.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     solver.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
-    solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS)
-    solver.add_argument("--rank", type=int, help="of lowrank; None is as large as saves time, by a model of "
-                        "what steps and rank cost")
+    solver.add_argument("--precondition", default="lowrank", choices=regression.PRECONDITIONERS,
+                        help="of CG: from columns of K, its diagonal, or none")
+    solver.add_argument("--rank", type=int, help="of lowrank; None: chosen by a cost model")
     solver.add_argument("--plot", metavar="FILE", help="draw error and effective dimension against the ridge, and solve "
                         "with every preconditioner and draw residual against step: .png, .svg or .pdf")
     solver.add_argument("--variance", action="store_true", help="predictive variance too, a solve for each "
@@ -481,7 +486,7 @@ def flags():
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="of subset, crops and pivots")
     run.add_argument("--out", default="runs", metavar="DIR", help="runs.jsonl in it gets a line")
-    run.add_argument("--quiet", action="store_true", help="print the result only, no progress")
+    run.add_argument("--quiet", action="store_true", help="print the result and notes about the data, no progress")
     run.add_argument("--verbose", action="store_true", help="print the flags, every ridge and what the solve reached")
     run.add_argument("--plan", action="store_true", help="measure the rate for a moment, print hours and "
                      "bytes of this run on --hosts with --devices each, and stop")

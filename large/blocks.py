@@ -157,14 +157,14 @@ def parse(argv):
     parser.add_argument("folder", metavar="FOLDER", help="holds the blocks, nngp-i-j or ntk-i-j, and labels")
     parser.add_argument("--labels", metavar="FILE", help="an .npy file, training images first, in the order of the blocks; "
                         "None is labels in FOLDER. In a wrong order the test accuracy is about 10 %%, and a note says so")
-    parser.add_argument("--kind", default="nngp", choices=kernel.KINDS)
+    parser.add_argument("--kind", default="nngp", choices=kernel.KINDS, help="which of the published kernels")
     parser.add_argument("--n_train", type=int, help="the first training images; None is all, and fewer need fewer blocks")
     parser.add_argument("--ridge", default="auto", help="lambda / mean(diag K): a number; several, separated by commas, or "
                         "auto (10 down to 1e-6): chosen on training images")
     experiment.select_flag(parser, "as in train_cifar.py")
     parser.add_argument("--tol", type=float, default=1e-6, help="residual |y - A x| / |y| to reach")
     parser.add_argument("--max_iters", type=int, default=1000, help="CG steps allowed")
-    parser.add_argument("--rank", type=int, help="of the preconditioner; None is as large as saves time")
+    parser.add_argument("--rank", type=int, help="of the preconditioner; None: chosen by a cost model")
     parser.add_argument("--seed", type=int, default=0, help="of the preconditioner's columns")
     parser.add_argument("--out", default="runs", metavar="DIR", help="runs.jsonl in it gets a line")
     parser.add_argument("--quiet", action="store_true", help="print the result only, no progress")

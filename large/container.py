@@ -3,7 +3,7 @@
     container.cores(), container.free_memory()   both infinite where no group sets a limit, or where there are none
 
 tiles.py asks, so that a run takes no more threads than its share of the processors, and refuses what would not fit. A limit
-may stand in the group of the process, or in any group above it.      Proved by: test_large.py, section container
+may stand in the group of the process, or in any group above it.      Proved by: large/test_large.py, section container
 """
 
 import math
@@ -11,6 +11,7 @@ import pathlib
 import re
 
 GROUP, GROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"  # which groups this process is in; what they may use
+NO_LIMIT = 2**62  # bytes; version 1 writes 2^63 less a page where there is no limit
 
 
 def cores():
@@ -25,7 +26,7 @@ def free_memory():
     groups = control_groups("", "memory.max", "memory.current", "memory.stat")
     groups += control_groups("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     return min((int(limit) - int(used) + int((re.findall(r"^inactive_file (\d+)", stat, re.M) or [0])[0])
-                for limit, used, stat in groups if limit.strip() != "max"), default=math.inf)
+                for limit, used, stat in groups if limit.strip() != "max" and int(limit) < NO_LIMIT), default=math.inf)
 
 
 def control_groups(controller, *files):

@@ -132,7 +132,8 @@ def locked(journal):
         return lock
     except BlockingIOError as error:
         raise OSError(f"{os.path.dirname(journal)} is in use by another run: wait until it ends, or give this run a store "
-                      "of its own. Processes that share a run need --coordinator, --processes and --process") from error
+                      "of its own. Processes that share a run of train_cifar.py need --coordinator, --processes and "
+                      "--process") from error
     except OSError:
         return None  # a store that we may only read, or a file system without locks
 

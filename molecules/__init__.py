@@ -7,5 +7,5 @@
   train.py    the experiment: python -m molecules.train
   predict.py  a fitted model in a file, and its predictions for new molecules
 
-No other folder needs this one, but for the speed of its kernels (results/speed.py).
+No other folder needs this one, but for the speed of its kernels (results/speed.py) and for such inputs to own/estimator.py.
 """

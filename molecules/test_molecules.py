@@ -1051,7 +1051,7 @@ def test_molecules_official_split_is_ogbs():
     (["--n_train", "5000"], "ValueError: n_train=5000, .*expected 1 to 1200, the molecules of nci to train on"),
     (["--split", "official"], "ValueError: split 'official': this data set has random, scaffold"),
     (["--depth", "0"], r"--depth \[?0\]?: expected at least 1"),
-    (["--w_std", "-1"], "--w_std -1: expected a number >= 0, or several"),
+    (["--w_std", "-1"], "--w_std -1: expected a number > 0, or several"),
 ])
 def test_molecules_train_errors(flags, words, tmp_path, monkeypatch, capsys):
     """A wrong flag is refused with one line that says what was expected."""

@@ -120,8 +120,8 @@ def test_own_molecules_in_both_parts(tmp_path, capsys):
 
 @pytest.mark.parametrize("column, flags, words", [
     ("1,2,3", [], "has the columns 'smiles', 'y', 'w': say with --target which to predict"),
-    ("1,2,3", ["--target", "z"], "has no column 'z', but 'smiles', 'y', 'w'; give columns of it with --smiles and --target"),
-    ("1,2,3", ["--target", "y", "--smiles", "mol"], "has no column 'mol', but"),
+    ("1,2,3", ["--target", "z"], "has no column 'z'; its columns are 'smiles', 'y', 'w'; give columns of it with --smiles"),
+    ("1,2,3", ["--target", "y", "--smiles", "mol"], "has no column 'mol'; its columns are"),
     ("1,2,3", ["--target", "y,y"], "--target y,y: a column is named twice"),
     ("1,2,3", ["--target", "smiles"], "--smiles smiles --target smiles: a column is named twice"),
     ("1,2,3", ["--target", "y,w"], "column 'w' holds two classes and column 'y' numbers; expected targets of one sort"),
@@ -290,12 +290,13 @@ def test_model_leaves_the_input_as_it_is(tmp_path, capsys):
     names = ["name, as sold", "structure", "prediction"]
     new = write(tmp_path / "new.csv", names, *zip(*odd))
     capsys.readouterr()
-    with pytest.raises(ValueError, match="new.csv has no column 'smiles', but 'name, as sold', .*; say with --smiles which"):
+    with pytest.raises(ValueError, match="new.csv has no column 'smiles'; its columns are 'name, as sold', .*; say with --"):
         predict(tmp_path, new)
     done = predict(tmp_path, new, "--smiles", "structure")[0]
     said, (found, rows) = capsys.readouterr().out, read(done["path"])
     assert found == [*names, "prediction_"] and [row[:3] for row in rows] == odd
     assert [bool(row[3]) for row in rows] == [True, False, True, False] and done["predictions"].shape == (2, 1)
+    assert f"2 predictions in {done['path']}" in said
     assert f"{new}: 2 of 4 rows get no prediction because RDKit cannot read their SMILES: row 1 ('no molecule'), row 3" in said
     assert os.listdir(tmp_path).count("predictions.csv") == 1
 

@@ -33,7 +33,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
-from rdkit import Chem
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import choose
@@ -101,13 +100,14 @@ def flags():
     experiment.select_flag(solver, "validation; loo and gcv need a label of every task for every training molecule, and "
                         "gcv needs numbers as targets")
     solver.add_argument("--tol", type=float, default=1e-6, help="stop when every column has |y - A x| <= tol |y|")
-    solver.add_argument("--rank", type=int, help="rank of the preconditioner; None: chosen by a cost model")
+    solver.add_argument("--rank", type=int, help="rank of the preconditioner; None: chosen by a cost model; "
+                        "with missing labels half of the rows, 512 at most")
     model_flags(parser.add_argument_group("fitted model"))
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, help="seed of random splits, of the order of training rows, of pivots")
     run.add_argument("--devices", type=int, help="number of devices to use; None: every GPU, or else every core")
     run.add_argument("--out", default="runs", metavar="DIR", help="append a line to runs.jsonl in this folder")
-    run.add_argument("--quiet", action="store_true", help="print only the result line")
+    run.add_argument("--quiet", action="store_true", help="print the result and notes about the data, no progress")
     return parser
 
 
@@ -159,7 +159,7 @@ def idle(args):
 
 def main(argv=None):
     """Run one experiment. Returns the line written to runs.jsonl, as a dict; with --sizes {size: line}, with --kind both
-    {kind: line or {size: line}}."""
+    {kind: line or {size: line}}; with --load, what predict.py returns."""
     args = parse(argv)
     if args.load:
         from molecules import predict
@@ -241,7 +241,8 @@ def divided(args, rows):
 def note_copies(args, rows, parts):
     """Says how many test molecules are training molecules too, and how many training molecules repeat another, however they
     are written."""
-    train, _, test = ([Chem.MolToSmiles(rows.mols[i]) for i in part] for part in parts)
+    write = smiles.chemistry().MolToSmiles
+    train, _, test = ([write(rows.mols[i]) for i in part] for part in parts)
     known = set(train)
     both = [rows.smiles[i] for i, name in zip(parts[2], test) if name in known]
     if both:

@@ -22,6 +22,7 @@ Proved by: own/test_estimator.py
 import importlib
 import inspect
 import math
+import warnings
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
@@ -41,7 +42,7 @@ import data
 import kernel as kernels
 import regression
 import tiles
-from own import model, uncertainty
+from own import images, model, uncertainty
 from train_cifar import ENGINES, LARGEST, WHITENING
 
 CHOICES = ("auto", *choose.CRITERIA)
@@ -53,11 +54,12 @@ class _Kernel(BaseEstimator):
     def __init__(self, kernel="fc", kind="nngp", ridge="auto", depth=None, w_std=kernels.W_STD, b_std=kernels.B_STD,
                  head="linear", gamma=1.0, whiten="auto", zca_eps=None, tol=1e-6, tile=None, random_state=0):
         """kernel: a name (kernel.IMAGES; for sequences of proteins/layers.SEQUENCES; gcn), a list of layers as in kernel.py, a
-        function (x1, x2) -> K that JAX can trace, or "precomputed": then X is K (n, n) in fit, and k(x, X) (m, n) in predict.
+        function (x1, x2) -> K that JAX can trace (once, so that what else it reads stays as it was), or "precomputed": then
+        X is K (n, n) in fit, and k(x, X) (m, n) in predict.
         kind: nngp or ntk.   ridge: a number, several to choose from, or how to choose among choose.RIDGES: loo, gcv,
         validation; auto: loo for up to 4,096 rows, else validation. Several are compared by auto.
         depth, w_std, b_std, head, gamma: of a named kernel, as in kernel.network.
-        whiten, zca_eps: of images, as in data.whitening; auto: the best known for the kernel; ignored for other inputs.
+        whiten, zca_eps: of images, as in data.whitening; auto: the best known for the kernel.
         tol: residual of the solve.   tile: side of a tile of K, None: chosen.
         random_state: of the preconditioner's pivots, and of the rows held out.
         """
@@ -77,6 +79,8 @@ class _Kernel(BaseEstimator):
                  and value != inspect.signature(type(self)).parameters[name].default]
         if given and (callable(self.kernel) or self.kernel == "precomputed"):
             raise ValueError(f"{', '.join(given)}: of named networks, and this kernel is none; leave out")
+        if self.kind not in kernels.KINDS:
+            raise ValueError(f"kind={self.kind!r}: expected {' or '.join(kernels.KINDS)}")
         self.X_fit_, n = X, len(X)
         self.whitening_ = self._whitening(X)
         ridges, select = self._ridges()
@@ -86,6 +90,9 @@ class _Kernel(BaseEstimator):
         seed = check_random_state(self.random_state).randint(2**31)
         rows = np.random.default_rng(seed).permutation(n) if select == "validation" else np.arange(n)  # sorted classes
         K, fitted = self._gram(X, rows), n - n // 5
+        if len(ridges) > 1 and not _is_graphs(X) and (again := n - len({row.tobytes() for row in X})):
+            warnings.warn(f"{again} of {n} rows are copies of others, so that errors on rows left out are too small, and so "
+                          "may be the ridge that they choose: take each row once, or give one ridge", stacklevel=3)
         need = is_classifier(self) and n > choose.DENSE and len(ridges) == 1  # an error, for probabilities
         ridge, solver, found = regression.choose_ridge(
             K, Y[rows], ridges * (1 + need), select, held_out=(fitted, np.arange(fitted, n)), tol=self.tol, seed=seed)
@@ -126,11 +133,23 @@ class _Kernel(BaseEstimator):
                 importlib.import_module("proteins.layers")  # adds its layers to kernel.py's
             engine = next(iter(ENGINES.values()))
             layers = kernels.network(self.kernel, self.depth, self.w_std, self.b_std, self.head, self.gamma)
-        return kernels.compiled(engine, tuple(layers), self.kind)
+        if getattr(X, "ndim", 0) in (2, 4) and math.prod(X.shape[1:-1]) == 1 and any(one[0] == "conv" for one in layers):
+            raise ValueError(f"kernel={self.kernel!r} and X of shape {X.shape}: in one pixel a convolution is a dense layer. "
+                             "Take kernel='fc', or images (n, h, w, channels)")
+        try:
+            return kernels.compiled(engine, tuple(layers), self.kind)
+        except ValueError:  # fast/fused.py does not take every list
+            return kernels.compiled(kernels.kernel_fn, tuple(layers), self.kind)
 
     def _whitening(self, X):
         """The data.Whitening of images X, or None."""
-        if getattr(X, "ndim", 0) != 4 or self.kernel == "precomputed" or callable(self.kernel) or self.whiten == "none":
+        if getattr(X, "ndim", 0) != 4 or self.kernel == "precomputed" or callable(self.kernel):
+            if self.whiten not in ("auto", "none") or self.zca_eps is not None:
+                raise ValueError(f"whiten={self.whiten!r}, zca_eps={self.zca_eps}: of images and named networks. "
+                                 "Leave them out, and scale other inputs yourself")
+            return None
+        images.channels_last(X, "X")
+        if self.whiten == "none":
             return None
         best, zca_eps = WHITENING.get(str(self.kernel), ("channel", None))
         protocol = self.whiten if self.whiten != "auto" else best if math.prod(X.shape[1:]) <= LARGEST else "channel"
@@ -154,7 +173,10 @@ class _Kernel(BaseEstimator):
         if self.kernel == "precomputed":
             return tiles.known(X if (rows[1:] > rows[:-1]).all() else X[np.ix_(rows, rows)])
         x = self._inputs(X)
-        return tiles.gram(self._kernel_fn(X), x.take(rows) if _is_graphs(x) else x[rows], self.tile or side(x), quiet=True)
+        return tiles.gram(self._kernel_fn(X), x.take(rows) if _is_graphs(x) else x[rows], self._side(x), quiet=True)
+
+    def _side(self, x):
+        return side(x) if self.tile is None else self.tile
 
     def _scores(self, X, return_std=False):
         """f (m, c) without the mean of y, and the standard deviation (m,) or None."""
@@ -168,7 +190,7 @@ class _Kernel(BaseEstimator):
         if _is_graphs(x):
             x, x_fit = x.like(x_fit), x_fit.like(x)
         kernel_fn = self._kernel_fn(x_fit)
-        K_test = tiles.cross(kernel_fn, x, x_fit, self.tile or side(x_fit), quiet=True)
+        K_test = tiles.cross(kernel_fn, x, x_fit, self._side(x_fit), quiet=True)
         f, sd = K_test.matvec(self.dual_coef_), None
         if return_std:
             K = self._gram(self.X_fit_, np.arange(len(x_fit)))

@@ -2,7 +2,7 @@
 
   an .npz   arrays x and y, or x_train and y_train; and x_test and y_test, if there is a test set. x: (n, h, w) or (n, h, w,
             channels), bytes or other numbers; or (n, d), which is one pixel with d channels. y: (n,), (n, 1) or one-hot (n,
-            classes): whole numbers, words or yes and no.
+            classes): whole numbers, words, or True and False.
   .npy      a folder with these arrays as files, x_train.npy and so on. They are mapped into memory, so that of bytes, if
             there is a test set, only the rows that a run takes are read: for images that fill much of the memory
   a folder  DIR/CLASS/*.png or *.jpg, or DIR/train/CLASS/... and DIR/test/CLASS/...; all grey, or all made RGB; what is
@@ -27,6 +27,7 @@ import data
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
+EXPECTED = "--predict takes images: an .npy or .npz file, or a folder of PNG or JPEG files"
 HINT = "expected x and y, or x_train and y_train; and x_test and y_test, if there is a test set"
 
 
@@ -120,14 +121,19 @@ def inside(path, hint=HINT):
             return set(file)
 
 
+def channels_last(x, where):
+    """ValueError: x seems to be (n, channels, h, w)."""
+    if x.shape[1] in (1, 3, 4) and x.shape[2] == x.shape[3] > 4:
+        raise ValueError(f"{where} is {x.shape}, with channels first; expected (n, h, w, channels): take "
+                         "x.transpose(0, 2, 3, 1)")
+
+
 def pictures(x, where):
     """(n, h, w, channels), uint8 where the numbers are those of bytes, else float32.  ValueError."""
     if x.dtype.kind not in "biuf" or x.ndim not in (2, 3, 4) or 0 in x.shape:
         raise ValueError(f"{where} is {x.dtype} {x.shape}; expected numbers (n, h, w), (n, h, w, channels) or (n, d)")
     x = x[:, None, None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
-    if x.shape[1] in (1, 3, 4) and x.shape[2] == x.shape[3] > 4:
-        raise ValueError(f"{where} is {x.shape}, with channels first; expected (n, h, w, channels): take "
-                         "x.transpose(0, 2, 3, 1)")
+    channels_last(x, where)
     if x.dtype == np.uint8:
         return x
     if x.dtype.kind != "f" and bytes_only(x):
@@ -210,15 +216,15 @@ def new(path, like, resize=None):
     """
     if os.path.isdir(path) or path.lower().endswith(SUFFIXES):
         found = sorted(os.path.join(where, one) for where, _, files in os.walk(path) for one in files
-                       if one.lower().endswith(SUFFIXES)) if os.path.isdir(path) else [data.existing(path)]
+                       if one.lower().endswith(SUFFIXES)) if os.path.isdir(path) else [data.existing(path, EXPECTED)]
         if not found:
             raise ValueError(f"{path} has no {', '.join(SUFFIXES)} files in it")
         x, names = opened(found, resize), ["file"]
         rows = [[os.path.relpath(one, path) if os.path.isdir(path) else one] for one in found]
         x = np.repeat(x, 3, axis=3) if x.shape[3] == 1 and like.shape[3] == 3 else x  # all grey, for a model of RGB
     else:
-        key = None if not path.endswith(".npz") else "x_test" if "x_test" in inside(path) else "x"
-        x = data.array(path, key, "--predict takes images: an .npy or .npz file, or a folder of PNG or JPEG files")
+        key = None if not path.endswith(".npz") else "x_test" if "x_test" in inside(path, EXPECTED) else "x"
+        x = data.array(path, key, EXPECTED)
         x = x[..., None] if x.ndim == 3 else x[:, None, None] if x.ndim == 2 else x
         names, rows = ["image"], [[i] for i in range(len(x))]
     if x.dtype.kind == "f" == like.dtype.kind or x.dtype.kind in "iu" and x.dtype != np.uint8 and whole(like):

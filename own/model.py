@@ -130,6 +130,7 @@ def write(folder, names, rows, added, quiet=False):
     tables.write(path, names, rows, added)
     first = next(iter(added))
     shown, columns = added[first][:SHOWN], [*names, *added]
-    print(f"{len(rows)} predictions in {path}, columns {', '.join(columns[:8])}{', ...' * (len(columns) > 8)}; "
+    made = sum(str(value) != "" for value in added[first])  # a row that cannot be read has an empty cell
+    print(f"{made} predictions in {path}, columns {', '.join(columns[:8])}{', ...' * (len(columns) > 8)}; "
           f"{first} begins {', '.join(map(tables.shown, shown))}{', ...' * (len(rows) > SHOWN)}")
     return path

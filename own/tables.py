@@ -76,7 +76,7 @@ def columns(path, names, wanted, hint=""):
     hint: what to do if one is not there."""
     for name in wanted:
         if name not in names:
-            raise ValueError(f"{path} has no column {name!r}, but {', '.join(map(repr, names)) or 'is empty'}{hint}")
+            raise ValueError(f"{path} has no column {name!r}; its columns are {', '.join(map(repr, names)) or 'none'}{hint}")
         if names.count(name) > 1:
             raise ValueError(f"{path} has {names.count(name)} columns {name!r}; expected one: rename or remove the others")
     return [names.index(name) for name in wanted]

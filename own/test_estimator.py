@@ -7,6 +7,7 @@ from test_all import as_users_have_it, readme, train  # isort: skip
 import functools
 import pickle
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -199,12 +200,40 @@ def test_estimator_inputs_that_do_not_fit():
         KernelClassifier(depth=1, ridge=0.1, whiten=whiten, zca_eps=eps).fit(x, labels).decision_function(x_test)
         for whiten, eps in (("zca", None), ("auto", None), ("zca", 0.1)))
     assert (named == auto).all() and (auto != other).any()
+    for options, X_bad, words in (
+            ({"kernel": "cnn_vec"}, np.eye(4), "in one pixel a convolution is a dense layer. Take kernel='fc'"),
+            ({"whiten": "zca"}, np.eye(4), "whiten='zca', zca_eps=None: of images"),
+            ({"kernel": lambda a, b: a @ b.T, "kind": "nngb"}, np.eye(4), "kind='nngb': expected nngp or ntk"),
+            ({}, np.ones((4, 3, 8, 8)), r"X is \(4, 3, 8, 8\), with channels first")):
+        with pytest.raises(ValueError, match=words):
+            KernelClassifier(**options).fit(X_bad, [0, 1, 0, 1])
     with pytest.raises(ValueError, match="zca_eps=1 with whiten='channel', which auto is for .* images so large; expected"):
         KernelClassifier(zca_eps=1).fit(np.ones((2, 65, 64, 1)), [0, 1])
     large = np.random.default_rng(0).integers(0, 10**13, size=(9, 3))
     with jax.enable_x64(False):
         one, same = (KernelRegressor(depth=1, ridge=0.1).fit(z, large[:, 0]).predict(z) for z in (large, large.astype(float)))
     assert np.allclose(one, same, rtol=1e-5)
+
+
+def test_estimator_counts_copies():
+    """Rows that stand twice are counted in a warning where rows left out choose the ridge, and only there."""
+    X, y, _, _ = rows(20)
+    twice = np.concatenate([X, X[:3]]), np.concatenate([y, y[:3]])
+    with pytest.warns(UserWarning, match="3 of 23 rows are copies of others, .* take each row once, or give one ridge"):
+        KernelRegressor(depth=1).fit(*twice)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KernelRegressor(depth=1, ridge=0.1).fit(*twice)
+        KernelRegressor(depth=1).fit(X, y)
+
+
+def test_estimator_networks_that_fused_does_not_take():
+    """A list of layers that only kernel.py takes is computed by kernel.py."""
+    x, y, x_test, _ = data.load("digits", n_train=20, n_test=5)
+    layers = (("conv", 1.4, 0.0), ("relu",), ("conv", 1.4, 0.0), ("gap",), ("dense", 1.0, 0.0))
+    fitted = KernelClassifier(kernel=layers, ridge=0.1, whiten="none").fit(x, y)
+    as_function = KernelClassifier(kernel=kernel.kernel_fn(layers, "nngp"), ridge=0.1).fit(x, y)
+    assert np.allclose(fitted.decision_function(x_test), as_function.decision_function(x_test), atol=1e-5)
 
 
 def test_estimator_holds_out_any_rows(monkeypatch):

@@ -319,6 +319,13 @@ def test_own_vectors_have_no_mirror_images(tmp_path):
             train(tmp_path, "--dataset", str(tmp_path / "x.npz"), "--flips", flips)
 
 
+def test_own_vectors_have_no_neighbours(tmp_path):
+    """A convolutional network is refused for rows of numbers, for which it is the fully connected one."""
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(20, 5)), y=np.arange(20) % 2)
+    with pytest.raises(ValueError, match="--kernel cnn_vec: .*x.npz holds images of one pixel.* Take --kernel fc"):
+        train(tmp_path, "--dataset", str(tmp_path / "x.npz"), "--kernel", "cnn_vec")
+
+
 def test_own_archive_damaged(tmp_path):
     """An archive cut short, one array or a table in place of an archive: one sentence that names the file."""
     np.savez(tmp_path / "x.npz", x=np.ones((9, 4, 4)), y=np.arange(9))

@@ -157,11 +157,11 @@ GOOD = ("MA,1,train", "ML,2,train", "MW,3,train", "MC,2,test", "MV,5,test")
     ("sequence\ttarget", ["MA\t1"], [], r"line 1: fields are separated by '\\t'; expected commas"),
     ("", ["sequence,target", "MA,1"], [], "line 1: it is empty; expected the names of the columns"),
     ("sequence,target", ["MAX,1", "M*,2"], [], "2 of 2 rows are left out; .* no row remains. Correct the column sequence"),
-    ("sequence,y", ["MA,1"], [], "has no column 'target', but 'sequence', 'y'; name yours with .*--target"),
-    ("sequence,target", ["MA,1"], ["--sequence", "peptide"], "has no column 'peptide', but 'sequence', 'target'"),
-    ("sequence,target", ["MA,1"], ["--set", "set"], "has no column 'set', but 'sequence', 'target'"),
+    ("sequence,y", ["MA,1"], [], "has no column 'target'; its columns are 'sequence', 'y'; name yours with .*--target"),
+    ("sequence,target", ["MA,1"], ["--sequence", "peptide"], "has no column 'peptide'; its columns are 'sequence', 'target'"),
+    ("sequence,target", ["MA,1"], ["--set", "set"], "has no column 'set'; its columns are 'sequence', 'target'"),
     ("sequence,target,target", ["MA,1,2"], [], "has 2 columns 'target'; expected one"),
-    ("", [], [], "has no column 'sequence', but is empty"),
+    ("", [], [], "has no column 'sequence'; its columns are none"),
     ("sequence,target,set", [*GOOD, "MK,1,none"], ["--set", "set"], "line 7: set 'none'; expected train, validation or test"),
     ("sequence,target,set", GOOD[:4], ["--set", "set"], "has 3 rows to fit, 0 to validate and 1 to test; .* two to test"),
     ("sequence,target,set", GOOD, ["--set", "set", "--n_train", "4"], "n_train=4: .*own.csv allows 2 to 3 rows"),
@@ -302,8 +302,8 @@ def test_own_columns_come_back(tmp_path, fitted, capsys):
 
 
 @pytest.mark.parametrize("text, flags, words", [
-    ("peptide,x\nMAGH,1\n", [], "has no column 'Variant, Größe', but 'peptide', 'x'; name yours with --seq"),
-    ("peptide,x\nMAGH,1\n", ["--sequence", "y"], "has no column 'y', but 'peptide', 'x'"),
+    ("peptide,x\nMAGH,1\n", [], "has no column 'Variant, Größe'; its columns are 'peptide', 'x'; name yours with --seq"),
+    ("peptide,x\nMAGH,1\n", ["--sequence", "y"], "has no column 'y'; its columns are 'peptide', 'x'"),
     ("peptide\n", ["--sequence", "peptide"], "has no row below its header"),
     ("peptide,x\nMAG,1\nMAX,2\n", ["--sequence", "peptide"],
      "none of the 2 rows of .*new.csv can be predicted; line 2: 'MAG' has 3 residues; expected 4, as in the training rows"),

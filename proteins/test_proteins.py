@@ -227,8 +227,8 @@ def test_proteins_targets(name):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("sequence,target,set\nMA,1,train\n", "has no column 'validation', but 'sequence', 'target', 'set'"),
-    ("", "has no column 'sequence', but is empty"),
+    ("sequence,target,set\nMA,1,train\n", "has no column 'validation'; its columns are 'sequence', 'target', 'set'"),
+    ("", "has no column 'sequence'; its columns are none"),
     ("sequence,target,set,validation\n", "has no row below its header"),
     ("sequence,target,set,validation\nM*,1,train,\nMXA,2,test,\n",
      r"two_vs_rest.csv: 2 of 2 rows are left out; .*: '\*' in 1, 'X' in 1; no row remains. Correct the column sequence"),
@@ -238,7 +238,7 @@ def test_proteins_targets(name):
     ("sequence,target,set,validation\nMA,,train,\n", "line 2: target ''; expected a finite number"),
     ("sequence,target,set,validation\nMA,1,,\n", "line 2: set ''; expected train or test"),
     ("sequence,target,set,validation\nMA,1,train,2\n", "line 2: validation '2'; expected True, yes, 1; or False"),
-    ("Sequence,target,set,validation\nMA,1,train,\n", "has no column 'sequence', but 'Sequence', 'target', 'set'"),
+    ("Sequence,target,set,validation\nMA,1,train,\n", "has no column 'sequence'; its columns are 'Sequence', 'target', 'set'"),
     ("sequence;target;set;validation\nMA;1.5;train;\n", "line 1: fields are separated by ';'; expected commas"),
     ("sequence,target,set,validation\nMA,1,test,\nML,2,test,True\n", "0 rows to fit, 0 to validate and 2 to test"),
     ("sequence,target,set,validation\nMA,1,train,yes\nML,2,test,\n", "0 rows to fit, 1 to validate and 1 to test"),

@@ -88,7 +88,7 @@ def flags():
                      "the test rows of a file of your own")
     run.add_argument("--devices", type=int, help="number of devices to use; None: every GPU, or else every core")
     run.add_argument("--out", default="runs", metavar="DIR", help="append a line to runs.jsonl in this folder")
-    run.add_argument("--quiet", action="store_true", help="print only the result line")
+    run.add_argument("--quiet", action="store_true", help="print the result and notes about the data, no progress")
     return parser
 
 

@@ -11,5 +11,5 @@
   compare_solvers.py   our solver compared with others
   compare_sklearn.py   our estimator compared with scikit-learn's KernelRidge
 
-No other folder needs this one; only the flag --plot and lesson.ipynb do.
+No other folder needs this one; only --plot (also that of large/simulate.py) and lesson.ipynb do.
 """
