@@ -484,7 +484,7 @@ def test_molecules_bad_rows(molecule_folder, capsys):
 
 @needs_rdkit
 @pytest.mark.parametrize("file, old, new, words", [
-    ("delaney-processed.csv", "smiles", "structure", "has no column 'smiles', but 'Compound ID', 'meas.*', 'structure'$"),
+    ("delaney-processed.csv", "smiles", "structure", "'smiles'; its columns are 'Compound ID', 'meas.*', 'structure'$"),
     *(("delaney-processed.csv", "0.286", to, r"line 4, column 'measured log.*', row 2 \(from 0, after the header\): '"
        + re.escape(to.strip('"')) + "'; expected a finite number with a decimal point, or an empty cell")
       for to in ("soluble", "inf", "-Infinity", "nan", "NA", '"0,286"', "1e999", "1_0", "<5")),
@@ -495,7 +495,7 @@ def test_molecules_bad_rows(molecule_folder, capsys):
     ("delaney-processed.csv", "x,0.286", 'x,"0.286', "line 31: 2 fields, and 3 in the header"),
     ("delaney-processed.csv", "CCC\n", "C" * 140_000 + "\n", "line 8: field larger than field limit"),
     ("HIV.csv", ",CI,1", ",CI,inf", "line 3, column 'HIV_active', row 1 .*: 'inf'; expected a finite"),
-    ("HIV.csv", "smiles", "Smiles", "has no column 'smiles', but 'Smiles', 'activity', 'HIV_active'$"),
+    ("HIV.csv", "smiles", "Smiles", "has no column 'smiles'; its columns are 'Smiles', 'activity', 'HIV_active'$"),
     ("HIV.csv", ",CI,1", ",CI,0", "column 'HIV_active' has the same value in every row"),
     ("ogbg-molhiv_scaffold_split.npz", None, None, "not a complete .npz archive without pickle"),
 ])

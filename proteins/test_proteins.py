@@ -761,7 +761,6 @@ def test_proteins_variance(tmp_path):
     (["--n_train", "4", "--select", "validation", "--encoding", "onehot", "--transform", "raw"],
      "n_train=4 has 0 validation rows with 0 different targets, .* use --select loo"),
     (["--head", "cos"], "head='cos', gamma=1.0: expected one of linear, cosine, relu, exp"),
-    (["--w_std", "0"], "w_std=0.0, b_std=0.0: expected w_std > 0"),
 ])
 def test_proteins_errors(flags, words, tmp_path):
     """An argument that does not fit is refused with one line."""
@@ -792,7 +791,8 @@ def test_proteins_commands(capsys, tmp_path, monkeypatch):
     for flags, words in ((["--ridge", "often"], "--ridge often: expected a number"),
                          (["--ridge", "-1"], "numbers >= 0"), (["--kind", "ntk", "--variance"], "use --kind nngp"),
                          (["--tile", "0"], "at least 1"), (["--depth", "3,0"], "at least 1"),
-                         (["--w_std", "1,big"], "--w_std 1,big: expected a number >= 0, or several"),
+                         (["--w_std", "0"], "--w_std 0: expected a number > 0"),
+                         (["--w_std", "1,big"], "--w_std 1,big: expected a number > 0, or several"),
                          (["--kernel", "linear", "--b_std", "0"], "--b_std with --kernel linear"),
                          (["--kernel", "linear", "--dep=3"], "--depth with --kernel linear"),
                          (["--select", "gcv"], "use --select loo or validation"),
