@@ -1,7 +1,8 @@
 """Files -> checked protein sequences: FLIP's GB1 benchmark, the full GB1 landscape, an artificial landscape, your own.
 
   one_vs_rest, two_vs_rest, three_vs_rest, low_vs_high, sampled     FLIP (Dallago et al. 2021): 8,733 variants of GB1, in
-             which 4 of 265 residues vary; training, validation (some of the training rows) and test as in FLIP's files
+             which 4 of 265 residues vary; training, validation (some of the training rows) and test as in FLIP's files,
+             test rows shuffled, so that the first of them stand for all
   landscape  all 149,361 variants that Wu et al. 2016 measured: a random fifth is for testing, the same for every seed; the
              others are in an order drawn by `seed`, so that a smaller training set is the first rows of a larger one
   made       1,296 sequences, all words of 4 residues out of 6; needs no file. The target is a sum over positions of a
@@ -105,7 +106,10 @@ def load(name, folder=None, seed=0, quiet=True):
     if name == "landscape":
         return _checked(_shuffled(*_columns(path, content, "sequence", "Fitness"), seed), what, quiet)
     sequences, targets, part, held_out = _columns(path, content, "sequence", "target", set="set", validation="validation")
-    return _checked(_parted(sequences, targets, np.where(part == "test", 2, held_out)), what, quiet)
+    turn = np.where(part == "test", np.random.default_rng(0).random(len(part)), -1)  # the file is sorted by position
+    order = np.argsort(turn, kind="stable")
+    split = _parted([sequences[i] for i in order], targets[order], np.where(part == "test", 2, held_out)[order])
+    return _checked(split, what, quiet)
 
 
 def own(path, content, sequence="sequence", target="target", part=None, seed=0, quiet=True):

@@ -107,7 +107,7 @@ def row_flags(rows):
     rows.add_argument("--sizes", metavar="N,N,...", help="solve for these numbers of training rows too, each time the first "
                       "of the n_train, on blocks of one kernel if the encoding is the same; encoding, transform and network "
                       "are chosen once, at the smallest size")
-    rows.add_argument("--n_test", type=int, help="number of test rows, the first ones; None: all")
+    rows.add_argument("--n_test", type=int, help="number of test rows, drawn at random; None: all")
     rows.add_argument("--encoding", default="auto", choices=["auto", *sequences.ENCODINGS],
                       help="numbers for residues; auto: the best by Spearman's correlation, as for --transform")
     rows.add_argument("--transform", default="auto", dest="target", choices=["auto", *sequences.TARGETS],
