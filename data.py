@@ -309,7 +309,7 @@ def _on_device(whitening, x, unit):
 def whitening(protocol, x, flips=False, quiet=True, components=None):
     """zca_eps -> the Whitening named `protocol`, fitted on the images x (n, h, w, channels), uint8.
 
-    none      x / 255
+    none      x / 255; numbers that are no bytes as they are
     channel   (x - mean of its channel) / (sd of its channel)
     zca       z = x / 255 - mean image,                C = sum over images of z z^T / n,   x -> W z
     zca_unit  z = (x - mean of x) / |x - mean of x|,   C = sum over images of z z^T / n,   x -> W z
@@ -330,7 +330,8 @@ def whitening(protocol, x, flips=False, quiet=True, components=None):
     channels = x.mean(axis=(0, 1, 2), dtype=np.float64)
     colour = np.rint(channels).astype(np.uint8) if x.dtype == np.uint8 else channels.astype(np.float32)
     if protocol == "none":
-        return lambda zca_eps=None: Whitening(np.zeros(1, np.float32), np.full(1, 255, np.float32), no_W, unit, colour)
+        sd = np.full(1, 255 if x.dtype == np.uint8 else 1, np.float32)
+        return lambda zca_eps=None: Whitening(np.zeros(1, np.float32), sd, no_W, unit, colour)
     if protocol == "channel":
         squares = sum(((x[start:start + 2048] - channels) ** 2).sum(axis=(0, 1, 2)) for start in range(0, len(x), 2048))
         sd = np.sqrt(squares / (x.size / len(channels)))

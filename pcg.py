@@ -295,7 +295,7 @@ def _indefinite(product, d, curvature, ridge, step):
     return Indefinite(
         f"K + ridge I is not positive definite: with an absolute ridge of {ridge:.2e} it has an eigenvalue "
         f"of {lowest:.1e} (found at step {step}). Rows that are alike make K singular, and rounding of its "
-        f"entries makes it indefinite", cure)
+        "entries makes it indefinite", cure)
 
 
 def _extremes(product, start, steps=40):

@@ -1264,6 +1264,7 @@ def test_data_whitening():
     flat = np.stack([x[..., 0] / 255, np.full(x.shape[:3], 0.7)], axis=3)  # float64, whose mean is rounded
     assert data.whitening("channel", flat)().sd[1] == 1
     assert np.allclose(whitened(x, "none"), x / 255, atol=1e-6)
+    assert np.array_equal(data.whitening("none", flat)()(flat[:2].astype(np.float32)), flat[:2].astype(np.float32))
     for protocol in data.WHITENING:
         assert np.allclose(whitened(x[:1], protocol, x, 0.3)[0], whitened(x[:9], protocol, x, 0.3)[0], atol=1e-5)
     for protocol in ("zca", "zca_unit"):

@@ -115,7 +115,7 @@ def diagonal(kernel_fn, x, tile=64, devices=None, team=ALONE):
     if not np.isfinite(out).all():
         raise ValueError(f"{np.sum(~np.isfinite(out))} of {len(out)} elements k(x, x) are not finite: look for NaN or "
                          "infinity in the inputs")
-    _large_enough(out.max(), jnp.result_type(float))
+    _large_enough(out.max(initial=0), jnp.result_type(float))
     return out
 
 

@@ -431,7 +431,7 @@ def flags():
     images.add_argument("--whiten", help="how images are whitened, z -> W z, W = U (S + zca_eps tr(C) / d)^(-1/2) U^T, "
                         "C = U S U^T = mean of z z^T: zca, z = image - mean image; zca_unit, z = image minus its own "
                         "mean, divided by its norm, as in published results. channel: minus mean, divided by sd of each "
-                        "channel; none: pixels / 255. None: the best for the kernel (results/README.md)")
+                        "channel; none: bytes / 255. None: the best for the kernel (results/README.md)")
     images.add_argument("--zca_eps", help="regularisation of both zca; None: the best for the kernel with its own --whiten, "
                         "else 0.1")
     images.add_argument("--components", type=int, metavar="K", help="of both zca, for fc: keep the first K principal "
