@@ -102,14 +102,14 @@ def bent_error(n, n0, b, p, q):
 def forecast(errors, shares, draws=1000, seed=0):
     """The bent law of the curves {n: [error, ...]} and {n: [u, ...]}, run by run, fitted to sizes up to a quarter of the
     largest, N. Returns Forecast(fitted sizes, n0, b, p, q, its error at N, 95 % interval), or None if the curve has less
-    than four octaves or fewer than three such sizes.
+    than four octaves or fewer than three such sizes, or no u.
 
     The interval is None if no fitted size has several runs. Else it is that of the bootstrap of `law`, the noise of errors
     and of u correlated as in the runs, with the scatter of the measurement at N, which is taken from the largest fitted size.
     """
     largest = max(errors)
     n = np.array([size for size in errors if size * AHEAD <= largest])
-    if largest < 16 * min(errors) or len(n) < 3:
+    if largest < 16 * min(errors) or len(n) < 3 or np.isnan(np.concatenate([*shares.values()])).any():
         return None
     runs = [[np.array(of[size], np.float64) for size in n] for of in (errors, shares)]
     mean, weight = np.array([[z.mean() for z in of] for of in runs]), np.array([len(z) for z in runs[0]])

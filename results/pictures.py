@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import zlib
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -38,8 +39,13 @@ style = matplotlib.rc_context({"svg.hashsalt": "pictures", "svg.fonttype": "none
                                "figure.facecolor": "none", "axes.facecolor": "none"})
 
 
-def save(figure, folder, name):
-    figure.savefig(os.path.join(folder, f"{name}.svg"), metadata={"Date": None}, transparent=True)
+def save(figure, folder, name, **metadata):
+    figure.savefig(os.path.join(folder, f"{name}.svg"), metadata={"Date": None, **metadata}, transparent=True)
+
+
+def digest(drawn):
+    """A checksum of what a figure of curves is drawn from; the .svg contains it, for results/report.py --check."""
+    return f"curves {zlib.crc32(repr(drawn).encode()):08x}"
 
 
 def owners(K, devices):
@@ -132,23 +138,29 @@ def draw_solve(folder, n=1000, ridge=1e-5):
 FAMILIES = {"fc": "ntk", "cnn_vec": "nngp", "myrtle5": "nngp", "myrtle10": "nngp"}  # kernel: kind
 
 
-@style
-def draw_curves(folder, path=RUNS):
-    """Draw test accuracy against n on CIFAR-10 for four kernels, without and with flips, of each the curve that reaches the
-    highest accuracy: the mean over subsets, with the sd if there are several; and the bent law, solid up to a quarter of the
-    largest n, to which it was fitted, dashed where it predicts.  Returns {name: {n: [test error, ...]}}."""
-    groups = tables.load(path)
+def chosen(groups):
+    """{(kernel, flips): (key of tables.curves, {n: [test error, ...]}, {n: [unexplained share, ...]})}: of each kernel in
+    FAMILIES the curve that reaches the highest accuracy on CIFAR-10."""
     found, shares = (tables.curves(groups, "cifar10", *value) for value in ((), (tables.unexplained,)))
     best = {}
     for key in sorted(found, key=lambda key: np.mean(list(found[key].values())[-1]), reverse=True):
         config = dict(zip(tables.CURVE, key))
         if FAMILIES.get(config["kernel"]) == config["kind"] and config["crops"] == 1 and config["n_test"] >= 1000:
-            best[config["kernel"], config["flips"]] = key
+            best[config["kernel"], config["flips"]] = key, found[key], shares[key]
+    return best
+
+
+@style
+def draw_curves(folder, path=RUNS):
+    """Draw the curves that are `chosen`: test accuracy against n, the mean over subsets, with the sd if there are several; and
+    the bent law, solid up to a quarter of the largest n, to which it was fitted, dashed where it predicts.  Returns {name: {n:
+    [test error, ...]}}."""
+    best = chosen(tables.load(path))
     figure = Figure(figsize=(7.6, 4), layout="constrained")
     axes = figure.add_subplot(xscale="log")
     for network, flips in sorted(best, key=lambda one: (list(FAMILIES).index(one[0]), one[1])):
-        key, colour = best[network, flips], COLOURS[list(FAMILIES).index(network)]
-        points, law = found[key], forecast(found[key], shares[key], draws=2)
+        (key, points, shares), colour = best[network, flips], COLOURS[list(FAMILIES).index(network)]
+        law = forecast(points, shares, draws=2)
         if law:
             for start, end, line in ((law.fitted[0], law.fitted[-1], "-"), (law.fitted[-1], max(points), "--")):
                 smooth = np.geomspace(start, end, 15)
@@ -163,8 +175,8 @@ def draw_curves(folder, path=RUNS):
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, labelcolor=GREY, fontsize=9)
-    save(figure, folder, "curves")
-    return {tables.name(key): found[key] for key in best.values()}
+    save(figure, folder, "curves", Description=digest(best))
+    return {tables.name(key): points for key, points, _ in best.values()}
 
 
 @style

@@ -10,11 +10,11 @@ Proved by: results/test_results.py
 import argparse
 import os
 import sys
-import zlib
 
 import numpy as np
 
 import data
+from results import pictures
 from results.laws import bent_error, forecast, local_exponent
 from results.tables import (
     CURVE,
@@ -79,14 +79,9 @@ def figure(groups, dataset, path):
             spine.set_color(grey)
         axes.legend(loc="lower left", frameon=False, labelcolor=grey, fontsize=8, title="kernel: local exponent")
         axes.get_legend().get_title().set(color=grey, fontsize=8)
-    metadata = {"Description": digest((curves(groups, dataset), shares)), "Date": None} if path.endswith(".svg") else None
+    about = pictures.digest((curves(groups, dataset), shares))
     with matplotlib.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "none"}):
-        page.savefig(path, dpi=150, metadata=metadata)
-
-
-def digest(drawn):
-    """A checksum of the curves from which a figure is drawn; an .svg figure contains it, so --check can compare."""
-    return f"curves {zlib.crc32(repr(drawn).encode()):08x}"
+        page.savefig(path, dpi=150, metadata={"Description": about, "Date": None} if path.endswith(".svg") else None)
 
 
 def parts(groups, dataset):
@@ -124,11 +119,14 @@ def main(argv=None):
     parser.add_argument("--front", default=os.path.join(HERE, "..", "README.md"), metavar="FILE", help="front page")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page or figure is stale")
     args = parser.parse_args(argv)
+    if args.check and args.figure:
+        parser.error("--check with --figure: --check writes nothing; leave one out")
     groups = load(args.runs)
     drawn = curves(groups, args.dataset)
     if not drawn:
         raise ValueError(f"{args.runs} has no kernel with three sizes of {args.dataset}, its ridge chosen among several, and "
-                         f"{FEW} or more rows tested; run three or more --sizes so, or give another --dataset")
+                         f"{FEW} or more rows tested; run three or more --sizes so, or give another --dataset: "
+                         + ", ".join(sorted({repr(runs[0]["config"]["dataset"]) for runs in groups})))
     if args.figure:
         print(learning(groups, args.dataset), laws(groups, args.dataset), sep="\n\n")
         figure(groups, args.dataset, args.figure)
@@ -147,10 +145,14 @@ def main(argv=None):
                 file.write(text.encode())
         figure(groups, args.dataset, picture)
         return 0
-    if not os.path.exists(picture) or digest((drawn, curves(groups, args.dataset, unexplained))) not in open(picture).read():
+    about = pictures.digest((drawn, curves(groups, args.dataset, unexplained)))
+    if not os.path.exists(picture) or about not in open(picture).read():
         stale.append(picture)
+    if os.path.samefile(args.runs, pictures.RUNS):
+        front_picture = os.path.join(pictures.FOLDER, "curves.svg")
+        stale += [front_picture] if pictures.digest(pictures.chosen(groups)) not in open(front_picture).read() else []
     if stale:
-        print(f"{' and '.join(stale)}: stale; run python -m results.report", file=sys.stderr)
+        print(f"{' and '.join(stale)}: stale; run python -m results.report and results.pictures", file=sys.stderr)
     return int(bool(stale))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from data import DATASETS
 from results.laws import fit, forecast, local_exponent
-from train_cifar import FIT_ON
+from train_cifar import FIT_ON, WHITENING
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
@@ -33,7 +33,8 @@ FEW = 100  # runs with fewer test images only measure time; their accuracy is le
 
 
 def load(path):
-    """Runs of a jsonl file, grouped: [[run, ...], ...]; if a seed was run twice, the later run is used."""
+    """Runs of a jsonl file, grouped: [[run, ...], ...]; if a seed was run twice, the later run is used. Each gets its line's
+    number as "line"."""
     groups = {}
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; give --runs the runs.jsonl that a run writes into its --out folder")
@@ -52,8 +53,8 @@ def load(path):
             config["fit_on"] = fit_on if zca and fit_on not in (None, most) else None
             run["search"] = run.pop("validation", None) or run.get("search")  # its former name
             solver = run["ridge"], config.get("rank"), config.get("precondition")
-            fixed = () if run["search"] else solver
-            key = tuple(config[name] for name in SAME) + fixed + choice(run)
+            by = (run.get("select") or "validation",) if run["search"] else solver  # how the ridge was chosen, or what it was
+            key, run["line"] = tuple(config[name] for name in SAME) + by + choice(run), number
             whole = config["crops"] == 1 and config["n_train"] == DATASETS.get(config["dataset"], (0, 0))[1]
             groups.setdefault(key, {})[None if whole else config["seed"]] = run
         except (ValueError, KeyError, TypeError) as error:
@@ -77,15 +78,23 @@ def lines(path):
                 print(f"note: {path}, line {number} is incomplete (perhaps its run was killed while writing) and is left out")
 
 
+def score_of(run):
+    """The first of SCORES that the run has."""
+    return next(name for name in SCORES if name in run)
+
+
 def test_error(run):
     """1 - score, for the first of accuracy, area under the ROC curve, average precision and Spearman's correlation that the
     run has; else the root mean squared error."""
-    score = next(name for name in SCORES if name in run)
+    score = score_of(run)
     return run[score] if score == "test_rmse" else 1 - run[score]
 
 
 def unexplained(run):
-    """Test mse / mse of the best constant: (1 - 1/c) / c for one-hot targets of c classes, 1 for standardised targets."""
+    """Test mse / mse of the best constant: (1 - 1/c) / c for one-hot targets of c classes, 1 for standardised targets. NaN
+    for molecules, of which it is not recorded."""
+    if "test_mse" not in run:
+        return np.nan
     classes = run["config"].get("classes", 10)
     return run["test_mse"] / ((1 - 1 / classes) / classes if "test_accuracy" in run else 1)
 
@@ -98,9 +107,16 @@ def curves(groups, dataset, value=test_error):
         config = runs[0]["config"]
         if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0]["search"]:
             points = out.setdefault(tuple(config[name] for name in CURVE), {})
-            points.setdefault(config["n_train"], []).extend(value(run) for run in runs)
-    order = sorted(out, key=lambda key: (KERNELS.index(key[1]), *map(str, key)))
-    return {key: dict(sorted(out[key].items())) for key in order if len(out[key]) >= 3}
+            for run in sorted([*points.get(config["n_train"], {}).values(), *runs], key=lambda run: run["line"]):
+                points.setdefault(config["n_train"], {})[run["config"]["seed"]] = run  # the later, whatever chose its ridge
+    order = sorted(out, key=lambda key: (place(key[1]), *map(str, key)))
+    return {key: {n: [value(run) for run in of.values()] for n, of in sorted(out[key].items())}
+            for key in order if len(out[key]) >= 3}
+
+
+def place(kernel):
+    """Where rows of a kernel stand in a table: in the order of KERNELS, others last."""
+    return KERNELS.index(kernel) if kernel in KERNELS else len(KERNELS)
 
 
 def name(key):
@@ -119,10 +135,15 @@ def name(key):
          f" {config['gamma']:g}" if config["gamma"] else ""])
 
 
-def percent(errors, sign=1):
-    """Mean ± sd of test errors in %, as accuracies (sign 1) or as errors (sign -1)."""
-    values = [100 * (1 - e if sign > 0 else e) for e in errors]
+def percent(errors):
+    """Mean ± sd of test errors as accuracies in %."""
+    values = [100 * (1 - e) for e in errors]
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def decimals(values):
+    """Mean ± sd."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def table(head, rows):
@@ -141,10 +162,13 @@ def families(groups, dataset):
 
 
 def learning(groups, dataset):
-    """Accuracy against size: one table for each of `families`, with one column for each curve."""
+    """Accuracy in %, or for numbers the root mean squared error, against size: one table for each of `families`, with one
+    column for each curve."""
+    plain = any(runs[0]["config"]["dataset"] == dataset and score_of(runs[0]) == "test_rmse" for runs in groups)
+    cell = decimals if plain else percent
     return "\n\n".join(
         table(["n", *map(name, family)], [
-            [f"{n:,}", *(percent(points[n]) if n in points else "" for points in family.values())]
+            [f"{n:,}", *(cell(points[n]) if n in points else "" for points in family.values())]
             for n in sorted({n for points in family.values() for n in points})]) for family in families(groups, dataset))
 
 
@@ -215,21 +239,22 @@ def elsewhere(groups, metric):
     scores, largest_n = {}, {}
     for runs in groups:
         config = runs[0]["config"]
-        if next(name for name in SCORES if name in runs[0]) == metric and config["n_test"] >= FEW:
+        if score_of(runs[0]) == metric and config["n_test"] >= FEW:
             n, row = config["n_train"], f"{config['kernel']} {config['kind'].upper()}" + (
                 f", network by {runs[0]['select']}" if choice(runs[0]) else "")
             column = " ".join(dict.fromkeys([config["dataset"], config["split"]]))
             largest_n[column] = max(largest_n.get(column, 0), n)
             settings = scores.setdefault(row, {}).setdefault(column, {}).setdefault(n, {})
-            settings.setdefault(choice(runs[0]) or len(settings), []).extend(run[metric] for run in runs)
-
-    def text(values):
-        return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+            compared = {flag for one, *_ in runs[0].get("compared") or [] if isinstance(one, dict) for flag in one}
+            compared |= {"whiten"} if compared & {"encoding", "target"} else set()
+            same = json.dumps([config[flag] for flag in SAME if flag not in compared])
+            settings.setdefault((choice(runs[0]), same) if choice(runs[0]) else len(settings), []).extend(
+                run[metric] for run in runs)
 
     def cell(sizes, largest):
         n = max(sizes, default=largest)
-        return ", ".join(map(text, sizes.get(n, {}).values())) + ("" if n == largest else f" (n = {n:,})")
-    rows = sorted(scores, key=lambda row: KERNELS.index(row.split()[0]))
+        return ", ".join(map(decimals, sizes.get(n, {}).values())) + ("" if n == largest else f" (n = {n:,})")
+    rows = sorted(scores, key=lambda row: place(row.split()[0]))
     largest_n = dict(sorted(largest_n.items(), key=lambda of: of[1]))
     return table(["kernel", *(f"{column}, n = {n:,}" for column, n in largest_n.items())], [
         [row, *(cell(scores[row].get(column, {}), n) for column, n in largest_n.items())] for row in rows])
@@ -240,7 +265,7 @@ def results(groups, dataset):
     experiment that belongs to no curve."""
     in_curve = curves(groups, dataset)
     rows = []
-    for runs in sorted(groups, key=lambda runs: (KERNELS.index(runs[0]["config"]["kernel"]), *(
+    for runs in sorted(groups, key=lambda runs: (place(runs[0]["config"]["kernel"]), *(
             runs[0]["config"][k] for k in ("n_train", "kind", "crops", "flips")))):
         config = runs[0]["config"]
         key = tuple(config[k] for k in CURVE)
@@ -274,11 +299,12 @@ def cost(groups, dataset):
     line through their logarithms."""
     measured = {}
     for runs in groups:
-        config, seconds = runs[0]["config"], statistics.median(run["seconds"]["kernel"] for run in runs)
+        config, whole = runs[0]["config"], at_once(runs)
         if config["n_test"] < FEW and config["dataset"] == dataset:
-            kernel = f"{config['kernel']} {config['kind'].upper()}"
-            if runs[0].get("entries_computed"):
-                measured.setdefault(f"{kernel}: kernel, s", {}).setdefault(config["n_train"], []).append(seconds)
+            kernel = name(tuple(config[k] for k in CURVE))
+            if whole:
+                measured.setdefault(f"{kernel}: kernel, s", {}).setdefault(config["n_train"], []).append(
+                    statistics.median(run["seconds"]["kernel"] for run in whole))
             rank = config["rank"] or "chosen" if config["precondition"] == "lowrank" else config["precondition"]
             measured.setdefault(f"{kernel}: CG steps, ridge {runs[0]['ridge']:g}, rank {rank}", {})[
                 config["n_train"]] = [statistics.median(run["cg_iterations"] for run in runs)]
@@ -324,15 +350,21 @@ FRONT = (("fc", "ntk", False), ("fc", "ntk", True), ("cnn_vec", "nngp", False), 
          ("myrtle5", "nngp", True), ("myrtle10", "nngp", True))  # kernel, kind, flips
 
 
+def whitening(run):
+    return run["config"]["whiten"], run["config"]["zca_eps"]
+
+
 def front(groups, dataset):
-    """The table of the front page: for each kernel in FRONT the run with the most images whose ridge was chosen."""
+    """The table of the front page: for each kernel in FRONT the run with the most images whose ridge was chosen; of several
+    with as many the one with the default whitening."""
     rows = []
     for wanted in FRONT:
         matching = [runs for runs in groups if runs[0]["config"]["dataset"] == dataset and runs[0]["search"]
                     and runs[0]["config"]["crops"] == 1 and runs[0]["config"]["n_test"] >= 1000
                     and tuple(runs[0]["config"][k] for k in ("kernel", "kind", "flips")) == wanted]
         if matching:
-            runs = max(matching, key=lambda runs: (runs[0]["config"]["n_train"], -min(test_error(run) for run in runs)))
+            runs = max(matching, key=lambda runs: (runs[0]["config"]["n_train"], whitening(runs[0]) == WHITENING[wanted[0]],
+                                                   runs[-1]["line"]))
             config, whole = runs[0]["config"], at_once(runs)
             whole = [run for run in whole if run.get("device") == whole[-1].get("device")]
             seconds = [run["seconds"]["kernel"] for run in whole]
