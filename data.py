@@ -85,7 +85,7 @@ def load(name, folder=None, n_train=None, n_test=None, seed=0, n_fit=0):
     enough(n_train, len(train[1]), "n_train", name)
     enough(n_test, len(test[1]), "n_test", name)
     rows = order(train[1], seed, not own)[:n_train and max(n_train, n_fit)]
-    test_rows = np.sort(order(test[1], 0, False)[:n_test]) if own and n_test else slice(n_test)
+    test_rows = order(test[1], 0, False)[:n_test] if own and n_test else slice(n_test)
     return train[0][rows], train[1][rows], test[0][test_rows], test[1][test_rows]
 
 

@@ -341,6 +341,11 @@ def jacobi(matrix):
     return lambda ridge: lambda r: r / (diagonal + ridge)
 
 
+def at_a_time(n, size, count=1):
+    """How many columns of K (n, n) are read at a time by `count` processes: `size`, or what takes LOOK bytes, at least 16."""
+    return min(size, max(16, LOOK // (8 * (n // count + 1))))
+
+
 def low_rank(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=True):
     """The `LowRank` of K; arguments as for `partial_cholesky`."""
     F = partial_cholesky(matrix, rank, seed, worth, size, quiet)
@@ -448,7 +453,7 @@ def partial_cholesky(matrix, rank=None, seed=0, worth=None, size=BLOCK, quiet=Tr
     left = matrix.diagonal()
     trace = left.sum()
     rows, count = _rows(team), team.count if team else 1
-    size = min(size, max(16, LOOK // (8 * (n // count + 1))))
+    size = at_a_time(n, size, count)
     F = np.zeros((rank, len(range(n)[rows])), np.float32).T  # columns beyond k, not touched, take no memory
     k = 0
     bar = tqdm(total=rank, unit="pivot", desc="preconditioner", disable=quiet or None, leave=False)

@@ -55,7 +55,8 @@ class Solver:
         if ready is None and name == "lowrank":
             size = 4 * pcg.BLOCK if K.reads_all else pcg.block(K.shape[0])
             model = _large("rank") if np.size(ridges) and not rank else None
-            worth = model and model.worth(K, np.atleast_1d(ridges) * self.scale, tol, c, size)
+            worth = model and model.worth(K, np.atleast_1d(ridges) * self.scale, tol, c,
+                                           pcg.at_a_time(K.shape[0], size, K.team.count))
             rank = rank or (None if worth else max(1, min(K.shape[0] // 8, 1000)))  # simple, where nothing is known of costs
             self.ready = pcg.low_rank(K, rank, seed, worth, size, quiet)
         elif ready is None:
@@ -87,7 +88,7 @@ class Solver:
         definite; raises pcg.Indefinite if that is the largest.
 
         It does not stop at the first rise of the error: with pooling the error rises before it falls."""
-        for ridge in sorted(ridges, reverse=True):
+        for ridge in sorted(set(ridges), reverse=True):
             try:
                 alpha, _ = self(y, ridge, tol)
             except pcg.Indefinite as error:
@@ -131,7 +132,7 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
         spectrum = choose.Spectrum(K.columns(np.arange(K.shape[0])), None if prior is None else prior.mean(), intercept)
     if select == "loo":
         table = choose.leave_one_out(spectrum, y, ridges, score, copies)
-    many, some = _large("one_pass"), [choose.best(table, by).ridge] if table else ridges
+    many, some = _large("one_pass"), [agreed(K, choose.best(table, by).ridge)] if table else ridges
     if many and select and not table:
         some = many.first(K, y, ridges, copies, by, prior, intercept)
     solver = solver_class()(K, ridges=some, tol=tol, c=y.shape[1], **options)
@@ -142,8 +143,7 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
         table = many.walk(solver, y, compare, some, ridges, by, begin) if many else compare(ridges)
     if solver.verbose:
         print("\n".join(f"ridge {row.ridge:8.2g}: {select} {choose.describe(row)}" for row in table))
-    ridge = choose.best(table, by).ridge if table else ridges[0]
-    ridge = float(K.team.all_reduce(np.array([ridge * (K.team.index == 0)]))[0])  # one choice, should hosts round apart
+    ridge = agreed(K, choose.best(table, by).ridge if table else ridges[0])
     found = {"ridge": ridge, "select": select, "search": [list(row[:3]) for row in table]}
     try:
         row, = choose.leave_one_out(spectrum, y, [ridge], score, copies) if spectrum else [None]
@@ -152,6 +152,11 @@ def choose_ridge(K, y, ridges, select="loo", score=None, held_out=None, copies=1
     if row:
         found.update({"loo_mse": row.mse, "effective_dimension": row.dimension}, **({"loo_score": row.score} if score else {}))
     return ridge, solver, found
+
+
+def agreed(K, ridge):
+    """Process 0's choice, in all processes of K: hosts may round apart."""
+    return float(K.team.all_reduce(np.array([ridge * (K.team.index == 0)]))[0])
 
 
 def search(K, y, ridges, select, **options):

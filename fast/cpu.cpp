@@ -85,7 +85,7 @@ void conv_relu(vec* K, vec* T, int rows, int columns, int w, const float* w2_b2,
       K[c] = scale * ((cosine > 0 ? cosine : vec{}) + t * root * h);
       if (states == 2) {
         const vec tangent = reads_T ? conv + w2 * (above[1][c] + here[1][c] + below[1][c]) : conv;
-        T[c] = scale > 0 ? 0.5f * (cosine < 0 ? angle : 1 - angle) * tangent : vec{};
+        T[c] = scale == 0 ? vec{} : 0.5f * (cosine < 0 ? angle : 1 - angle) * tangent;
       }
     }
     for (int k = 0; k <= reads_T; ++k) std::swap(above[k], here[k]), std::swap(here[k], below[k]);

@@ -120,7 +120,7 @@ def conv_relu(source, target, stds1, stds2, w2, b2, step, has_T):
     scale = std1 * std2
     if len(target) == 2:
         T = K + w2 * window(source[1]) if has_T else K
-        target = write(target, 1, jnp.where(scale > 0, kappa0 * T / 2, jnp.zeros_like(T)), step)
+        target = write(target, 1, jnp.where(scale == 0, jnp.zeros_like(T), kappa0 * T / 2), step)
     return write(target, 0, scale * kappa1, step)
 
 

@@ -57,7 +57,7 @@ def conv_relu(source, target, stds1, stds2, w2_b2, k, a, step, has_T):
             target[(0, *place)] = scale * kappa1
             if states == 2:
                 T = K + w2 * sum(sums[1]) if reads_T else K
-                target[(1, *place)] = jnp.where(scale > 0, kappa0 * T / 2, jnp.zeros_like(T))
+                target[(1, *place)] = jnp.where(scale == 0, jnp.zeros_like(T), kappa0 * T / 2)
             return tuple((here, below, values) for (_, here, below), values in zip(sums, ahead))
         lax.fori_loop(0, n, one_row, tuple((sum(three_columns(state, 0)), sum(three_columns(state, 1)),
                                             three_columns(state, 2)) for state in range(1 + reads_T)))

@@ -290,6 +290,16 @@ def test_fused_refuses(layers):
         fused.kernel_fn("myrtle5", "nngp")(np.ones((1, 8, 6, 3)))
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_fused_keeps_nan(compiled, monkeypatch):
+    """NaN in an image is NaN in the NTK of a network that ends without a dense layer, which would add K to it."""
+    use(compiled, monkeypatch)
+    x = np.ones((3, 8, 8, 1), np.float32)
+    x[1, 2, 2, 0] = np.nan
+    K = fused.kernel_fn([("conv", 1.4, 0.0), ("relu",), ("conv", 1.4, 0.0), ("relu",), ("gap",)], "ntk")(x, x)
+    assert np.array_equal(np.isnan(K), np.logical_or.outer([False, True, False], [False, True, False]))
+
+
 @needs_compiler
 @pytest.mark.parametrize("layers, shape, alone", [
     ([("pool",), ("conv", 1.3, 0.1), ("relu",), ("pool",), ("pool",), ("conv", 0.8, 0.4), ("relu",), ("flatten",),

@@ -22,10 +22,12 @@ def cores():
 
 
 def free_memory():
-    """How many bytes the limits leave. Files in the page cache do not count as used."""
+    """How many bytes the limits leave. Files in the page cache do not count as used.  (In memory.stat of version 1, lines that
+    begin with total_ include the groups below, as usage does.)"""
     groups = control_groups("", "memory.max", "memory.current", "memory.stat")
     groups += control_groups("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
-    return min((int(limit) - int(used) + int((re.findall(r"^inactive_file (\d+)", stat, re.M) or [0])[0])
+    return min((int(limit) - int(used) + sum(map(int, re.findall(
+        rf"^{'total_' * ('total_inactive_file' in stat)}(?:in)?active_file (\d+)", stat, re.M)))
                 for limit, used, stat in groups if limit.strip() != "max" and int(limit) < NO_LIMIT), default=math.inf)
 
 

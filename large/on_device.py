@@ -39,7 +39,8 @@ class Tiles(dict):
         super().__setitem__(key, tile)
 
     def __getitem__(self, key):
-        return np.asarray(super().__getitem__(key))
+        tile = super().__getitem__(key)  # an array of a GPU would keep its copy on the host, so it is that of a copy
+        return tile if isinstance(tile, np.ndarray) else np.asarray(jnp.copy(tile))
 
 
 def free(device):
@@ -91,13 +92,12 @@ class OnDevices(TiledMatrix):
                 device, = tile.devices()
                 ys[device] = _added(ys[device], tile, vs[device], key[0] * side, key[1] * side, key[0] != key[1])
             y, vT = np.zeros_like(v, np.float64), np.ascontiguousarray(v.T)
-            with tiles.one_thread():
-                for key in here:
-                    rows, cols, tile = self.cut(key)
-                    y_i, y_j = tiles.multiplied(tile, vT[:, cols], vT[:, rows] if key[0] != key[1] else None)
-                    y[rows] += y_i
-                    if y_j is not None:
-                        y[cols] += y_j
+            for key in here:
+                rows, cols, tile = self.cut(key)
+                y_i, y_j = tiles.multiplied(tile, vT[:, cols], vT[:, rows] if key[0] != key[1] else None)
+                y[rows] += y_i
+                if y_j is not None:
+                    y[cols] += y_j
             for part in ys.values():
                 y += np.asarray(part)[:n]
         return self.team.all_reduce(y)

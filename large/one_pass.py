@@ -10,7 +10,7 @@ a hundred and fifty reads K once.
     it, and so on until the best ridge has been compared with both neighbours.
     Where reading K costs most, the solve for the whole of K goes on with the products of the search.
 
-    solver = one_pass.Solver(K);  for some in solver.solutions(y, ridges, 1e-3): ...
+    solver = one_pass.Solver(K, ridges=ridges);  for some in solver.solutions(y, ridges, 1e-3): ...
 
 Cost: a product has c columns for each ridge; the vectors of all solves that run at once take PASS bytes at most.
 Proved by: large/test_large.py, section search
@@ -119,8 +119,8 @@ class Solver(regression.Solver):
         return part
 
     def __call__(self, y, ridge, tol=1e-6, x0=None):
-        run, self.begun = self.begun.get((ridge, tol)), {}
-        if run is None:
+        (run, right), self.begun = self.begun.get((ridge, tol), (None, None)), {}
+        if run is None or x0 is not None or not np.array_equal(right, y):
             return super().__call__(y, ridge, tol, x0)
         found, = self._together([run], True)
         if isinstance(found, pcg.Indefinite):
@@ -129,11 +129,11 @@ class Solver(regression.Solver):
 
     def begin(self, y, ridges, tol):
         """Begin these solves: they go on with the products of others, and one of them is then called for."""
-        self.begun = {(ridge, tol): self._run(y, ridge, self.ready(ridge * self.scale), tol) for ridge in ridges}
+        self.begun = {(ridge, tol): (self._run(y, ridge, self.ready(ridge * self.scale), tol), y) for ridge in ridges}
 
     def solutions(self, y, ridges, tol):
         """As in regression.Solver, all ridges at once, or as many as memory allows."""
-        ridges, most = sorted(ridges, reverse=True), at_once(y)
+        ridges, most = sorted(set(ridges), reverse=True), at_once(y)
         for start in range(0, len(ridges), most):
             some, found = ridges[start:start + most], []
             for ridge, one in zip(some, self.each(y, some, tol)):
@@ -175,7 +175,7 @@ class Solver(regression.Solver):
 
     def _together(self, runs, quiet=False):
         """What these runs find, with errors in terms of the relative ridge."""
-        beside, K = (self.whole.begun.values(), self.whole.K) if self.whole else ((), self.K)
+        beside, K = ([run for run, _ in self.whole.begun.values()], self.whole.K) if self.whole else ((), self.K)
         found = together(K.matvec, runs, beside, quiet or self.quiet or len(runs) < 2)
         return [self.relative(one) if isinstance(one, pcg.Indefinite) else one for one in found]
 
@@ -197,7 +197,7 @@ def first_guess(K, y, ridges, copies, prior, intercept):
     n = min(K.shape[0] // 4, choose.DENSE) // copies * copies
     spectrum = choose.Spectrum(K.leading(n).columns(np.arange(n)), None if prior is None else prior.mean(), intercept)
     ridge = choose.best(choose.leave_one_out(spectrum, y[:n], ridges, copies=copies)).ridge
-    return float(K.team.all_reduce(np.array([ridge * (K.team.index == 0)]))[0])
+    return regression.agreed(K, ridge)
 
 
 def walk(solver, y, compare, some, ridges, by="mse", begin=None):
@@ -216,7 +216,7 @@ def walk(solver, y, compare, some, ridges, by="mse", begin=None):
             if not table and max(some) == max(ridges):
                 raise
         seen += some
-        best_yet = choose.best(table, by).ridge if table else max(seen)
+        best_yet = regression.agreed(solver.K, choose.best(table, by).ridge if table else max(seen))
         some = [ridge for ridge in around(best_yet, ridges) if ridge not in seen]
         table.sort(key=lambda row: -row.ridge)
     return table

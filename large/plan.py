@@ -141,12 +141,14 @@ def estimate(n, m, tile, devices, hosts, rank, entries_rate, product, read=None,
         out["pass_seconds"] = out["pass_bytes"] / (read or product)
     out["reduce_bytes"] = 16 * n * classes if hosts > 1 else 0
     out["step_seconds"] = (out["pass_seconds"] + 4 * n * rank * classes / hosts / flops + 2 * out["reduce_bytes"] / NETWORK)
-    looks = {"in memory": 0, "on disk": rank / 512 * out["pass_seconds"], "nowhere": n * rank / square * computing}[kept]
+    looks = {"in memory": 0, "on disk": rank / pcg.at_a_time(n, 4 * pcg.BLOCK, hosts) * out["pass_seconds"],
+             "nowhere": n * rank / square * computing}[kept]
     out["precondition_seconds"] = kinds * (6 * n * rank**2 / hosts / flops + looks)
     solve = STEPS[kept] * np.log(2 / tol) / np.log(2e6) * out["step_seconds"]
     first = min(n // 4, choose.DENSE) if n > choose.DENSE else n
     out["search_seconds"] = (ridges > 1) * kinds * (EIGEN * first**3 / flops + (n > choose.DENSE) * SEARCH * solve)
-    out["solve_seconds"] = kinds * solve + out["search_seconds"] + out["precondition_seconds"]
+    predict = (kept == "nowhere") * rectangle * (computing + 4 * square / hosts / product)  # K_test alpha computes K_test
+    out["solve_seconds"] = kinds * (solve + predict) + out["search_seconds"] + out["precondition_seconds"]
     out["device_bytes"] = 4 * (2 * square + 2 * tile * width)
     out["memory"] = memory(n, m, images, pixels, width, classes, rank, hosts, ridges, max(fit_on, images), bool(fit_on),
                            (size if kept == "in memory" else 0) + 2 * devices * 4 * square, base)
@@ -180,12 +182,15 @@ def main(args, kernel_fn, network, shape, n, m, pixels):
     base, fit_on = experiment.peak_memory(), args.fit_on if args.whiten in ("zca", "zca_unit") else 0
     flops, (product, write) = operations(), product_rate({})
     read, write = disk_rates(args.store) if kept == "on disk" else (None, write)
-    both = network and kept == "nowhere" and not args.rate and rate_on_the_fly(kernel_fn, network, shape, tile, devices)
+    kinds = kernel.KINDS if args.kind == "both" else (args.kind,)
+    both = network and kept == "nowhere" and not args.rate and [  # each kind is a matrix of its own there
+        rate_on_the_fly(kernel_fn, (network[0], kind), shape, tile, devices) for kind in kinds]
+    both = both and all(both) and len(both) / sum(1 / one for one in both)
     measured, product = (both, np.inf) if both else (measured, product)
     rank = args.rank or (pcg.MOST if kept == "nowhere" and n >= LARGE else RANK)
     out = estimate(n, m, tile, per_host, args.hosts, rank, measured / len(devices),
                    product, read, write or np.inf, pixels, args.n_train, ridges,
-                   2 if args.kind == "both" else 1, args.classes, kept, flops,
+                   len(kinds), args.classes, kept, flops,
                    fit_on, args.components, args.tol, base)
     out.update(entries_per_second=measured, product_bytes_per_second=product,
                read_bytes_per_second=read, write_bytes_per_second=write)
@@ -212,6 +217,10 @@ def main(args, kernel_fn, network, shape, n, m, pixels):
             "solve": f"{hours(out['solve_seconds'])}: {STEPS[kept]} steps to 1e-6 assumed{search}",
             "total": f"{hours(total)}, {hours(total * args.hosts)} of hosts"}.items():
         print(f"{what:10} {text}")
+    if kept == "on disk" and not read:
+        print(f"note       {args.store} cannot be written, so steps are counted at the speed of memory")
+    if devices[0].platform != "cpu" and kept != "on disk":
+        print("note       steps are counted at the speed of the host; GPUs, which multiply tiles here, are faster")
     if out["tiles"] > 1e6 and kept == "on disk":
         print(f"note       {out['tiles']:,} files: a larger --tile makes fewer, 8192 is 268 MB each")
     return {**out, "total_seconds": total}

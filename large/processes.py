@@ -136,6 +136,19 @@ def team(coordinator, processes, process, devices, wait=None, store=None):
     return found
 
 
+def _gone(peer):
+    """Whether the process at the other end has closed its socket."""
+    peer.setblocking(False)
+    try:
+        return not peer.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        peer.settimeout(5)
+
+
 def meet(coordinator, processes, process, wait):
     """The sockets by which process 0 and each of the others stay connected, once all of them have reached HOST:PORT. Prints
     which it waits for: JAX alone waits silently, then aborts.
@@ -158,9 +171,9 @@ def meet(coordinator, processes, process, wait):
             time.sleep(0.1)
         raise ConnectionError(f"process {process} of {processes} waited {wait} s for process 0 and the others at "
                               f"{coordinator}: start all of them, each with the address of process 0, or raise --wait")
-    peers, missing = {}, set(range(1, processes))
+    peers = {}
     with socket.create_server(("", int(port))) as server:
-        while missing:
+        while missing := {number for number in range(1, processes) if number not in peers or _gone(peers[number])}:
             names = ", ".join(map(str, sorted(missing)))
             print(f"process 0 of {processes}: waiting at {coordinator} for process {names}, {wait} s at most", flush=True)
             server.settimeout(max(0.01, end - time.monotonic()))
@@ -175,9 +188,8 @@ def meet(coordinator, processes, process, wait):
                 continue
             except (OSError, ValueError):  # some other program connected
                 continue
-            if number in missing:
+            if number in missing or number in peers and _gone(peers[number]):
                 peers[number] = peer
-                missing.remove(number)
             else:
                 peer.sendall(b"two")
         for peer in peers.values():
@@ -263,7 +275,8 @@ def _all_reduce(array):
 def agree(team, args, *arrays):
     """Raises ValueError, in every process, unless all run the same code with the same flags on the same data."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in OWN}
-    code = [path.read_bytes() for path in sorted(pathlib.Path(HERE).rglob("*.py")) if ".venv" not in path.parts]
+    paths = sorted(path for ending in ("*.py", "*.cpp") for path in pathlib.Path(HERE).rglob(ending))
+    code = [path.read_bytes() for path in paths if ".venv" not in path.parts]
     parts = {"flags": json.dumps(flags, default=str).encode(), "code": b"".join(code),
              "data": b"".join(hashlib.blake2b(np.ascontiguousarray(array)).digest() for array in arrays)}
     digests = np.zeros((team.count, len(parts)))  # 48 bits are exact in float64

@@ -90,7 +90,7 @@ def create(folder, about, rows, columns=None, process=0):
             raise ValueError(
                 f"{folder} was made from other inputs: {len(changed)} of the {shared} {name} that both have "
                 f"differ, the first is number {changed[0]}. Possible causes: other files, another --seed, other flags "
-                "for inputs (of images also --whiten, --fit_on, augmentation). Give this run a store of its own")
+                "for inputs (of images --whiten, --fit_on, --n_test, augmentation). Give this run a store of its own")
         if len(new) > len(old):
             write(os.path.join(folder, f"{name}.npy"), header(new.dtype, new.shape), new.tobytes())
         longer = max(old, new, key=len)
@@ -127,8 +127,9 @@ def locked(journal):
         held = LOCKS.get(path)
         if held and os.path.exists(path) and os.path.samestat(os.fstat(held.file.fileno()), os.stat(path)):
             return held
-        LOCKS[path] = lock = Lock(open(path, "ab"))
+        lock = Lock(open(path, "ab"))
         fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[path] = lock
         return lock
     except BlockingIOError as error:
         raise OSError(f"{os.path.dirname(journal)} is in use by another run: wait until it ends, or give this run a store "

@@ -560,8 +560,10 @@ def test_on_device_is_kept(room, monkeypatch):
     assert np.allclose(other.matvec(v), (kept.dense() ** 2).astype(np.float64) @ v, rtol=1e-5, atol=1e-4)
     assert (K.columns([68, 3]) == kept.columns([68, 3])).all() and (K.diagonal() == kept.diagonal()).all()
     assert K.merged() is K and (K.dense() == kept.dense()).all()
+    monkeypatch.setattr(tiles, "free_memory", lambda: 10**4)
+    if room > whole:  # the host need not have room for what the devices keep
+        assert np.allclose(on_device.gram(linear, x, **where, room=room).matvec(v), kept.matvec(v), rtol=1e-12)
     if not room:
-        monkeypatch.setattr(tiles, "free_memory", lambda: 10**4)
         with pytest.raises(MemoryError, match="what the devices have no room for of the 69 x 69 kernel needs"):
             on_device.gram(linear, x, **where, room=room)
     place = on_device.Tiles(where["devices"], 100)
@@ -701,6 +703,8 @@ def test_search_all_ridges_in_one_pass(name, monkeypatch):
     K = Counted(*(getattr(K, field) for field in K.__dataclass_fields__))
     solver = one_pass.Solver(K, name, rank=24, max_iters=10000)
     alone = [solver(y, ridge, 1e-12)[0] for ridge in ridges]
+    solver.begin(2 * y, ridges[:1], 1e-12)  # of other targets: not what is asked for
+    assert (solver(y, ridges[0], 1e-12)[0] == alone[0]).all()
     passes, widths[:] = len(widths), []
     together = [one[0] for one in solver.each(y, ridges, 1e-12)]
     assert len(widths) < 0.8 * passes and widths[0] == 40 and min(widths) < 10
@@ -1142,6 +1146,27 @@ def test_processes_that_do_not_come(tmp_path, capsys):
         assert re.search(waits, capsys.readouterr().out)
 
 
+def test_processes_that_start_again():
+    """A process that dies while process 0 waits for another, and is started again, takes its place."""
+    port, came = free_port(), []
+
+    def come(process):
+        came.append(processes.meet(f"127.0.0.1:{port}", 3, process, 20))
+    first = threading.Thread(target=come, args=(0,))
+    first.start()
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as dies:
+            dies.sendall(b"1\n")
+            time.sleep(0.2)
+            break
+    threads = [threading.Thread(target=come, args=(process,)) for process in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in (first, *threads):
+        thread.join(30)
+    assert sorted(map(len, came)) == [1, 1, 2]
+
+
 def test_processes_of_the_same_number():
     """If two of three processes are started as process 1, the later one is refused."""
     port, said = free_port(), []
@@ -1285,10 +1310,19 @@ def test_plan_adds_up():
     assert whitened["memory"]["kernel"] == kernel and whitened["host_bytes"] == kernel + 4 * 10 * 5 + 6 * 8000
     lazily = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, kept="nowhere")
     assert lazily["kernel_seconds"] == lazily["bytes"] == 0 and lazily["pass_seconds"] == 96 / 36 + 384 / 2 / 48
+    more = plan.estimate(10, 11, 4, 2, 2, 5, 9.0, 48.0, kept="nowhere")  # 6 tiles more of K_test
+    assert abs(more["solve_seconds"] - lazily["solve_seconds"] - 6 * (16 / 36 + 64 / 2 / 48)) < 1e-12
     both = plan.estimate(10, 3, 4, 2, 2, 5, 9.0, 48.0, 24.0, 2.0, kinds=2, kept="on disk")
     assert both["kernel_seconds"] == 576 / 2  # the disk is slower than the kernel
     assert both["bytes"] == 1152 and both["pass_bytes"] == 192
     assert both["solve_seconds"] == 2 * plan.STEPS["on disk"] * both["step_seconds"] + 2 * 5 / 512 * both["pass_seconds"]
+
+
+def test_plan_counts_the_columns_of_a_look():
+    """Of a million rows on one host 33 columns are read at a time, and so the preconditioner costs 1,500 / 33 passes."""
+    assert pcg.at_a_time(10**6, 512) == 33 and pcg.at_a_time(10**6, 512, 64) == 512 and pcg.at_a_time(5 * 10**6, 512) == 16
+    out = plan.estimate(10**6, 10, 8192, 2, 1, 1500, 1e7, 1e9, 1e9, kept="on disk")
+    assert out["precondition_seconds"] == 1500 / 33 * out["pass_seconds"]
 
 
 def test_plan_of_five_million(tmp_path, capsys):
@@ -1376,14 +1410,15 @@ def test_container_cores_and_memory(tmp_path, monkeypatch):
             (root / folder / name.replace("__", ".")).write_text(text)
     group.write_text("0::/a/b\n")
     files("a", cpu__max="400000 100000\n", memory__max="1000000\n", memory__current="700000\n",
-          memory__stat="anon 1\ninactive_file 50000\n")
+          memory__stat="anon 1\ninactive_file 20000\nactive_file 30000\n")
     files("a/b", cpu__max="max 100000\n", memory__max="max\n", memory__current="5\n", memory__stat="inactive_file 0\n")
     assert tiles.cores() == 4 and tiles.free_memory() == 350_000
     files("a/b", cpu__max="50000 100000\n")
     assert tiles.cores() == 1  # half a core
     group.write_text("4:memory:/x\n3:cpu,cpuacct:/x\n")
     files("cpu/x", cpu__cfs_quota_us="300000\n", cpu__cfs_period_us="100000\n")
-    files("memory/x", memory__limit_in_bytes="2000000\n", memory__usage_in_bytes="1500000\n", memory__stat="inactive_file 7\n")
+    files("memory/x", memory__limit_in_bytes="2000000\n", memory__usage_in_bytes="1500000\n",
+          memory__stat="active_file 5\ninactive_file 5\ntotal_inactive_file 3\ntotal_active_file 4\n")
     assert tiles.cores() == 3 and tiles.free_memory() == 500_007
     files("cpu/x", cpu__cfs_quota_us="-1\n")
     files("memory/x", memory__limit_in_bytes=str(2**63 - 4096))
