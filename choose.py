@@ -159,7 +159,7 @@ def validation(solver, y, ridges, n_fit, held_out, score=None, intercept=False):
     score: (predictions (m, c), their rows) -> number; rows are None for rows that are not of K.
     intercept: as of `Spectrum`; here that of the rows fitted, y = K alpha + shift with 1^T alpha = 0.
     """
-    table, ones, shift = [], np.ones((n_fit, int(intercept))), 0
+    table, share, ones, shift = [], 1.0, np.ones((n_fit, int(intercept))), 0
     for some in solver.leading(n_fit).solutions(np.concatenate([y[:n_fit], ones], axis=1), ridges, SEARCH):
         found = [alpha for _, alpha in some]
         if intercept:  # the last column is that of the ones
@@ -169,10 +169,11 @@ def validation(solver, y, ridges, n_fit, held_out, score=None, intercept=False):
         alpha = np.concatenate(found, axis=1)
         if isinstance(held_out, tuple):
             rows, f, y_val = None, held_out[0].matvec(alpha), held_out[1]
+            share = np.mean(getattr(held_out[0], "mask", 1.0))  # of the labels, where some are missing and f = y = 0
         else:  # the rows held out are K times alpha padded with zeros
             alpha = np.concatenate([alpha, np.zeros((len(y) - n_fit, alpha.shape[1]))])
             rows, f, y_val = held_out, solver.K.matvec(alpha)[held_out], y[held_out]
-        table += [Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2)))
+        table += [Row(ridge, score(f, rows) if score else None, float(np.mean((f - y_val) ** 2) / share))
                   for (ridge, _), f in zip(some, np.split(f + shift, len(some), axis=1))]
     return table
 

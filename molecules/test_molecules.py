@@ -970,13 +970,15 @@ def test_molecules_one_class_only(tmp_path, molecule_folder, monkeypatch, part, 
 
 @needs_rdkit
 def test_molecules_too_few_to_split(tmp_path, molecule_folder):
-    """A random split that leaves no validation row is refused with one line; leave-one-out needs none."""
+    """A random split that leaves no validation row is refused with one line where something is chosen; leave-one-out needs
+    none, nor does a single ridge."""
     path = molecule_folder / "delaney-processed.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:6]) + "\n")
     flags = ["--dataset", "esol", "--data", str(molecule_folder), "--kernel", "fingerprint", "--depth", "1", "--ridge", "0.1"]
     with pytest.raises(ValueError, match="split 'random': the 0 val molecules .*; use --select loo, another --split"):
-        train_molecules(tmp_path, *flags)
-    assert train_molecules(tmp_path, *flags, "--select", "loo")["rows"] == 4
+        train_molecules(tmp_path, *flags, "--depth", "1,2")
+    for more in ([], ["--select", "loo"]):
+        assert train_molecules(tmp_path, *flags, *more)["rows"] == 4
 
 
 @needs_rdkit

@@ -230,7 +230,9 @@ def divided(args, rows):
         note_copies(args, rows, parts)
     order = np.concatenate(parts)
     where = dict(zip(smiles.PARTS, np.split(np.arange(len(order)), np.cumsum([len(p) for p in parts])[:2])))
-    if selected(args) != "validation":
+    if not len(parts[1]) and not choosing(args):
+        del where["val"]
+    elif selected(args) != "validation":
         del where["val"]
         if np.isnan(rows.y[parts[0]]).any():
             raise ValueError(f"--select {args.select}: {args.dataset} has missing labels, so every task has its own "
@@ -240,26 +242,28 @@ def divided(args, rows):
 
 def note_copies(args, rows, parts):
     """Says how many test molecules are training molecules too, and how many training molecules repeat another, however they
-    are written."""
-    write = smiles.chemistry().MolToSmiles
+    are written; stereoisomers, which look alike to most kernels here, count as one molecule."""
+    write = partial(smiles.chemistry().MolToSmiles, isomericSmiles=False)
     train, _, test = ([write(rows.mols[i]) for i in part] for part in parts)
     known = set(train)
     both = [rows.smiles[i] for i, name in zip(parts[2], test) if name in known]
     if both:
-        print(f"note: {len(both)} of {len(test)} test molecules of {args.dataset} are training molecules too, such as "
-              f"{both[0]}")
+        print(f"note: {len(both)} of {len(test)} test molecules of {args.dataset} are training molecules too (stereochemistry "
+              f"apart), such as {both[0]}")
     if len(known) < len(train):
-        print(f"note: {len(train) - len(known)} of {len(train)} training molecules of {args.dataset} repeat another, so that "
-              "errors on molecules left out are too small")
+        print(f"note: {len(train) - len(known)} of {len(train)} training molecules of {args.dataset} repeat another "
+              "(stereochemistry apart), so that errors on molecules left out are too small")
 
 
 def derive(args, parts):
     """Fill in n_train, n_test, sizes and tile if they were not given.  ValueError: more rows than the data set has."""
-    have = len(parts[0])
+    have, every = len(parts[0]), sum(map(len, parts))
+    if args.split == "scaffold" and 5 * have < every:  # one group, too large to train on, is the test set
+        raise ValueError(f"split 'scaffold' leaves {have} of the {every} molecules of {args.dataset} for training: most have "
+                         "the same ring system, or none. Use --split random")
     if not have:
-        text = "most have the same ring system. Use --split random" if args.split == "scaffold" else "expected at least two"
-        raise ValueError(f"split {args.split!r} leaves none of the {sum(map(len, parts))} molecules of {args.dataset} for "
-                         f"training: {text}")
+        raise ValueError(f"split {args.split!r} leaves none of the {every} molecules of {args.dataset} for "
+                         "training: expected at least two")
     if not all(1 <= n <= have for n in [args.n_train or have, *args.sizes]):
         raise ValueError(f"n_train={args.n_train}, sizes={args.sizes}: expected 1 to {have}, the molecules of {args.dataset} "
                          "to train on")
@@ -280,14 +284,19 @@ def selected(args):
     return args.select or "validation"
 
 
+def choosing(args):
+    """Whether there is anything to choose."""
+    return len(args.ridge) > 1 or len(experiment.settings(args)) > 1
+
+
 def compared_by(args):
     """The argument `by` of `choose.best`: "mse" if the targets are numbers, else "score"."""
     return "mse" if args.score == "rmse" else "score"
 
 
-def learnable(args, y):
-    """(tasks,) bool: which tasks have in y (rows, tasks) two classes, or one label if the targets are numbers."""
-    least = 1 if args.score == "rmse" else 2
+def learnable(args, y, tested=False):
+    """(tasks,) bool: which tasks have in y (rows, tasks) two classes, or two different numbers; to be tested, one number."""
+    least = 1 if args.score == "rmse" and tested else 2
     return np.array([len(np.unique(column[~np.isnan(column)])) >= least for column in y.T])
 
 
@@ -302,16 +311,14 @@ def check_labels(args, tasks, where, y, n):
     """Prints which tasks cannot be learned from n training rows.  ValueError: none can; or the test rows have a score for
     none of them; or the validation rows have none although there is something to choose."""
     score, usable = args.score, learnable(args, y[where["train"][:n]])
-    short = "no number" if score == "rmse" else "only one class"
-    choosing = len(args.ridge) > 1 or len(experiment.settings(args)) > 1
+    short = "no two different numbers" if score == "rmse" else "only one class"
     if not usable.any():
         raise ValueError(f"n_train={n}: the first {n} training molecules of {args.dataset} have {short} for "
                          f"{', '.join(tasks[:5])}, so nothing can be learned and {score} is not defined; raise --n_train or "
                          "use another --seed")
     for name, cure in (("val", "use --select loo, "), ("test", "use ")):
         rows = where.get(name)
-        if rows is not None and (not len(rows) or (name == "test" or choosing)
-                                 and not (usable & learnable(args, y[rows])).any()):
+        if rows is not None and (name == "test" or choosing(args)) and not (usable & learnable(args, y[rows], True)).any():
             raise ValueError(f"split {args.split!r}: the {len(rows)} {name} molecules of {args.dataset} have "
                              f"{short if len(rows) else 'no label'} in each task that can be learned from {n} training "
                              f"molecules, so {score} is not defined; {cure}"
@@ -449,6 +456,8 @@ def one_size(args, blocks, y):
         fit = predict.fitted(result, solver, unit * targets, unit * alpha, mean, blocks.get("val"), y,
                              left if "loo_mse" in result else None)
     return {f"test_{args.score}": SCORES[args.score](unit * f + mean, y["test"]), "tasks": len(mean),
+            **({"test_rmse_of_tasks": [rmse(one[:, None], two[:, None]) for one, two in zip((unit * f + mean).T, y["test"].T)
+                                       if not np.isnan(two).all()]} if args.score == "rmse" and len(mean) > 1 else {}),
             "labels": int(np.sum(~np.isnan(y["train"]))), **result}, fit
 
 
@@ -485,7 +494,8 @@ def config(args, kind, n):
         encoding += [args.weights, args.pool] + ["jump"] * args.jump
     if args.kernel != "gcn" and args.fingerprints != ["morgan"]:
         encoding += args.fingerprints
-    dataset = [args.dataset] if args.dataset in smiles.DATASETS else [args.dataset, *args.target, args.digest]
+    dataset = [args.dataset] if args.dataset in smiles.DATASETS else [
+        args.dataset, *[args.smiles] * (args.smiles != "smiles"), *args.target, args.digest]
     return {**{key: value for key, value in vars(args).items() if key not in WHERE}, "kind": kind, "n_train": n,
             "dataset": " ".join(dataset), "whiten": " ".join(encoding)}
 
@@ -496,9 +506,11 @@ def describe(result):
     name = config["score"]
     scores = {ridge: score for ridge, score, _ in result["search"]}
     return (f"{config['dataset']} {config['kernel']} {config['kind']} {config['whiten']} n_train={config['n_train']} "
-            f"n_test={config['n_test']}: test {name} {result['test_' + name]:.4f}, "
-            + (f"validation {scores[result['ridge']]:.4f}, " if result["select"] == "validation" else "")
-            + (f"leave-one-out {result['loo_score']:.4f}, " if "loo_score" in result else "")
+            f"n_test={config['n_test']}: test {name} {result['test_' + name]:.4g}, "
+            + (f"the mean of {', '.join(f'{of:.4g}' for of in result['test_rmse_of_tasks'])}, "
+               if "test_rmse_of_tasks" in result else "")
+            + (f"validation {scores[result['ridge']]:.4g}, " if result["select"] == "validation" else "")
+            + (f"leave-one-out {result['loo_score']:.4g}, " if "loo_score" in result else "")
             + f"ridge {result['ridge']:.2g}, CG {result['cg_iterations']} steps to {result['cg_residual']:.1e}, "
             f"{result['entries_computed'] / max(result['seconds']['kernel'], 1e-9):.3g} entries/s, compiled by XLA, "
             + ", ".join(f"{name} {s:.1f} s" for name, s in result["seconds"].items())

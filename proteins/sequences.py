@@ -130,7 +130,7 @@ def own(path, content, sequence="sequence", target="target", part=None, seed=0, 
         split = split._replace(n_fit=split.n_train - split.n_train // 5)
     split = _checked(split, path, quiet, least=2)
     if part is None and not quiet:
-        print(f"note: {tested} of the {len(order)} rows of {path}, a fifth, drawn with seed {seed}, are kept for testing; to "
+        print(f"note: {tested} of the {len(order)} rows of {path}, drawn with seed {seed}, are kept for testing; to "
               "choose them, add a column of train and test and name it with --set")
     return split
 

@@ -96,7 +96,7 @@ def test_own_fifth_is_drawn(tmp_path, capsys):
     assert set(first.sequences[72:]) != set(other.sequences[72:]) and first.sequences[:72] != other.sequences[:72]
     both = len([s for s in first.sequences[72:] if s in first.sequences[:72]])
     out = capsys.readouterr().out
-    assert "note: 18 of the 90 rows of a.csv, a fifth, drawn with seed 0, are kept for testing" in out
+    assert "note: 18 of the 90 rows of a.csv, drawn with seed 0, are kept for testing" in out
     assert both and f"note: {both} of 18 test rows of a.csv are training rows too" in out
     again = 72 - len(set(first.sequences[:72]))
     assert again and f"note: {again} of 72 training rows of a.csv repeat the sequence of another" in out

@@ -272,6 +272,9 @@ def derive(args, split):
         choosing = len(args.ridge) > 1 or n == args.sizes[0] and len(candidates(args, split)) > 1
         fit = n_fit(split, n) if choosing and criterion(args, n) == "validation" else None
         check_targets(args, n, split.targets[:fit or n], fit and split.targets[fit:n])
+        if fit and fit != split.n_fit and split.n_fit != split.n_train - split.n_train // 5:  # the file names such rows
+            print(f"note: n_train={n}: the validation rows that {args.split} names are held out only with all {split.n_train} "
+                  f"training rows; here the last {n - fit} are")
     y_test = split.targets[split.n_train:][:args.n_test]
     if np.ptp(y_test) == 0:
         print(f"note: all {len(y_test)} test targets of {args.split} are {y_test[0]:g}, so Spearman's correlation is "
@@ -431,7 +434,9 @@ def by_flag(settings):
 def config(args, kind, n):
     """The settings that decide the result; results/ reads the split as `dataset`, of a file with its column and digest, and
     encoding and target as `whiten`."""
-    hidden, dataset = (WHERE, [args.split, args.column, args.digest]) if own(args) else ((*WHERE, *OWN), [args.split])
+    columns = [one for one in (args.sequence, args.set) if one not in (None, "sequence")] if own(args) else []
+    hidden, dataset = (WHERE, [args.split, *columns, args.column, args.digest]) if own(args) else (
+        (*WHERE, *OWN), [args.split])
     return {**{key: value for key, value in vars(args).items() if key not in hidden}, "kind": kind, "n_train": n,
             "dataset": " ".join(dataset), "whiten": f"{args.encoding} {args.target}"}
 
@@ -442,7 +447,7 @@ def describe(result):
     return (f"{config['split']} {config['kernel']} {config['kind']} {config['encoding']} {config['target']} "
             f"n_train={config['n_train']} n_test={config['n_test']}: test Spearman {result['test_spearman']:.4f}, "
             + (f"leave-one-out {result['loo_score']:.4f}, " if "loo_score" in result else "")
-            + f"RMSE {result['test_rmse']:.4f}, ridge {result['ridge']:.2g}, CG {result['cg_iterations']} steps to "
+            + f"RMSE {result['test_rmse']:.4g}, ridge {result['ridge']:.2g}, CG {result['cg_iterations']} steps to "
             f"{result['cg_residual']:.1e}, "
             + (f"coverage of 50 and 90 % intervals {100 * result['test_coverage_50']:.0f} and "
                f"{100 * result['test_coverage_90']:.0f} %, nll {result['test_gaussian_nll']:.3f}, "

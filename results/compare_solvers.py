@@ -3,7 +3,8 @@
   none, jacobi, rank k    pcg.py with its preconditioners; k is given, or chosen automatically ("rank chosen");
                           K is the upper half in float32 tiles; the seconds include making the preconditioner
   Cholesky                scipy.linalg.cho_factor and cho_solve, K dense in float64
-  jax cg                  jax.scipy.sparse.linalg.cg under jit, K dense in float64; compiled before it is timed
+  jax cg                  jax.scipy.sparse.linalg.cg under jit, K dense in float64; compiled before it is timed if
+                          it takes less than ten seconds
   linear_operator         GPyTorch's solver, linear_cg, with its pivoted Cholesky of rank 15 (its default) and larger,
                           K dense in float64. Left out if it is not installed: pip install linear_operator
 

@@ -30,6 +30,7 @@ from results.tables import (
     learning,
     load,
     name,
+    of_numbers,
     results,
     speed,
     unexplained,
@@ -69,7 +70,8 @@ def figure(groups, dataset, path):
         axes.set_xlabel("training images n (line: the law as fitted; dashed: its prediction)", color=grey)
         axes.set_ylabel("test error", color=grey)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(
+            (lambda y, _: f"{y:.3g}") if of_numbers(groups, dataset) else lambda y, _: f"{100 * y:.3g} %"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
         axes.tick_params(which="both", colors=grey)

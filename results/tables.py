@@ -161,11 +161,15 @@ def families(groups, dataset):
     return [found[one] for one in sorted(found, key=lambda one: one[1] == "channel")]
 
 
+def of_numbers(groups, dataset):
+    """Whether the errors of this data set are those of numbers, in their unit."""
+    return any(runs[0]["config"]["dataset"] == dataset and score_of(runs[0]) == "test_rmse" for runs in groups)
+
+
 def learning(groups, dataset):
     """Accuracy in %, or for numbers the root mean squared error, against size: one table for each of `families`, with one
     column for each curve."""
-    plain = any(runs[0]["config"]["dataset"] == dataset and score_of(runs[0]) == "test_rmse" for runs in groups)
-    cell = decimals if plain else percent
+    cell = decimals if of_numbers(groups, dataset) else percent
     return "\n\n".join(
         table(["n", *map(name, family)], [
             [f"{n:,}", *(cell(points[n]) if n in points else "" for points in family.values())]
