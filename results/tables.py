@@ -1,9 +1,10 @@
 """From runs to tables: reads and groups runs.jsonl and makes each table as Markdown.
 
-runs.jsonl holds one line for every run: configuration, result, versions, commit. Runs that differ only in the seed are
-repetitions: each draws another subset of the training set, and the test images are the same. Runs on all training images
-are no repetitions: the last one counts. A curve is the test error of one kernel at three or more sizes, with all settings
-of CURVE equal. (Of --fit_on that is so for zca and zca_unit; on how many images channels are standardised matters little.)
+runs.jsonl holds one line for every run: configuration, result, versions, commit. Runs that differ only in the seed (and so
+not in how the ridge was chosen) are repetitions: each draws another subset of the training set, and the test images are the
+same. Runs on all training images are no repetitions: the last one counts. A curve is the test error of one kernel at three or
+more sizes, with all settings of CURVE equal. (Of --fit_on that is so for zca and zca_unit; on how many images channels are
+standardised matters little.)
 
     print(tables.learning(tables.load("results/runs.jsonl"), "cifar10"))
 
@@ -34,7 +35,7 @@ FEW = 100  # runs with fewer test images only measure time; their accuracy is le
 
 def load(path):
     """Runs of a jsonl file, grouped: [[run, ...], ...]; if a seed was run twice, the later run is used. Each gets its line's
-    number as "line"."""
+    number as "line", and as "subset" its seed, or None where that chooses nothing."""
     groups = {}
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist; give --runs the runs.jsonl that a run writes into its --out folder")
@@ -56,7 +57,8 @@ def load(path):
             by = (run.get("select") or "validation",) if run["search"] else solver  # how the ridge was chosen, or what it was
             key, run["line"] = tuple(config[name] for name in SAME) + by + choice(run), number
             whole = config["crops"] == 1 and config["n_train"] == DATASETS.get(config["dataset"], (0, 0))[1]
-            groups.setdefault(key, {})[None if whole else config["seed"]] = run
+            run["subset"] = None if whole else config["seed"]
+            groups.setdefault(key, {})[run["subset"]] = run
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a run of one of the three experiments: {error!r}") from error
     return [list(runs.values()) for runs in groups.values()]
@@ -108,7 +110,7 @@ def curves(groups, dataset, value=test_error):
         if config["dataset"] == dataset and config["n_test"] >= FEW and runs[0]["search"]:
             points = out.setdefault(tuple(config[name] for name in CURVE), {})
             for run in sorted([*points.get(config["n_train"], {}).values(), *runs], key=lambda run: run["line"]):
-                points.setdefault(config["n_train"], {})[run["config"]["seed"]] = run  # the later, whatever chose its ridge
+                points.setdefault(config["n_train"], {})[run["subset"]] = run  # the later, whatever chose its ridge
     order = sorted(out, key=lambda key: (place(key[1]), *map(str, key)))
     return {key: {n: [value(run) for run in of.values()] for n, of in sorted(out[key].items())}
             for key in order if len(out[key]) >= 3}
