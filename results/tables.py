@@ -19,7 +19,7 @@ import numpy as np
 
 from data import DATASETS
 from results.laws import fit, forecast, local_exponent
-from train_cifar import FIT_ON, WHITENING
+from train_cifar import FIT_ON
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KERNELS = ["fc", "cnn_vec", "cnn_gap", "myrtle5", "myrtle7", "myrtle10", "seq_fc", "seq_cnn", "seq_cnn_gap", "linear",
@@ -356,21 +356,15 @@ FRONT = (("fc", "ntk", False), ("fc", "ntk", True), ("cnn_vec", "nngp", False), 
          ("myrtle5", "nngp", True), ("myrtle10", "nngp", True))  # kernel, kind, flips
 
 
-def whitening(run):
-    return run["config"]["whiten"], run["config"]["zca_eps"]
-
-
 def front(groups, dataset):
-    """The table of the front page: for each kernel in FRONT the run with the most images whose ridge was chosen; of several
-    with as many the one with the default whitening."""
+    """The table of the front page: for each kernel in FRONT the best run, by test accuracy, whose ridge was chosen."""
     rows = []
     for wanted in FRONT:
         matching = [runs for runs in groups if runs[0]["config"]["dataset"] == dataset and runs[0]["search"]
                     and runs[0]["config"]["crops"] == 1 and runs[0]["config"]["n_test"] >= 1000
                     and tuple(runs[0]["config"][k] for k in ("kernel", "kind", "flips")) == wanted]
         if matching:
-            runs = max(matching, key=lambda runs: (runs[0]["config"]["n_train"], whitening(runs[0]) == WHITENING[wanted[0]],
-                                                   runs[-1]["line"]))
+            runs = min(matching, key=lambda runs: statistics.mean(test_error(run) for run in runs))
             config, whole = runs[0]["config"], at_once(runs)
             whole = [run for run in whole if run.get("device") == whole[-1].get("device")]
             seconds = [run["seconds"]["kernel"] for run in whole]
